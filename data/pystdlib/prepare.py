@@ -1,0 +1,33 @@
+"""The default corpus: the standard library of the Python that runs this, about 12 MB.
+
+Sources and the prose of `pydoc_data`, one document a file. It needs no network and a few
+seconds, and differs between Python versions, which the folder's name tells. Left out: tests,
+installed packages, and files that the build of the interpreter wrote (they name its machine).
+"""
+
+import platform
+import sysconfig
+from pathlib import Path
+
+from nanodisp.errors import UserError
+from nanodisp.prepare import DataConfig, main, prepare_files
+
+LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+def stdlib_files(root: Path) -> list[Path]:
+    """The sources below `root` that belong to the corpus, sorted by name."""
+    names = sorted(file.relative_to(root) for file in root.rglob("*.py"))
+    return [root / name for name in names if not LEFT_OUT & set(name.parts) and not name.name.startswith("_sysconfig")]
+
+
+def prepare(config: DataConfig) -> Path:
+    root = Path(sysconfig.get_path("stdlib"))
+    files = stdlib_files(root)
+    if not files:
+        raise UserError(f"{root} holds no sources; train on your own text: data=text data.path=<file or folder>")
+    return prepare_files(config, files, root, stem=f"python{platform.python_version()}")
+
+
+if __name__ == "__main__":
+    main(prepare)

@@ -1,0 +1,28 @@
+"""Your own text: a file or a folder of text, jsonl or parquet, tokenised into shards.
+
+python data/text/prepare.py path=<file or folder> tokenizer=<byte, gpt2 or a .tiktoken file>
+
+Training with `data=text data.path=…` calls this by itself. The content is hashed each time,
+about a second for a gigabyte; for a large corpus train with `data=shards data.path=<the folder
+that this prints>` instead.
+"""
+
+from pathlib import Path
+
+from nanodisp.corpus import find_files
+from nanodisp.errors import UserError
+from nanodisp.prepare import DataConfig, main, prepare_files
+
+
+def prepare(config: DataConfig) -> Path:
+    if config.path is None:
+        raise UserError("data=text needs data.path, a file or a folder of text, jsonl or parquet")
+    path = Path(config.path).resolve()
+    files = find_files(path)
+    if path.is_dir():
+        return prepare_files(config, files, root=path, stem=path.name)
+    return prepare_files(config, files, root=path.parent, stem=path.stem)
+
+
+if __name__ == "__main__":
+    main(prepare)

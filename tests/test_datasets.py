@@ -1,0 +1,102 @@
+"""The scripts under `data/`: what needs a network runs here on local files, through the same code."""
+
+import importlib.util
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+from test_prepare import config, documents_of, files_of, write_jsonl
+
+from nanodisp.errors import UserError
+from nanodisp.prepare import DATA, DataConfig, prepare
+from nanodisp.shards import open_split, verify
+
+
+def script(name):
+    """The module of `data/<name>/prepare.py`."""
+    spec = importlib.util.spec_from_file_location(f"prepare_{name}", DATA / name / "prepare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", sorted(DATA.glob("*/prepare.py")), ids=lambda path: path.parent.name)
+def test_every_dataset_has_its_values(path):
+    values = OmegaConf.load(DATA.parent / "conf" / "data" / f"{path.parent.name}.yaml")
+    assert values.name == path.parent.name
+    OmegaConf.merge(OmegaConf.structured(DataConfig), values)  # raises on a key or type that is none of its
+
+
+def test_the_standard_library_is_the_default_and_has_no_tests(tmp_path):
+    files = script("pystdlib").stdlib_files(Path(sysconfig.get_path("stdlib")))
+    assert any(path.parent.name == "pydoc_data" for path in files)
+    assert not [path for path in files if {"test", "tests", "idle_test", "site-packages"} & set(path.parts)]
+    assert 8e6 < sum(path.stat().st_size for path in files) < 20e6
+    folders = [prepare(DataConfig(folder=str(tmp_path / place))) for place in ("one", "two")]
+    assert files_of(folders[0]) == files_of(folders[1])
+    assert documents_of(folders[0], "val")[0] == files[0].read_text()
+
+
+def test_shakespeare_is_downloaded_once(tmp_path):
+    (tmp_path / "input.txt").write_text("To be, or not to be. " * 50)
+    url = (tmp_path / "input.txt").as_uri()
+    prepare_shakespeare = script("shakespeare").prepare
+    folder = prepare_shakespeare(config(tmp_path, val_fraction=0.1), url)
+    (tmp_path / "input.txt").unlink()
+    assert prepare_shakespeare(config(tmp_path, val_fraction=0.1), url) == folder
+    assert documents_of(folder, "val") == [("To be, or not to be. " * 50)[-105:]]
+
+
+def test_shakespeare_without_network_is_told(tmp_path):
+    with pytest.raises(UserError, match="cannot be had"):
+        script("shakespeare").prepare(config(tmp_path), (tmp_path / "none").as_uri())
+    assert not (tmp_path / "prepared").exists()
+
+
+@pytest.fixture
+def offline_datasets(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
+    return pytest.importorskip("datasets")
+
+
+@pytest.mark.parametrize("name", ["fineweb_edu", "openwebtext"])
+def test_a_dataset_of_the_hub_is_streamed(tmp_path, offline_datasets, name):
+    (tmp_path / "hub").mkdir()
+    write_jsonl(tmp_path / "hub" / "train.jsonl", [{"text": f"page {i}", "score": i} for i in range(6)])
+    where = {"repo": str(tmp_path / "hub")} | ({"subset": None} if name == "fineweb_edu" else {})
+    folder = script(name).prepare(config(tmp_path, val_fraction=0.34), **where)
+    assert documents_of(folder, "val") == ["page 0", "page 3"]
+    assert documents_of(folder, "train") == ["page 1", "page 2", "page 4", "page 5"]
+
+
+def test_wikitext_keeps_its_articles_and_splits(tmp_path, offline_datasets):
+    (tmp_path / "hub").mkdir()
+    article = ["", " = Title = \n", "", " Words . \n", " = = Section = = \n", " More . \n"]
+    write_jsonl(tmp_path / "hub" / "train.jsonl", [{"text": line} for line in article * 2])
+    write_jsonl(tmp_path / "hub" / "validation.jsonl", [{"text": line} for line in article])
+    folder = script("wikitext103").prepare(config(tmp_path), repo=str(tmp_path / "hub"), subset=None)
+    assert documents_of(folder, "train") == ["".join(article)] * 2
+    assert documents_of(folder, "val") == ["".join(article)]
+
+
+def test_a_dataset_that_cannot_be_had_is_told(tmp_path, offline_datasets):
+    with pytest.raises(UserError, match="cannot be read") as error:
+        script("openwebtext").prepare(config(tmp_path), repo=str(tmp_path / "none"))
+    assert "\n" not in str(error.value)
+
+
+def test_published_shards_get_a_manifest(tmp_path):
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, 3
+
+    def fetch(file, folder):
+        (folder / file).write_bytes(header.tobytes() + np.array([50_256, 1, 2], "<u2").tobytes())
+
+    folder = script("fineweb10B").prepare(config(tmp_path, chunks=2), fetch)
+    assert (len(open_split(folder, "train")), len(open_split(folder, "val"))) == (6, 3)
+    assert (verify(folder).tokenizer, verify(folder).vocab_size) == ("gpt2", 50_257)
+    with pytest.raises(UserError, match="more than the 103"):
+        script("fineweb10B").prepare(config(tmp_path, chunks=104), fetch)
