@@ -1,0 +1,44 @@
+# Two commands to know: `make run` and `make test`. `make help` lists the rest.
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= dev
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed-$(EXTRAS)
+
+.PHONY: help install run test lint format constraints clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## make .venv with everything pinned; EXTRAS=dev,data,eval chooses extras
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $@
+
+run: install ## train the default model on the embedded corpus, then sample from it
+	$(BIN)/python train.py
+
+test: install ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: install ## ruff check, ruff format, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+constraints: install ## resolve constraints.txt anew, for every supported Python
+	$(BIN)/python -m pip install --quiet uv
+	(echo '# The versions that nanodisp is tested with, for Python 3.10 to 3.13; made by `make constraints`.'; \
+	 echo 'torch==2.13.0' | $(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.10 \
+	   --no-header --no-annotate -c -) > constraints.new
+	mv constraints.new constraints.txt
+
+clean: ## delete runs and caches; prepared data stays
+	rm -rf out .pytest_cache .ruff_cache .mypy_cache .hypothesis

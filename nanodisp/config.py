@@ -1,0 +1,185 @@
+"""The whole configuration: the parts' dataclasses put together, and their way through Hydra.
+
+Values live in `conf/`, types and checks in the dataclasses. An unknown key, a wrong type or
+an impossible value ends the program with one line before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nanodisp import arguments
+from nanodisp.dispersion import DispersionConfig
+from nanodisp.errors import UserError
+from nanodisp.gpt import GPTConfig
+from nanodisp.metrics import WandbConfig
+from nanodisp.optim import OptimConfig
+from nanodisp.prepare import DataConfig
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+RESUME = ("auto", "never")
+
+
+@dataclass
+class TrainConfig:
+    """The course of a run.
+
+    steps: updates; or, given in place of it,
+    tokens: tokens of training in all, or
+    tokens_per_param: tokens as a multiple of the model's parameters.
+    batch_size: sequences of the global batch, over all ranks and micro-batches.
+    micro_batch_size: most sequences of one forward pass on a rank; null takes all at once.
+    dtype: "bfloat16" or "float16" run matrix products in it (autocast; weights stay float32,
+        float16 scales the loss); "auto" is bfloat16 on a GPU that has it, else float32.
+    compile: torch.compile the model and the loss; needs a compiler on the machine.
+    log_interval, eval_interval, checkpoint_interval: in steps.
+    eval_windows: validation windows, spread evenly over the split; null takes all.
+    keep_last: how many checkpoints stay.
+    sample_tokens: length of the sample at the end; 0 for none.
+    """
+
+    steps: int | None = None
+    tokens: int | None = None
+    tokens_per_param: float | None = None
+    batch_size: int = 32
+    micro_batch_size: int | None = None
+    dtype: str = "auto"
+    compile: bool = False
+    log_interval: int = 20
+    eval_interval: int = 200
+    checkpoint_interval: int = 500
+    eval_windows: int | None = 128
+    keep_last: int = 2
+    sample_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None and self.tokens_per_param is not None:
+            raise ValueError("train.tokens and train.tokens_per_param are both given: keep one as the budget")
+        if self.steps is None and self.tokens is None and self.tokens_per_param is None:
+            raise ValueError("no budget: give train.steps, train.tokens or train.tokens_per_param")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"train.dtype={self.dtype} is unknown; choose one of {', '.join(DTYPES)}")
+        for name in ("batch_size", "log_interval", "eval_interval", "checkpoint_interval", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name}={getattr(self, name)} must be at least 1")
+        for name in ("steps", "tokens", "tokens_per_param", "micro_batch_size", "eval_windows"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"train.{name}={getattr(self, name)} must be positive, or null")
+
+
+@dataclass
+class Config:
+    """A run. `run_name` null is made from the configuration; `resume=never` refuses a folder in use."""
+
+    model: GPTConfig = field(default_factory=GPTConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    dispersion: DispersionConfig = field(default_factory=DispersionConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1000))
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    seed: int = 1337
+    device: str = "auto"
+    resume: str = "auto"
+    out_dir: str = "out"
+    run_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must not be negative")
+        if self.resume not in RESUME:
+            raise ValueError(f"resume={self.resume} is unknown; choose one of {', '.join(RESUME)}")
+        if self.run_name is not None and not re.fullmatch(r"[\w.,=+-]+", self.run_name):
+            raise ValueError(f"run_name={self.run_name!r} may hold letters, digits and . , = + - _ alone")
+
+
+# What may change between two calls without making it another run.
+NOT_IDENTITY = {
+    "": ("device", "resume", "out_dir", "run_name", "wandb"),
+    "train": ("compile", "micro_batch_size", "log_interval", "checkpoint_interval", "keep_last", "sample_tokens"),
+}
+
+
+def name_of(config: Config, model: str) -> str:
+    """The run's name: readable, and one for one with what decides the run's result, by a hash of it.
+
+    `model` is the name of the model's config.
+    """
+    identity = dataclasses.asdict(config)
+    for section, keys in NOT_IDENTITY.items():
+        for key in keys:
+            del (identity[section] if section else identity)[key]
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:6]
+    d = config.dispersion
+    dispersion = f"{d.variant}{d.lambda_disp:g}" if d.lambda_disp > 0 else "off"
+    return f"{model}-{config.data.name}-{dispersion}-s{config.seed}-{digest}"
+
+
+def main(task: Callable[[Config], None]) -> None:
+    """Run `task` with the configuration that Hydra composes from `conf/` and the command line.
+
+    A user's mistake becomes one line on stderr and exit code 2; a bug of ours a traceback.
+    """
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to the lines below, not to Hydra's printer
+    ConfigStore.instance().store(name="schema", node=Config)
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+    def entry(composed: DictConfig) -> None:
+        config = check(composed)
+        if config.run_name is None:
+            config.run_name = name_of(config, HydraConfig.get().runtime.choices["model"])
+        task(config)
+
+    try:
+        entry()
+    except UserError as error:
+        sys.exit(arguments.fail(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(arguments.fail(UserError(explain(error))))
+
+
+def check(composed: DictConfig) -> Config:
+    """The composed configuration as dataclasses, every check of theirs passed; else UserError."""
+    try:
+        return cast(Config, OmegaConf.to_object(composed))
+    except ValueError as error:
+        raise UserError(explain(error)) from error
+
+
+def explain(error: BaseException) -> str:
+    """One line from Hydra's or OmegaConf's several."""
+    said = [" ".join(re.sub(r"To append to your config use \S+", "", str(error)).split())]
+    if error.__cause__ is not None:
+        said.append(explain(error.__cause__))
+    line = " ".join(said)
+    if unknown := re.search(r"Key '(\w+)' (?:is )?not in '?(\w+Config|Config)'?", line):
+        schema = {c.__name__: c for c in SCHEMAS}[unknown[2]]
+        line += f". Known keys: {', '.join(f.name for f in dataclasses.fields(schema))}"
+    return line
+
+
+SCHEMAS: tuple[Any, ...] = (
+    Config,
+    GPTConfig,
+    DataConfig,
+    DispersionConfig,
+    OptimConfig,
+    TrainConfig,
+    WandbConfig,
+)

@@ -1,0 +1,178 @@
+"""Batches as a pure function of (seed, step).
+
+The corpus is cut into windows of block_size tokens, side by side. An epoch visits every
+window exactly once, in an order that (seed, epoch) decides; sequence number i of the run
+is window i mod W of epoch i div W. So a resumed run needs no loader state, and any number
+of ranks or micro-batches sees the same global batch. Windows may span documents.
+
+The order is a Feistel network on the window's number, not a shuffled list: the same
+shuffle in constant memory, for a corpus of any size, whatever numpy's version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanodisp.errors import UserError
+from nanodisp.shards import MANIFEST, Manifest, Tokens, check_tokens, open_split
+
+FEISTEL_ROUNDS = 6
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A folder of shards, opened.
+
+    tokenizer: a spec for `load_tokenizer`.
+    vocab_size: None when nothing but the tokenizer itself tells.
+    bytes_per_token: of the validation split, None when nothing tells.
+    """
+
+    folder: Path
+    train: Tokens
+    val: Tokens
+    tokenizer: str
+    vocab_size: int | None
+    bytes_per_token: float | None
+
+
+def open_corpus(folder: Path, tokenizer: str) -> Corpus:
+    """Open both splits; `tokenizer` is the spec for shards that come without a manifest.
+
+    Raises UserError as `open_split` does.
+    """
+    train, val = open_split(folder, "train"), open_split(folder, "val")
+    if not (folder / MANIFEST).exists():
+        return Corpus(folder, train, val, tokenizer, None, None)
+    manifest = Manifest.load(folder)
+    beside = folder / manifest.tokenizer  # a .tiktoken file, if it is one
+    spec = str(beside) if beside.is_file() else manifest.tokenizer
+    return Corpus(folder, train, val, spec, manifest.vocab_size, manifest.bytes_per_token.get("val"))
+
+
+class Loader:
+    """Global batches of windows drawn from one split.
+
+    Args:
+        tokens: the split.
+        block_size: tokens of a window; its targets are the same window one token on.
+        batch_size: sequences of the global batch.
+        seed: decides the order.
+        vocab_size: every token id must lie below it.
+
+    Raises UserError when the split holds no whole window.
+    """
+
+    def __init__(self, tokens: Tokens, *, block_size: int, batch_size: int, seed: int, vocab_size: int) -> None:
+        self.tokens, self.block_size, self.batch_size = tokens, block_size, batch_size
+        self.seed, self.vocab_size = seed, vocab_size
+        self.n_windows = count_windows(tokens, block_size)
+
+    def windows(self, step: int) -> np.ndarray:
+        """The windows of the global batch of `step` (from 0), int64 [batch_size]."""
+        sequence = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epoch, index = np.divmod(sequence, self.n_windows)
+        chosen = np.empty_like(index)
+        for e in np.unique(epoch):
+            chosen[epoch == e] = permute(index[epoch == e], self.n_windows, (self.seed, int(e)))
+        return chosen
+
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[Tensor, Tensor]:
+        """This rank's rows of the global batch of `step`: idx and targets, int64 [batch_size / world_size, T].
+
+        Raises UserError for a token id outside the vocabulary.
+        """
+        rows = self.batch_size // world_size
+        return read_windows(
+            self.tokens, self.windows(step)[rank * rows : (rank + 1) * rows], self.block_size, self.vocab_size
+        )
+
+
+def count_windows(tokens: Tokens, block_size: int) -> int:
+    """Whole windows (with their last target) in a split; raises UserError when there is none."""
+    n_windows = (len(tokens) - 1) // block_size
+    if n_windows < 1:
+        raise UserError(
+            f"model.block_size={block_size} needs {block_size + 1} tokens, but a split of {tokens.paths[0].parent} "
+            f"has {len(tokens)}: take a smaller block_size, more text or another data.val_fraction"
+        )
+    return n_windows
+
+
+def read_windows(tokens: Tokens, windows: np.ndarray, block_size: int, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """idx and targets of these windows, int64 [len(windows), T]; raises UserError for a foreign token id."""
+    rows = np.empty((len(windows), block_size + 1), dtype=np.int64)
+    for row, window in zip(rows, windows.tolist(), strict=True):
+        row[:] = tokens.read(window * block_size, (window + 1) * block_size + 1)
+    check_tokens(rows, vocab_size, tokens.paths[0].parent)
+    batch = torch.from_numpy(rows)
+    return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+
+
+def permute(index: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
+    """A permutation of range(n) that `key` (non-negative integers) decides, applied to `index`.
+
+    A balanced Feistel network over the smallest even number of bits that holds n - 1,
+    walked on from any value that lands outside of the range (Black & Rogaway 2002).
+    """
+    half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
+    half, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
+    round_keys = np.random.SeedSequence(key).generate_state(FEISTEL_ROUNDS, np.uint64)
+
+    value = index.astype(np.uint64)
+    outside = np.ones(value.shape, dtype=bool)
+    while outside.any():
+        left, right = value[outside] >> half, value[outside] & mask
+        for round_key in round_keys:
+            left, right = right, left ^ (_mix(right ^ round_key) & mask)
+        value[outside] = left << half | right
+        outside = value >= n
+    return value.astype(np.int64)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser: every bit of x moves every bit of the result."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def prefetch(
+    loader: Loader, steps: Iterable[int], device: torch.device, rank: int = 0, world_size: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of `steps` on `device`; on CUDA read ahead by one in a thread, from pinned memory."""
+
+    def read(step: int) -> tuple[Tensor, Tensor]:
+        x, y = loader.batch(step, rank, world_size)
+        return (x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)
+
+    if device.type != "cuda":
+        yield from map(read, steps)
+        return
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        ahead = None
+        for step in steps:
+            current, ahead = ahead, reader.submit(read, step)
+            if current is not None:
+                yield _to(device, current.result())
+        if ahead is not None:
+            yield _to(device, ahead.result())
+
+
+def _to(device: torch.device, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    x, y = batch
+    return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+
+def spread_windows(n_windows: int, wanted: int | None) -> np.ndarray:
+    """`wanted` window numbers spread evenly over n_windows (all of them for None), int64: a fixed validation set."""
+    if wanted is None or wanted >= n_windows:
+        return np.arange(n_windows)
+    return np.arange(wanted) * n_windows // wanted

@@ -1,0 +1,146 @@
+"""Parameter groups, optimizers and the learning-rate schedule.
+
+AdamW decays matrices only. Muon (Jordan et al. 2024, torch's own) takes the matrices of the
+blocks and leaves embeddings, biases and LayerNorms to AdamW.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+@dataclass
+class OptimConfig:
+    """How weights are updated.
+
+    name: "adamw", or "muon" with AdamW for what is not a block's matrix.
+    lr: AdamW's peak learning rate.
+    muon_lr: Muon's, scaled to match AdamW's update size (`match_rms_adamw`).
+    weight_decay: decoupled, on matrices only.
+    beta1, beta2: of AdamW.
+    muon_momentum: of Muon.
+    schedule: after warm-up "cosine" or "linear" down to `min_lr_fraction` of the peak, or "constant".
+    warmup_steps: the rate rises linearly over this many steps, at most a tenth of the run.
+    decay_fraction: the decay takes this last share of the run, with the peak held until
+        then: 1 is the usual cosine, "linear" with 0.2 is warm-up-stable-decay (WSD).
+    min_lr_fraction: the rate at the end, as a share of the peak.
+    grad_clip: largest norm of the gradient; null never clips.
+    """
+
+    name: str = "adamw"
+    lr: float = 6e-4
+    muon_lr: float = 6e-4
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    muon_momentum: float = 0.95
+    schedule: str = "cosine"
+    warmup_steps: int = 100
+    decay_fraction: float = 1.0
+    min_lr_fraction: float = 0.1
+    grad_clip: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        if self.name not in OPTIMIZERS:
+            raise ValueError(f"optim.name={self.name} is unknown; choose one of {', '.join(OPTIMIZERS)}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"optim.schedule={self.schedule} is unknown; choose one of {', '.join(SCHEDULES)}")
+        for name in ("lr", "muon_lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"optim.{name}={getattr(self, name)} must be a positive number")
+        for name in ("beta1", "beta2", "muon_momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optim.{name}={getattr(self, name)} must lie in [0, 1)")
+        for name in ("decay_fraction", "min_lr_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"optim.{name}={getattr(self, name)} must lie in [0, 1]")
+        if self.warmup_steps < 0 or self.weight_decay < 0:
+            raise ValueError("optim.warmup_steps and optim.weight_decay must not be negative")
+        if self.grad_clip is not None and not self.grad_clip > 0:
+            raise ValueError(f"optim.grad_clip={self.grad_clip} must be positive; null never clips")
+
+
+def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """The optimizers that together update all of `model`. Each group keeps its peak rate as "peak_lr"."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    muon = [p for name, p in named if config.name == "muon" and p.dim() == 2 and ".h." in f".{name}"]
+    in_muon = {id(p) for p in muon}
+    matrices = [p for _, p in named if p.dim() >= 2 and id(p) not in in_muon]
+    vectors = [p for _, p in named if p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=config.lr, betas=(config.beta1, config.beta2), fused=True
+    )
+    optimizers: list[torch.optim.Optimizer] = [adamw]
+    if muon:
+        optimizers.append(
+            torch.optim.Muon(
+                muon,
+                lr=config.muon_lr,
+                momentum=config.muon_momentum,
+                weight_decay=config.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def lr_scale(config: OptimConfig, step: int, total_steps: int) -> float:
+    """The learning rate at `step` (from 0) of `total_steps`, as a share of its peak."""
+    warmup_steps = min(config.warmup_steps, total_steps // 10)
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    decay_start = max(warmup_steps, round(total_steps * (1 - config.decay_fraction)))
+    if config.schedule == "constant" or step < decay_start:
+        return 1.0
+    progress = (step - decay_start) / max(1, total_steps - decay_start)
+    shape = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
+    return config.min_lr_fraction + (1 - config.min_lr_fraction) * shape
+
+
+def set_lr(optimizers: list[torch.optim.Optimizer], scale: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * scale
+
+
+# --- optimizer state by parameter name, for checkpoints ----------------------------------
+
+
+def state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Every optimizer's state as {"<parameter>/<what>": tensor}, the same whatever the groups' order."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        f"{names[id(p)]}/{what}": value if isinstance(value, Tensor) else torch.tensor(value)
+        for optimizer in optimizers
+        for p, state in optimizer.state.items()
+        for what, value in state.items()
+    }
+
+
+def load_state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
+    """Put back what `state_tensors` gave.
+
+    Raises KeyError for a parameter that the optimizers do not have.
+    """
+    parameters = dict(model.named_parameters())
+    owner = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
+    for key, value in tensors.items():
+        name, what = key.rsplit("/", 1)
+        parameter = parameters[name]
+        # AdamW counts its steps in a tensor beside the parameter, in float32 whatever the parameter's dtype
+        dtype = parameter.dtype if value.dim() > 0 else value.dtype
+        owner[id(parameter)].state[parameter][what] = value.to(parameter.device, dtype)

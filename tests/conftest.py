@@ -1,0 +1,81 @@
+"""What several tests share: a small corpus, and training runs on it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; must be set before triton is imported
+os.environ["WANDB_MODE"] = "offline"
+
+import hydra
+import numpy as np
+import pytest
+import torch
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+
+from nanodisp import config, shards
+from nanodisp.config import Config
+
+torch.set_num_threads(2)
+
+ROOT = Path(__file__).parent.parent
+TINY = (
+    "data=shards",
+    "model.n_layer=2",
+    "model.n_head=2",
+    "model.n_embd=16",
+    "model.block_size=16",
+    "train.batch_size=4",
+    "train.eval_windows=4",
+    "train.sample_tokens=8",
+    "device=cpu",
+)
+
+
+def write_corpus(folder: Path, n_train: int = 5000, n_val: int = 500, vocab_size: int = 257) -> Path:
+    """A folder of byte shards with some structure to learn, manifest included."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    words = [rng.integers(97, 123, size=rng.integers(2, 7)) for _ in range(20)]
+    entries = []
+    for split, n_tokens in (("train", n_train), ("val", n_val)):
+        text = np.concatenate([np.append(words[i], 32) for i in rng.integers(0, 20, size=n_tokens)])[:n_tokens]
+        shards.write_shard(folder / f"{split}_000000.bin", text.astype(np.uint16))
+        entries.append(shards.describe_shard(folder / f"{split}_000000.bin", split))
+    shards.Manifest("byte", vocab_size, "made by a test", {"train": 1.0, "val": 1.0}, entries).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def compose(*overrides: str) -> Config:
+    """The configuration that `python train.py <overrides>` gets."""
+    ConfigStore.instance().store(name="schema", node=Config)
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(config.CONF), version_base="1.3"):
+        return config.check(hydra.compose("config", list(overrides)))
+
+
+def records(folder: Path, split: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["split"] == split]
+
+
+@pytest.fixture
+def run(corpus: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Train a tiny model as `python train.py <overrides>` would; gives the run's folder."""
+    import train
+
+    def go(*overrides: str, name: str = "run") -> Path:
+        train.train(compose(*TINY, f"data.path={corpus}", f"out_dir={tmp_path}", f"run_name={name}", *overrides))
+        return tmp_path / name
+
+    return go

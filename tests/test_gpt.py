@@ -1,0 +1,217 @@
+"""The model: sizes, hidden states, padding, generation, and agreement with transformers' GPT-2."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import compose
+from torch import nn
+
+from nanodisp.gpt import GPT, GPTConfig, KVCache, TakeTokens, generate, sample_token
+
+SMALL = GPTConfig(n_layer=3, n_head=2, n_embd=16, block_size=12, vocab_size=70)
+
+
+def small_model(**changes: object) -> GPT:
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**{**vars(SMALL), **changes}))  # type: ignore[arg-type]
+
+
+def tokens(*shape: int, below: int = 70) -> torch.Tensor:
+    return torch.randint(below, shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("size", "n_parameters"),
+    [("gpt2", 124_439_808), ("gpt2_medium", 354_823_168), ("gpt2_large", 774_030_080), ("gpt2_xl", 1_557_611_200)],
+)
+def test_published_sizes_have_their_published_parameter_counts(size: str, n_parameters: int) -> None:
+    config = compose(f"model={size}", "model.vocab_size=50257").model
+    with torch.device("meta"):
+        model = GPT(config)
+    assert model.num_parameters() == n_parameters
+    assert model.wte.num_embeddings == 50304
+
+
+@pytest.mark.parametrize(("size", "millions"), [("nano", 1), ("micro", 10), ("mini", 30)])
+def test_small_sizes_are_about_what_their_names_promise(size: str, millions: int) -> None:
+    config = compose(f"model={size}", "model.vocab_size=257").model
+    with torch.device("meta"):
+        n_parameters = GPT(config).num_parameters()
+    assert 0.9 * millions < n_parameters / 1e6 < 1.3 * millions
+
+
+def test_d_ff_alone_widens_the_mlp() -> None:
+    widths = [model.h[0].mlp.c_fc.out_features for model in (small_model(), small_model(d_ff=24))]
+    assert widths == [64, 24]
+
+
+def test_logits_equal_those_of_transformers_with_the_same_weights() -> None:
+    transformers = pytest.importorskip("transformers")
+    ours = small_model(n_embd=32, n_head=4)
+    for parameter in ours.parameters():  # biases and LayerNorms too must matter
+        nn.init.normal_(parameter, std=0.3)
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=70, n_positions=12, n_embd=32, n_layer=3, n_head=4)
+    ).eval()
+    state = {}
+    for name, value in ours.state_dict().items():
+        transposed = name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))  # Conv1D there
+        state[f"transformer.{name}"] = value.T if transposed else value[:70] if name == "wte.weight" else value
+    state["lm_head.weight"] = state["transformer.wte.weight"]
+    theirs.load_state_dict(state)
+    idx = tokens(2, 12)
+    with torch.no_grad():
+        reference = theirs(idx, output_hidden_states=True)
+        ours.eval()
+        torch.testing.assert_close(ours(idx).logits[..., :70], reference.logits, rtol=1e-5, atol=1e-5)
+        hidden = ours(idx, return_hidden=True).hidden
+    for mine, other in zip(hidden, reference.hidden_states, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+def test_hidden_states_run_from_the_embedding_to_the_last_layer_norm() -> None:
+    model, idx = small_model(), tokens(2, 12)
+    hidden = model(idx, return_hidden=True).hidden
+    torch.testing.assert_close(hidden[0], model.wte(idx) + model.wpe.weight)
+    torch.testing.assert_close(hidden[1], model.h[0](hidden[0]))
+    torch.testing.assert_close(hidden[3], model.ln_f(model.h[2](hidden[2])))
+    torch.testing.assert_close(model(idx).logits[..., :70], hidden[3] @ model.wte.weight[:70].T)
+    assert len(hidden) == 4
+
+
+def test_taken_tokens_are_those_of_the_hidden_states_in_value_and_gradient() -> None:
+    model, idx = small_model(), tokens(2, 12)
+    layers, positions = (0, 2, 3), torch.tensor([[0, 5, 11], [1, 2, 3], [4, 9, 10]])
+
+    def gradient(taken: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        model.zero_grad()
+        (taken.square().sum() + loss).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    out = model(idx, idx, take=(layers, positions))
+    whole = model(idx, idx, return_hidden=True)
+    picked = torch.stack([whole.hidden[layer][:, row] for layer, row in zip(layers, positions, strict=True)])
+    torch.testing.assert_close(out.hidden, picked)
+    torch.testing.assert_close(gradient(out.hidden, out.loss), gradient(picked, whole.loss))
+
+
+def test_take_tokens_has_the_gradient_of_indexing() -> None:
+    x = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: TakeTokens.apply(x, torch.tensor([0, 3])), x)
+
+
+def test_padding_of_the_vocabulary_is_never_predicted_and_never_trained() -> None:
+    model, idx = small_model(), tokens(2, 12)
+    assert (model(idx).logits[..., 70:] == -math.inf).all()
+    model(idx, idx).loss.backward()
+    assert (model.wte.weight.grad[70:] == 0).all()
+    assert model.wte.weight.grad[:70].any(dim=1).all()
+
+
+def test_loss_is_the_mean_cross_entropy_of_the_logits() -> None:
+    model, idx, targets = small_model(), tokens(2, 12), tokens(12, 2).T
+    expected = -model(idx).logits.log_softmax(-1).gather(-1, targets[..., None]).mean()
+    torch.testing.assert_close(model(idx, targets).loss, expected)
+
+
+def test_initialisation_scales_the_branches_into_the_residual_stream() -> None:
+    model = small_model(n_embd=128, n_layer=8, block_size=64)
+    assert model.h[0].attn.c_attn.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.h[7].mlp.c_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_generation_with_the_cache_equals_recomputing_the_context(length: int) -> None:
+    model, prompt = small_model().eval(), tokens(3, length)
+    new = torch.stack(list(generate(model, prompt, 12 - length, temperature=0)), dim=1)
+    context = prompt
+    for _ in range(12 - length):
+        context = torch.cat([context, model(context).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(new, context[:, length:])
+
+
+def test_generation_goes_on_past_a_full_context_from_its_last_half() -> None:
+    model, prompt = small_model().eval(), tokens(1, 12)
+    new = list(generate(model, prompt, 20, temperature=0))
+    assert len(new) == 20
+    half = torch.cat([prompt[:, -5:], new[0][:, None]], dim=1)
+    assert torch.equal(new[1], model(half).logits[:, -1].argmax(-1))
+
+
+def test_cache_refuses_what_it_would_get_wrong() -> None:
+    model = small_model()
+    cache = KVCache(model.config, 1, torch.device("cpu"), torch.float32)
+    model(tokens(1, 4), cache=cache)
+    with pytest.raises(ValueError, match="1 at a time"):
+        model(tokens(1, 2), cache=cache)
+    with pytest.raises(ValueError, match="block_size=12"):
+        model(tokens(1, 13))
+
+
+def test_sampling_respects_temperature_top_k_top_p_and_the_generator() -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(500, -1)
+
+    def drawn(temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0) -> set[int]:
+        return set(sample_token(logits, temperature, top_k, top_p, torch.Generator().manual_seed(0)).tolist())
+
+    assert drawn() == {0, 1, 2, 3}
+    assert drawn(temperature=0) == {0}
+    assert drawn(top_k=2) == {0, 1}
+    assert drawn(top_k=100) == {0, 1, 2, 3}
+    assert drawn(top_p=0.4) == {0}
+    assert drawn(top_p=0.9) == {0, 1, 2}
+    same = [sample_token(logits, 1.0, None, 1.0, torch.Generator().manual_seed(7)) for _ in range(2)]
+    assert torch.equal(*same)
+
+
+def test_dropout_acts_in_training_alone() -> None:
+    model, idx = small_model(dropout=0.5), tokens(2, 12)
+    assert not torch.equal(model(idx).logits, model(idx).logits)
+    model.eval()
+    assert torch.equal(model(idx).logits, model(idx).logits)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_embd": 15}, "n_embd=15 is not divisible by model.n_head=2"),
+        ({"n_layer": 0}, "n_layer=0"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"d_ff": 0}, "d_ff=0"),
+    ],
+)
+def test_impossible_shapes_are_refused(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small_model(**changes)
+
+
+def test_flops_count_every_matrix_product_three_times_over() -> None:
+    model = small_model()
+    macs = 0
+
+    def count(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        nonlocal macs
+        macs += output.numel() * args[0].size(-1)
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(count)
+    model(tokens(1, 12))
+    c = model.config
+    macs += 12 * c.n_embd * c.vocab_size + c.n_layer * 2 * 12 * 12 * c.n_embd  # head, attention
+    linear_biases = c.n_layer * (3 + 1 + 4 + 1) * c.n_embd
+    layer_norms = (2 * c.n_layer + 1) * 2 * c.n_embd
+    assert model.flops_per_token() == 6 * macs // 12 + 6 * (linear_biases + layer_norms)
+
+
+def test_the_package_needs_no_more_than_torch_and_numpy() -> None:
+    import subprocess
+    import sys
+
+    blocked = ("hydra", "omegaconf", "wandb", "rich", "tiktoken", "safetensors", "matplotlib", "triton")
+    code = f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); from nanodisp import DispersionLoss"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)

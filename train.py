@@ -1,0 +1,331 @@
+"""Pre-train a GPT with a dispersion loss.
+
+    python train.py                                                      # the default run
+    python train.py model=gpt2 data=fineweb10B dispersion.lambda_disp=0.3
+    python train.py -m model=nano,micro dispersion.lambda_disp=0,0.1     # a sweep
+    torchrun --standalone --nproc_per_node=2 train.py                    # several GPUs
+
+The same command again goes on where the run stopped. Everything random in step s is drawn
+from (seed, s), so a run that was interrupted is the run that was not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nanodisp import checkpoint, config, distributed, optim
+from nanodisp.condensation import mean_cosine
+from nanodisp.config import Config, TrainConfig
+from nanodisp.dispersion import DispersionLoss, lambda_at, sample_positions, select_layers
+from nanodisp.distributed import World
+from nanodisp.errors import UserError
+from nanodisp.gpt import GPT, generate
+from nanodisp.loader import Corpus, Loader, count_windows, open_corpus, prefetch, read_windows, spread_windows
+from nanodisp.metrics import Metrics
+from nanodisp.prepare import prepare
+from nanodisp.tokenizer import load_tokenizer
+
+
+class Objective(nn.Module):
+    """The terms that are minimised, as one module: what torch.compile and DDP wrap.
+
+    x, y int64 [B, T], positions int64 [len(layers), N] or None for no dispersion
+    -> cross-entropy, dispersion (mean over sequences and layers; 0 for none), scalars.
+    """
+
+    def __init__(self, model: GPT, dispersion: DispersionLoss, layers: list[int]) -> None:
+        super().__init__()
+        self.model, self.dispersion, self.layers = model, dispersion, layers
+
+    def forward(self, x: Tensor, y: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        if positions is None:
+            ce = self.model(x, y).loss
+            return ce, torch.zeros_like(ce)
+        out = self.model(x, y, take=(self.layers, positions))
+        return out.loss, self.dispersion(out.hidden.flatten(0, 1))  # [layers, B, N, C] -> [layers * B, N, C]
+
+
+def train(config: Config) -> None:
+    """One run, from data to a sample."""
+    world = distributed.start(config.device)
+    device, batch_size = world.device, config.train.batch_size
+    if batch_size % world.size != 0:
+        raise UserError(f"train.batch_size={batch_size} is not divisible by the number of ranks, {world.size}")
+
+    # --- data: rank 0 prepares it if need be, the others find it done
+    if not world.is_main:
+        world.barrier()
+    corpus = open_corpus(prepare(config.data), config.data.tokenizer)
+    if world.is_main:
+        world.barrier()
+    config.data.tokenizer = corpus.tokenizer
+    vocab_size = config.model.vocab_size or corpus.vocab_size or load_tokenizer(corpus.tokenizer).vocab_size
+    corpus.train.check_range(vocab_size)
+
+    # --- model and loss
+    dtype = resolve_dtype(config.train.dtype, device)
+    torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")  # "high" allows TF32
+    torch.manual_seed(config.seed)
+    config.model.vocab_size = vocab_size
+    model = GPT(config.model).to(device)
+    layers = select_layers(config.dispersion.layers, config.model.n_layer)
+    objective: Any = Objective(model, DispersionLoss(config.dispersion.variant, config.dispersion.tau), layers)
+    if config.train.compile:
+        torch.compiler.reset()  # an earlier run of a sweep compiled other shapes
+        objective.compile()
+    if world.size > 1:
+        objective = DistributedDataParallel(objective)
+
+    # --- budget and batches
+    block_size = config.model.block_size
+    tokens_per_step = batch_size * block_size
+    total_steps = count_steps(config.train, model.num_parameters(), tokens_per_step)
+    n_micro = count_micro_batches(batch_size // world.size, config.train.micro_batch_size)
+    data = Loader(corpus.train, block_size=block_size, batch_size=batch_size, seed=config.seed, vocab_size=vocab_size)
+    held_out = spread_windows(count_windows(corpus.val, block_size), config.train.eval_windows)
+
+    # --- optimizers, and the run so far
+    optimizers = optim.build_optimizers(model, config.optim)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    folder = Path(config.out_dir) / str(config.run_name)
+    step, seconds, resumed = restore(folder, config, model, optimizers, scaler)
+    if world.is_main:
+        write_config(folder, config, corpus)
+    run_began = time.perf_counter() - seconds
+
+    def record_validation() -> None:
+        rows = batch_size // world.size // n_micro
+        record = evaluate(model, corpus, held_out, rows, world, dtype)
+        metrics.record({"step": step, "split": "val", **record, **tally()})
+
+    def tally() -> dict[str, float]:
+        return {"tokens": step * tokens_per_step, "seconds": round(time.perf_counter() - run_began, 3)}
+
+    def save() -> None:
+        if world.is_main:
+            state = {"step": step, **tally(), "scaler": scaler.state_dict(), "config": dataclasses.asdict(config)}
+            tensors = optim.state_tensors(model, optimizers)
+            checkpoint.save(folder / "checkpoints", model.state_dict(), tensors, state)
+            checkpoint.prune(folder / "checkpoints", config.train.keep_last)
+
+    with Metrics(
+        folder if world.is_main else None,
+        config=dataclasses.asdict(config),
+        wandb_config=config.wandb,
+        step=step if resumed else -1,
+        total_steps=total_steps,
+    ) as metrics:
+        metrics.say(
+            f"{folder}: {model.num_parameters():,} parameters, {total_steps} steps of {tokens_per_step:,} tokens, "
+            f"{world.size} x {device.type} in {str(dtype).removeprefix('torch.')}"
+        )
+        if resumed:
+            metrics.say(f"the run is complete at step {step}" if step >= total_steps else f"going on from step {step}")
+        else:
+            record_validation()
+
+        batches = prefetch(data, range(step, total_steps), device, world.rank, world.size)
+        lap_seconds, lap_steps = 0.0, 0  # since the last line of training figures
+        while step < total_steps:
+            step_began = time.perf_counter()
+            x, y = next(batches)
+            scale = optim.lr_scale(config.optim, step, total_steps)
+            lambda_disp = lambda_at(config.dispersion, step, total_steps)
+            positions = None
+            if config.dispersion.lambda_disp > 0:
+                positions = sample_positions(config.seed, step, layers, block_size, config.dispersion.max_tokens)
+                positions = positions.to(device, non_blocking=True)
+            torch.manual_seed(seed_for(config.seed, step, world.rank))  # dropout's
+
+            # --- forward and backward; ranks share their gradients with the last micro-batch
+            terms = torch.zeros(2, device=device)  # cross-entropy, dispersion
+            for i, (x_i, y_i) in enumerate(zip(x.chunk(n_micro), y.chunk(n_micro), strict=True)):
+                silent = world.size > 1 and i < n_micro - 1
+                with objective.no_sync() if silent else contextlib.nullcontext():
+                    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                        ce, dispersion = objective(x_i, y_i, positions)
+                    scaler.scale((ce + lambda_disp * dispersion) / n_micro).backward()
+                terms += torch.stack([ce.detach(), dispersion.detach()]) / n_micro
+
+            # --- clip, update
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip or math.inf)
+            optim.set_lr(optimizers, scale)
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+                optimizer.zero_grad()
+            scaler.update()
+            step += 1
+
+            # --- figures, validation, checkpoint
+            done = step == total_steps
+            log = done or step == 1 or step % config.train.log_interval == 0
+            validate = done or step % config.train.eval_interval == 0
+            if log:
+                ce_mean, dispersion_mean = (world.sum(terms) / world.size).tolist()
+            if device.type == "cuda" and (log or validate):
+                torch.cuda.synchronize()
+            lap_seconds, lap_steps = lap_seconds + time.perf_counter() - step_began, lap_steps + 1
+            if log:
+                tokens_per_second = lap_steps * tokens_per_step / lap_seconds
+                lap_seconds, lap_steps = 0.0, 0
+                peak = distributed.peak_flops(device, dtype)
+                metrics.record(
+                    {
+                        "step": step,
+                        "split": "train",
+                        "loss": ce_mean,
+                        "dispersion": dispersion_mean if positions is not None else None,
+                        "lambda_disp": lambda_disp,
+                        "lr": config.optim.lr * scale,
+                        "grad_norm": grad_norm.item(),
+                        "tokens_per_second": tokens_per_second,
+                        "mfu": tokens_per_second * model.flops_per_token() / (peak * world.size) if peak else None,
+                        **tally(),
+                    }
+                )
+            if validate:
+                record_validation()
+            if done or step % config.train.checkpoint_interval == 0:
+                save()
+            metrics.advance(step)
+
+        conclude(folder, model, corpus, config, metrics)
+
+
+@torch.no_grad()
+def evaluate(
+    model: GPT, corpus: Corpus, windows: np.ndarray, rows: int, world: World, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Loss, bits per byte and mean cosine by layer on validation windows, `rows` at a time, shared among ranks."""
+    model.eval()
+    n_hidden = model.config.n_layer + 1
+    sums = torch.zeros(1 + n_hidden, dtype=torch.float64, device=world.device)  # loss, then every layer's cosine
+    mine = windows[world.rank :: world.size]
+    for start in range(0, len(mine), rows):
+        chunk = mine[start : start + rows]
+        x, y = read_windows(corpus.val, chunk, model.config.block_size, model.vocab_size)
+        with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
+            out = model(x.to(world.device), y.to(world.device), return_hidden=True)
+        assert out.hidden is not None
+        figures = torch.stack([out.loss, *map(mean_cosine, out.hidden)])
+        sums += len(chunk) * figures.double()
+    model.train()
+    loss, *cosines = (world.sum(sums) / len(windows)).tolist()
+    bpb = loss / math.log(2) / corpus.bytes_per_token if corpus.bytes_per_token else None
+    return {"loss": loss, "bpb": bpb, "mean_cosine": cosines}
+
+
+def restore(
+    folder: Path, config: Config, model: GPT, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler
+) -> tuple[int, float, bool]:
+    """Put the newest checkpoint of the run back, if there is one: updates done, seconds spent, whether there was."""
+    checkpoints = checkpoint.all_checkpoints(folder / "checkpoints")
+    if not checkpoints:
+        return 0, 0.0, False
+    if config.resume == "never":
+        raise UserError(f"{folder} holds a run: resume=auto goes on with it, run_name=<another> starts afresh")
+    saved = checkpoint.load(checkpoints[-1])
+    theirs, ours = saved.state["config"]["model"], dataclasses.asdict(config.model)
+    if differing := [f"{key}={theirs.get(key)} (now {ours[key]})" for key in ours if theirs.get(key) != ours[key]]:
+        raise UserError(f"{saved.path} is of another model: {', '.join(differing)}; give the run another run_name")
+    model.load_state_dict(saved.model)
+    optim.load_state_tensors(model, optimizers, saved.optimizer)
+    scaler.load_state_dict(saved.state["scaler"])
+    return saved.step, saved.state["seconds"], True
+
+
+def write_config(folder: Path, config: Config, corpus: Corpus) -> None:
+    """Make the run's folder: the resolved configuration, and the tokenizer if it is a file."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
+        if Path(corpus.tokenizer).is_file():
+            shutil.copyfile(corpus.tokenizer, folder / "tokenizer.tiktoken")
+    except OSError as error:
+        raise UserError(f"the run's folder {folder} can not be written: {error}; choose another out_dir") from error
+
+
+def conclude(folder: Path, model: GPT, corpus: Corpus, config: Config, metrics: Metrics) -> None:
+    """Say how it went: loss, condensation before and after, a sample, and where everything lies."""
+    if not metrics.enabled:
+        return
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    first, *_, last = [record for record in records if record["split"] == "val"]
+    for when, record in (("before", first), ("after", last)):
+        cosines = " ".join(f"{value:.3f}" for value in record["mean_cosine"])
+        metrics.say(f"mean cosine by layer {when:>6} training: {cosines}")
+    if config.train.sample_tokens > 0:
+        metrics.say(f"--- sample\n{write_sample(folder, model, corpus, config)}\n---")
+    bpb = f", {last['bpb']:.4f} bits per byte" if last["bpb"] else ""
+    metrics.say(f"validation loss {last['loss']:.4f} nats per token{bpb} after {last['step']} steps")
+    metrics.say(f"config.yaml, metrics.jsonl, samples.txt and checkpoints/ lie in {folder}")
+    metrics.say(f'more text: python sample.py checkpoint={folder} prompt="…"')
+
+
+def write_sample(folder: Path, model: GPT, corpus: Corpus, config: Config) -> str:
+    """Text that the model makes up from nothing; also written to samples.txt."""
+    try:
+        tokenizer = load_tokenizer(corpus.tokenizer)
+    except UserError as error:  # training does not need the tokenizer's file, so a finished run is not lost by it
+        return f"(no sample: {error})"
+    device = model.wte.weight.device
+    generator = torch.Generator(device).manual_seed(config.seed)
+    start = torch.full((1, 1), tokenizer.eot, device=device)
+    model.eval()
+    tokens = generate(model, start, config.train.sample_tokens, temperature=0.8, top_k=50, generator=generator)
+    text = tokenizer.decode_bytes(int(token) for token in tokens).decode("utf-8", errors="replace")
+    (folder / "samples.txt").write_text(text)
+    return text
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products: "auto" is bfloat16 on a GPU that has it, float32 elsewhere."""
+    if name == "auto":
+        name = (
+            "bfloat16"
+            if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            else "float32"
+        )
+    return getattr(torch, name)
+
+
+def count_steps(config: TrainConfig, n_parameters: int, tokens_per_step: int) -> int:
+    """The budget in steps; a budget in tokens is met, so the last step may go beyond it."""
+    if config.tokens is not None:
+        return math.ceil(config.tokens / tokens_per_step)
+    if config.tokens_per_param is not None:
+        return math.ceil(config.tokens_per_param * n_parameters / tokens_per_step)
+    assert config.steps is not None
+    return config.steps
+
+
+def count_micro_batches(rows: int, largest: int | None) -> int:
+    """The fewest equal parts of `rows` sequences that hold `largest` each at most."""
+    return next(n for n in range(1, rows + 1) if rows % n == 0 and (largest is None or rows // n <= largest))
+
+
+def seed_for(*key: int) -> int:
+    """One seed from several numbers, well mixed."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+if __name__ == "__main__":
+    try:
+        config.main(train)
+    finally:
+        distributed.stop()
