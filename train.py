@@ -65,12 +65,8 @@ def train(config: Config) -> None:
     if batch_size % world.size != 0:
         raise UserError(f"train.batch_size={batch_size} is not divisible by the number of ranks, {world.size}")
 
-    # --- data: rank 0 prepares it if need be, the others find it done
-    if not world.is_main:
-        world.barrier()
+    # --- data: one rank prepares it if need be, the others wait for it
     corpus = open_corpus(prepare(config.data), config.data.tokenizer)
-    if world.is_main:
-        world.barrier()
     config.data.tokenizer = corpus.tokenizer
     vocab_size = config.model.vocab_size or corpus.vocab_size or load_tokenizer(corpus.tokenizer).vocab_size
     corpus.train.check_range(vocab_size)

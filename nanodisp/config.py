@@ -21,11 +21,12 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nanodisp import arguments
-from nanodisp.dispersion import DispersionConfig
+from nanodisp.dispersion import DispersionConfig, select_layers
 from nanodisp.errors import UserError
 from nanodisp.gpt import GPTConfig
 from nanodisp.metrics import WandbConfig
@@ -105,13 +106,24 @@ class Config:
             raise ValueError(f"seed={self.seed} must not be negative")
         if self.resume not in RESUME:
             raise ValueError(f"resume={self.resume} is unknown; choose one of {', '.join(RESUME)}")
+        select_layers(self.dispersion.layers, self.model.n_layer)
         if self.run_name is not None and not re.fullmatch(r"[\w.,=+-]+", self.run_name):
             raise ValueError(f"run_name={self.run_name!r} may hold letters, digits and . , = + - _ alone")
 
 
+SECTIONS: dict[str, Any] = {
+    "model": GPTConfig,
+    "data": DataConfig,
+    "dispersion": DispersionConfig,
+    "optim": OptimConfig,
+    "train": TrainConfig,
+    "wandb": WandbConfig,
+}
+
 # What may change between two calls without making it another run.
 NOT_IDENTITY = {
     "": ("device", "resume", "out_dir", "run_name", "wandb"),
+    "data": ("folder",),
     "train": ("compile", "micro_batch_size", "log_interval", "checkpoint_interval", "keep_last", "sample_tokens"),
 }
 
@@ -132,54 +144,64 @@ def name_of(config: Config, model: str) -> str:
 
 
 def main(task: Callable[[Config], None]) -> None:
-    """Run `task` with the configuration that Hydra composes from `conf/` and the command line.
+    """Run `task` with each configuration that Hydra composes from `conf/` and the command line.
 
-    A user's mistake becomes one line on stderr and exit code 2; a bug of ours a traceback.
+    A user's mistake becomes one line on stderr and exit code 2, without keeping the other jobs
+    of a sweep from running; a bug of ours shows a traceback.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to the lines below, not to Hydra's printer
     ConfigStore.instance().store(name="schema", node=Config)
+    failures: list[UserError] = []
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def entry(composed: DictConfig) -> None:
-        config = check(composed)
-        if config.run_name is None:
-            config.run_name = name_of(config, HydraConfig.get().runtime.choices["model"])
-        task(config)
+        try:
+            config = check(composed)
+            if config.run_name is None:
+                config.run_name = name_of(config, HydraConfig.get().runtime.choices["model"])
+            task(config)
+        except UserError as error:
+            hydra_config = HydraConfig.get()
+            job = f"{' '.join(hydra_config.overrides.task)}: " if hydra_config.mode == RunMode.MULTIRUN else ""
+            failures.append(UserError(f"{job}{error}"))
 
     try:
         entry()
-    except UserError as error:
-        sys.exit(arguments.fail(error))
     except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(arguments.fail(UserError(explain(error))))
+        failures.append(UserError(explain(error)))
+    for failure in failures:
+        arguments.fail(failure)
+    if failures:
+        sys.exit(2)
 
 
 def check(composed: DictConfig) -> Config:
     """The composed configuration as dataclasses, every check of theirs passed; else UserError."""
     try:
-        return cast(Config, OmegaConf.to_object(composed))
-    except ValueError as error:
+        config = cast(Config, OmegaConf.to_object(composed))
+    except (ValueError, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from error
+    for name, schema in {"": Config, **SECTIONS}.items():  # OmegaConf lets +key=value through
+        known = [f.name for f in dataclasses.fields(schema)]
+        given: Any = composed[name] if name else composed
+        if unknown := [f"{name}.{key}".lstrip(".") for key in given if key not in known]:
+            raise UserError(f"unknown key {unknown[0]}; known are {', '.join(known)}")
+    return config
 
 
 def explain(error: BaseException) -> str:
-    """One line from Hydra's or OmegaConf's several."""
-    said = [" ".join(re.sub(r"To append to your config use \S+", "", str(error)).split())]
-    if error.__cause__ is not None:
-        said.append(explain(error.__cause__))
-    line = " ".join(said)
-    if unknown := re.search(r"Key '(\w+)' (?:is )?not in '?(\w+Config|Config)'?", line):
-        schema = {c.__name__: c for c in SCHEMAS}[unknown[2]]
-        line += f". Known keys: {', '.join(f.name for f in dataclasses.fields(schema))}"
-    return line
-
-
-SCHEMAS: tuple[Any, ...] = (
-    Config,
-    GPTConfig,
-    DataConfig,
-    DispersionConfig,
-    OptimConfig,
-    TrainConfig,
-    WandbConfig,
-)
+    """One line from Hydra's or OmegaConf's several, with the keys there are if one is unknown."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    line = " ".join(" ".join(str(cause).split()) for cause in causes)
+    for noise in (
+        r"To append to your config use \S+ ?",
+        r"Config search path: .*",
+        r"\b(full_key|\w+_type)[:=] ?\S+ ?",
+    ):
+        line = re.sub(noise, "", line)
+    if unknown := re.search(r"Key '\w+' (?:is )?not in '?(\w+)", line):
+        schema = next((schema for schema in SECTIONS.values() if schema.__name__ == unknown[1]), Config)
+        line = line.rstrip() + f"; known are {', '.join(f.name for f in dataclasses.fields(schema))}"
+    return line.strip()

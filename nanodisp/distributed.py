@@ -37,10 +37,6 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
-
 
 def start(device: str = "auto") -> World:
     """Join the process group that torchrun describes (gloo on CPU, NCCL on CUDA), once per process.

@@ -33,6 +33,7 @@ TINY = (
     "train.batch_size=4",
     "train.eval_windows=4",
     "train.sample_tokens=8",
+    "optim.lr=3e-3",
     "device=cpu",
 )
 

@@ -1,0 +1,81 @@
+"""Configuration: every mistake is one clear line, and a run's name follows from what decides its result."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, compose
+from hydra.errors import HydraException
+
+from nanodisp import config
+from nanodisp.errors import UserError
+
+GROUPS = [
+    f"{folder.name}={'off' if file.stem == 'off' else file.stem}"
+    for folder in sorted(config.CONF.iterdir())
+    if folder.is_dir()
+    for file in sorted(folder.glob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize("choice", GROUPS)
+def test_every_file_of_conf_composes(choice: str) -> None:
+    assert compose(choice, "data.path=some/text").train.steps
+
+
+def test_every_variant_has_its_file() -> None:
+    from nanodisp.dispersion import VARIANTS
+
+    for variant in VARIANTS:
+        assert compose(f"dispersion={variant}").dispersion.variant == variant
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.stepz=3", ["train.stepz", "known are", "steps"]),
+        ("+train.stepz=3", ["train.stepz", "known are", "steps"]),
+        ("+sede=3", ["sede", "known are", "seed"]),
+        ("train.steps=many", ["train.steps", "many", "Integer"]),
+        ("train.steps=0", ["train.steps=0", "positive"]),
+        ("train.steps=null", ["no budget"]),
+        ("model=huge", ["model/huge", "nano"]),
+        ("model.n_head=5", ["n_embd=128", "n_head=5"]),
+        ("optim.name=sgd", ["sgd", "adamw"]),
+        ("dispersion.variant=cosin", ["cosin", "cosine"]),
+        ("dispersion.layers=[7]", ["7", "0 to 6"]),
+        ("train.dtype=int8", ["int8", "bfloat16"]),
+        ("wandb.mode=on", ["on", "offline"]),
+        ("run_name=a/b", ["a/b"]),
+        ("seed=-1", ["seed=-1"]),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_that_names_it(override: str, words: list[str]) -> None:
+    with pytest.raises((UserError, HydraException)) as caught:
+        compose(override)
+    line = config.explain(caught.value)
+    assert "\n" not in line
+    for word in words:
+        assert word in line
+
+
+def test_the_command_prints_that_line_alone_and_loads_nothing(tmp_path: Path) -> None:
+    arguments = [f"out_dir={tmp_path}", f"data.folder={tmp_path}", "model.n_head=5"]
+    result = subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr == "error: model.n_embd=128 is not divisible by model.n_head=5\n"
+    assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_follows_from_what_decides_the_result() -> None:
+    name = config.name_of(compose(), "nano")
+    assert name.startswith("nano-pystdlib-angular0.1-s1337-")
+    same = ("device=cpu", "wandb.mode=offline", "train.log_interval=7", "train.micro_batch_size=1", "out_dir=else")
+    assert config.name_of(compose(*same), "nano") == name
+    for other in ("seed=1", "optim.lr=0.1", "model.n_layer=3", "train.steps=7", "dispersion.max_tokens=8"):
+        assert config.name_of(compose(other), "nano") != name
+    assert "-off-" in config.name_of(compose("dispersion=off"), "nano")

@@ -1,0 +1,116 @@
+"""Groups, optimizers, the schedule, and optimizer state by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanodisp.gpt import GPT, GPTConfig
+from nanodisp.optim import OptimConfig, build_optimizers, load_state_tensors, lr_scale, set_lr, state_tensors
+
+
+def small_model() -> GPT:
+    torch.manual_seed(0)
+    return GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=4, vocab_size=20))
+
+
+def step(model: GPT, optimizers: list[torch.optim.Optimizer], seed: int) -> None:
+    idx = torch.randint(20, (2, 4), generator=torch.Generator().manual_seed(seed))
+    model(idx, idx).loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def names_of(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Parameter name -> weight decay."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+
+
+def test_adamw_decays_matrices_alone_and_covers_every_parameter() -> None:
+    model = small_model()
+    (adamw,) = build_optimizers(model, OptimConfig(weight_decay=0.1))
+    decay = names_of(model, adamw)
+    assert decay == {name: 0.1 if p.dim() == 2 else 0.0 for name, p in model.named_parameters()}
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
+    model = small_model()
+    adamw, muon = build_optimizers(model, OptimConfig(name="muon"))
+    in_blocks = {name for name, p in model.named_parameters() if name.startswith("h.") and p.dim() == 2}
+    assert set(names_of(model, muon)) == in_blocks
+    assert set(names_of(model, adamw)) == {name for name, _ in model.named_parameters()} - in_blocks
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_state_put_back_into_fresh_optimizers_continues_to_the_bit(name: str) -> None:
+    config = OptimConfig(name=name)
+    model = small_model()
+    optimizers = build_optimizers(model, config)
+    for seed in range(3):
+        step(model, optimizers, seed)
+    other = small_model()
+    other.load_state_dict(model.state_dict())
+    fresh = build_optimizers(other, config)
+    load_state_tensors(other, fresh, {k: v.clone() for k, v in state_tensors(model, optimizers).items()})
+    step(model, optimizers, 3)
+    step(other, fresh, 3)
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@given(
+    st.sampled_from(["cosine", "linear", "constant"]),
+    st.integers(0, 50),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.integers(1, 300),
+)
+def test_schedule_rises_then_never_rises_again(
+    schedule: str, warmup: int, decay_fraction: float, floor: float, total: int
+) -> None:
+    config = OptimConfig(schedule=schedule, warmup_steps=warmup, decay_fraction=decay_fraction, min_lr_fraction=floor)
+    scales = [lr_scale(config, step, total) for step in range(total)]
+    peak = scales.index(max(scales))
+    assert all(0 <= scale <= 1 for scale in scales)
+    assert scales[:peak] == sorted(scales[:peak])
+    assert scales[peak:] == sorted(scales[peak:], reverse=True)
+    assert min(scales[peak:]) >= min(floor, scales[peak]) - 1e-12
+
+
+def test_schedules_meet_their_landmarks() -> None:
+    cosine = OptimConfig(warmup_steps=10, min_lr_fraction=0.1)
+    assert lr_scale(cosine, 0, 1000) == pytest.approx(1 / 11)
+    assert lr_scale(cosine, 10, 1000) == 1.0
+    assert lr_scale(cosine, 505, 1000) == pytest.approx(0.55)
+    assert lr_scale(cosine, 999, 1000) == pytest.approx(0.1, abs=1e-4)
+    wsd = OptimConfig(schedule="linear", warmup_steps=10, decay_fraction=0.2, min_lr_fraction=0.0)
+    assert lr_scale(wsd, 799, 1000) == 1.0
+    assert lr_scale(wsd, 900, 1000) == pytest.approx(0.5)
+    assert lr_scale(OptimConfig(schedule="constant"), 999, 1000) == 1.0
+    assert lr_scale(OptimConfig(warmup_steps=100), 5, 50) == 1.0  # warm-up takes a tenth of a short run at most
+
+
+def test_set_lr_scales_every_group_from_its_own_peak() -> None:
+    optimizers = build_optimizers(small_model(), OptimConfig(name="muon", lr=1e-3, muon_lr=2e-2))
+    for scale in (0.5, 0.25):
+        set_lr(optimizers, scale)
+        assert [o.param_groups[0]["lr"] for o in optimizers] == [1e-3 * scale, 2e-2 * scale]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "sgd"}, "choose one of adamw, muon"),
+        ({"schedule": "step"}, "choose one of cosine, linear, constant"),
+        ({"lr": 0.0}, "optim.lr=0.0"),
+        ({"beta2": 1.0}, "optim.beta2=1.0"),
+        ({"grad_clip": 0.0}, "null never clips"),
+    ],
+)
+def test_impossible_values_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OptimConfig(**changes)  # type: ignore[arg-type]

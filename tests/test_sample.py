@@ -1,0 +1,73 @@
+"""Text from a checkpoint."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import sample
+from nanodisp.errors import UserError
+
+
+@pytest.fixture
+def trained(run: Callable[..., Path]) -> Path:
+    return run("train.steps=3", "train.sample_tokens=0")
+
+
+def text(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    sample.main(arguments)
+    return capsys.readouterr().out
+
+
+def test_standard_output_holds_the_prompt_and_its_continuation_alone(trained: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "sample.py"), f"checkpoint={trained}", "prompt=def x: ", "max_new_tokens=20"],
+        capture_output=True,
+        check=True,
+    )
+    out = result.stdout.decode()
+    assert out.startswith("def x: ")
+    assert out.endswith("\n")
+    assert len(out) > len("def x: \n")
+
+
+def test_a_seed_decides_the_text_and_greedy_needs_none(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = (f"checkpoint={trained}", "prompt=ab", "max_new_tokens=30")
+    assert text(capsys, *base, "seed=1") == text(capsys, *base, "seed=1")
+    assert text(capsys, *base, "seed=1") != text(capsys, *base, "seed=2")
+    greedy = [text(capsys, *base, "temperature=0", f"seed={seed}", "top_k=null") for seed in (1, 2)]
+    assert greedy[0] == greedy[1]
+
+
+def test_a_prompt_may_hold_anything_and_nothing(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = (f"checkpoint={trained}", "max_new_tokens=0")
+    assert text(capsys, *base, "prompt=a = {b: 1}  ") == "a = {b: 1}  \n"
+    assert text(capsys, *base, "prompt=é😀") == "é😀\n"
+    assert text(capsys, f"checkpoint={trained}", "max_new_tokens=5") != "\n"
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("checkpoint=nowhere", "holds no checkpoint"),
+        ("top_kk=3", "top_kk=3"),
+        ("top_k=0", "top_k=0 must be at least 1"),
+        ("top_p=2", "top_p=2.0"),
+        ("temperature=cold", "cold"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(trained: Path, argument: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        sample.main([f"checkpoint={trained}", argument])
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_is_asked_for() -> None:
+    with pytest.raises(UserError, match="checkpoint"):
+        sample.main([])

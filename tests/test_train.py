@@ -1,0 +1,232 @@
+"""Training runs, through the door that `python train.py` takes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, compose, records, write_corpus
+
+import train
+from nanodisp import checkpoint
+from nanodisp.dispersion import DispersionLoss, sample_positions
+from nanodisp.errors import UserError
+from nanodisp.gpt import GPT, GPTConfig
+
+Run = Callable[..., Path]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(checkpoint.find(folder)).model
+
+
+def losses(folder: Path, key: str = "loss") -> list[float]:
+    return [record[key] for record in records(folder, "train")]
+
+
+def command(*arguments: str, ranks: int | None = None) -> subprocess.CompletedProcess[str]:
+    """`python train.py …`, or torchrun with that many ranks."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    return subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "train.py"), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+
+
+def test_a_run_learns_and_leaves_all_that_it_promises(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run("train.steps=30", "train.log_interval=10", "train.eval_interval=10")
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.yaml", "metrics.jsonl", "samples.txt", "checkpoints"}
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_00000030"]
+    assert [record["step"] for record in records(folder, "train")] == [1, 10, 20, 30]
+    val = records(folder, "val")
+    assert [record["step"] for record in val] == [0, 10, 20, 30]
+    assert val[-1]["loss"] < val[0]["loss"] - 0.5
+    assert val[-1]["bpb"] == pytest.approx(val[-1]["loss"] / 0.6931472, rel=1e-6)
+    assert [len(record["mean_cosine"]) for record in val] == [3] * 4
+    assert set(records(folder, "train")[0]) == {
+        *("step", "split", "loss", "dispersion", "lambda_disp", "lr", "grad_norm"),
+        *("tokens", "tokens_per_second", "mfu", "seconds"),
+    }
+    said = capsys.readouterr().out
+    for promise in ("before training:", "after training:", "--- sample", "bits per byte", str(folder)):
+        assert promise in said
+
+
+def test_dispersion_spreads_the_embeddings_and_off_leaves_it_out(run: Run) -> None:
+    settings = ("train.steps=60", "optim.lr=1e-2", "train.log_interval=60")
+    plain = run(*settings, "dispersion=off", name="off")
+    spread = run(*settings, "dispersion.lambda_disp=1", name="on")
+    assert records(plain, "train")[-1]["dispersion"] is None
+    cosine_off, cosine_on = (sum(records(folder, "val")[-1]["mean_cosine"][1:]) for folder in (plain, spread))
+    assert cosine_on < cosine_off - 0.2
+
+
+@pytest.mark.parametrize("variant", ["angular", "decorrelation", "entropy"])
+@pytest.mark.parametrize("n_micro", [2, 4])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(variant: str, n_micro: int) -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=3, n_head=2, n_embd=32, block_size=24, vocab_size=50))
+    objective = train.Objective(model, DispersionLoss(variant), [1, 2, 3])
+    idx = torch.randint(50, (8, 25))
+    positions = sample_positions(0, 0, [1, 2, 3], 24, 16)
+
+    def gradient(parts: int) -> torch.Tensor:
+        model.zero_grad()
+        for x in idx.chunk(parts):
+            ce, dispersion = objective(x[:, :-1], x[:, 1:], positions)
+            ((ce + 0.5 * dispersion) / parts).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    whole, parts = gradient(1), gradient(n_micro)
+    assert (whole - parts).norm() < 1e-6 * whole.norm()
+
+
+def test_micro_batches_do_not_change_the_run(run: Run) -> None:
+    settings = ("train.steps=10", "train.log_interval=1")
+    whole, parts = run(*settings, name="a"), run(*settings, "train.micro_batch_size=1", name="b")
+    assert losses(whole) == pytest.approx(losses(parts), rel=1e-5)
+    assert train.count_micro_batches(12, None) == 1
+    assert train.count_micro_batches(12, 5) == 3
+
+
+@pytest.mark.parametrize("options", [(), ("optim=muon",), ("model.dropout=0.1",), ("train.dtype=float16",)], ids=str)
+def test_stopped_and_resumed_is_bit_for_bit_the_run_that_was_not(run: Run, options: tuple[str, ...]) -> None:
+    settings = ("train.steps=20", "train.checkpoint_interval=10", "train.eval_interval=5", "train.log_interval=3")
+    folder = run(*settings, *options)
+    whole, lines = weights(folder), records(folder, "train") + records(folder, "val")
+    shutil.rmtree(folder / "checkpoints" / "step_00000020")  # as if it had been stopped after step 10
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "split": "tra')  # and cut short in a line
+    run(*settings, *options)
+    again, lines_again = weights(folder), records(folder, "train") + records(folder, "val")
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+    for line in lines + lines_again:
+        line.pop("seconds"), line.pop("tokens_per_second", None)
+    assert sorted(map(str, lines)) == sorted(map(str, lines_again))
+
+
+def test_the_same_command_after_the_end_says_so_and_changes_nothing(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run("train.steps=5")
+    before = (folder / "metrics.jsonl").read_text(), (folder / "checkpoints" / "step_00000005").stat().st_mtime_ns
+    capsys.readouterr()
+    run("train.steps=5")
+    assert "the run is complete at step 5" in capsys.readouterr().out
+    assert before == (
+        (folder / "metrics.jsonl").read_text(),
+        (folder / "checkpoints" / "step_00000005").stat().st_mtime_ns,
+    )
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_kept(run: Run) -> None:
+    folder = run("train.steps=2")
+    before = weights(folder)
+    with pytest.raises(UserError, match=r"another model: n_embd=16 \(now 32\)"):
+        run("train.steps=4", "model.n_embd=32")
+    with pytest.raises(UserError, match="resume=auto"):
+        run("train.steps=4", "resume=never")
+    assert all(torch.equal(before[key], value) for key, value in weights(folder).items())
+
+
+def test_two_ranks_walk_the_loss_curve_of_one(run: Run, corpus: Path, tmp_path: Path) -> None:
+    settings = ("train.steps=50", "train.log_interval=1")
+    one = run(*settings, name="one")
+    result = command(*TINY, f"data.path={corpus}", f"out_dir={tmp_path}", "run_name=two", *settings, ranks=2)
+    assert result.returncode == 0, result.stderr
+    two = tmp_path / "two"
+    assert len(losses(two)) == 50
+    for key in ("loss", "dispersion"):
+        assert losses(two, key) == pytest.approx(losses(one, key), rel=1e-5)
+    for ours, theirs in zip(records(two, "val"), records(one, "val"), strict=True):
+        assert [ours["loss"], *ours["mean_cosine"]] == pytest.approx([theirs["loss"], *theirs["mean_cosine"]], rel=1e-4)
+
+
+def test_a_sweep_runs_every_job_it_can_and_fails_in_one_line_for_the_rest(corpus: Path, tmp_path: Path) -> None:
+    result = command("-m", *TINY, f"data.path={corpus}", f"out_dir={tmp_path}", "train.steps=2", "model.n_head=2,3,4")
+    assert result.returncode == 2
+    errors = result.stderr.strip().splitlines()
+    assert len(errors) == 1
+    assert "model.n_head=3" in errors[0]
+    assert "n_embd=16 is not divisible" in errors[0]
+    runs = [folder for folder in tmp_path.iterdir() if folder.is_dir()]
+    assert len(runs) == 2
+    assert all(checkpoint.find(folder).name == "step_00000002" for folder in runs)
+
+
+@pytest.mark.parametrize("budget", ["train.tokens=640", "train.tokens_per_param=0.0583"])
+def test_a_budget_in_tokens_becomes_steps(run: Run, budget: str) -> None:
+    folder = run(budget, "train.log_interval=1")  # 64 tokens a step, 10,960 parameters
+    assert len(records(folder, "train")) == 10
+
+
+@pytest.mark.parametrize("options", [("train.dtype=bfloat16",), ("optim=muon", "optim.schedule=linear")], ids=str)
+def test_other_precisions_and_optimizers_learn_too(run: Run, options: tuple[str, ...]) -> None:
+    val = records(run("train.steps=40", *options), "val")
+    assert val[-1]["loss"] < val[0]["loss"] - 0.3
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_compiled_walks_the_same_curve(run: Run) -> None:
+    settings = ("train.steps=5", "train.log_interval=1")
+    plain, compiled = run(*settings, name="a"), run(*settings, "train.compile=true", name="b")
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+
+
+def test_wandb_offline_keeps_its_id_over_a_resume(run: Run) -> None:
+    pytest.importorskip("wandb")
+    folder = run("train.steps=4", "train.checkpoint_interval=2", "wandb.mode=offline")
+    run_id = (folder / "wandb" / "id").read_text()
+    shutil.rmtree(folder / "checkpoints" / "step_00000004")
+    run("train.steps=4", "train.checkpoint_interval=2", "wandb.mode=offline")
+    assert (folder / "wandb" / "id").read_text() == run_id
+    offline = [path for path in (folder / "wandb").iterdir() if path.name.startswith("offline-run")]
+    assert offline and all(path.name.endswith(run_id) for path in offline)
+
+
+def test_an_outage_of_wandb_does_not_stop_training(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wandb = pytest.importorskip("wandb")
+
+    def out_of_reach(**settings: object) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(wandb, "init", out_of_reach)
+    folder = run("train.steps=3", "wandb.mode=online")
+    assert "W&B init failed (no route to host)" in capsys.readouterr().out
+    assert checkpoint.find(folder).name == "step_00000003"
+
+
+def test_shards_of_another_tokenizer_and_short_corpora_are_refused(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="vocabulary"):
+        run("model.vocab_size=100")
+    short = write_corpus(tmp_path / "short", n_train=20, n_val=10)
+    with pytest.raises(UserError, match="block_size=16 needs 17 tokens"):
+        run(f"data.path={short}")
+
+
+def test_a_run_folder_that_is_a_file_is_told(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="choose another out_dir"):
+        run("train.steps=1", f"out_dir={tmp_path / 'file'}")
+
+
+def test_ranks_must_divide_the_batch(corpus: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            train.distributed, "start", lambda device: train.World(rank=0, size=3, device=torch.device("cpu"))
+        )
+        with pytest.raises(UserError, match="not divisible by the number of ranks, 3"):
+            train.train(compose(*TINY, f"data.path={corpus}", f"out_dir={tmp_path}", "run_name=x"))
