@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from omegaconf import MISSING
 
 from nanodisp import arguments, checkpoint, distributed
 from nanodisp.gpt import GPT, GPTConfig, generate
@@ -25,7 +24,7 @@ from nanodisp.tokenizer import load_tokenizer
 class SampleConfig:
     """checkpoint: a run's folder (its newest one) or one checkpoint's. temperature=0 is greedy."""
 
-    checkpoint: str = MISSING
+    checkpoint: str = arguments.MISSING
     prompt: str = ""
     max_new_tokens: int = 200
     temperature: float = 0.8

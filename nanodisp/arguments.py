@@ -8,37 +8,49 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any, TypeVar, cast
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 from nanodisp.errors import UserError
 
 T = TypeVar("T")
+MISSING = "???"  # the default of a field that must be given, as in OmegaConf
+NoneType = type(None)
 
 
 def parse(schema: type[T], arguments: Sequence[str]) -> T:
     """Build a `schema` (a dataclass) from key=value texts.
 
+    A field is a str (taken to the letter), an int, a float, a bool (true, false), or one of
+    these or None (null). One whose default is `MISSING` must be given.
+
     Raises UserError for an unknown key, a wrong type, a missing or an impossible value.
     """
+    types = get_type_hints(schema)
     known = [field.name for field in fields(cast(Any, schema))]
-    config = OmegaConf.structured(schema)
+    values = {}
     for argument in arguments:
         key, separator, text = argument.partition("=")
         if not separator or key not in known:
             raise UserError(f"{argument!r} is not understood: give key=value, with one of the keys {', '.join(known)}")
-        try:
-            config[key] = None if text == "null" else text  # OmegaConf converts to the field's type
-        except OmegaConfBaseException as error:
-            raise UserError(f"{argument!r}: {first_line(error)}") from error
+        values[key] = _convert(argument, text, types[key])
+    missing = [f.name for f in fields(cast(Any, schema)) if f.default == MISSING and f.name not in values]
+    if missing:
+        raise UserError(f"{missing[0]} is missing: give it as {missing[0]}=…")
     try:
-        return cast(T, OmegaConf.to_object(config))
+        return schema(**values)
     except ValueError as error:
         raise UserError(str(error)) from error
-    except OmegaConfBaseException as error:
-        raise UserError(f"{error.key or 'an argument'} is missing: give it as {error.key}=…") from error
+
+
+def _convert(argument: str, text: str, wanted: Any) -> Any:
+    kinds = get_args(wanted) or (wanted,)
+    if NoneType in kinds and text == "null":
+        return None
+    kind = kinds[0]
+    try:
+        return {"true": True, "false": False}[text] if kind is bool else kind(text)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{argument!r}: {text!r} is not of type {kind.__name__}") from error
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -55,7 +67,3 @@ def fail(error: Exception) -> int:
     """Tell a user's mistake on stderr; the exit code to leave with."""
     print(f"error: {error}", file=sys.stderr)
     return 2
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
