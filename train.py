@@ -78,7 +78,8 @@ def train(config: Config) -> None:
     config.model.vocab_size = vocab_size
     model = GPT(config.model).to(device)
     layers = select_layers(config.dispersion.layers, config.model.n_layer)
-    objective: Any = Objective(model, DispersionLoss(config.dispersion.variant, config.dispersion.tau), layers)
+    dispersion_loss = DispersionLoss(config.dispersion.variant, config.dispersion.tau, config.dispersion.backend)
+    objective: Any = Objective(model, dispersion_loss, layers)
     if config.train.compile:
         torch.compiler.reset()  # an earlier run of a sweep compiled other shapes
         objective.compile()

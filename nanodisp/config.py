@@ -124,6 +124,7 @@ SECTIONS: dict[str, Any] = {
 NOT_IDENTITY = {
     "": ("device", "resume", "out_dir", "run_name", "wandb"),
     "data": ("folder",),
+    "dispersion": ("backend",),
     "train": ("compile", "micro_batch_size", "log_interval", "checkpoint_interval", "keep_last", "sample_tokens"),
 }
 

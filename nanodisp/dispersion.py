@@ -1,7 +1,8 @@
 """The dispersion loss: push the embeddings of one sequence's tokens apart.
 
 Every formula stands here in plain PyTorch. This is the definition that faster
-implementations are held against, so it favours being read over being fast.
+implementations are held against, so it favours being read over being fast. The fast ones
+of `angular`, `orthogonalization` and `cosine` are in ``kernels/``; `backend` chooses.
 
 Notation: z is the hidden state of one layer, ``[B, N, F]``: B sequences, N tokens, F
 features. Pairs are pairs of tokens of the same sequence, a token is never paired with
@@ -9,8 +10,9 @@ itself, and the result is the mean over the B sequences. u = z / (|z| + 0.01) is
 direction, c_ij = u_i . u_j the cosine of two tokens, D_ij = arccos(c_ij) / pi their angle.
 
 Whatever z's dtype (and whatever autocast says), everything is computed in float32 or
-better. The formulas made of squared distances and the log-determinant use float64 inside:
-exp(-|z_i - z_j|^2) of distances in the hundreds loses four of float32's seven digits.
+better. The formulas made of cosines do well with that; the others use float64 inside:
+exp(-|z_i - z_j|^2) of distances in the hundreds loses four of float32's seven digits, and
+so does the standard deviation of numbers that are nearly equal.
 
 Sources: Liu et al., "Dispersion Loss Counteracts Embedding Condensation and Improves
 Generalization in Small Language Models", arXiv 2602.00217; Wang & He, "Diffuse and
@@ -31,6 +33,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+try:
+    from nanodisp import kernels
+except ImportError:  # this file was copied without the folder
+    kernels = None  # type: ignore[assignment]
+
+BACKENDS = ("auto", "reference", "triton", "cpu")
 NORM_EPS = 1e-2  # in u = z / (|z| + eps)
 COSINE_MARGIN = 0.25  # cosines are clamped to [-1 + margin, 1 - margin] before arccos
 ENTROPY_EPS = 1e-2  # in log2(p + eps)
@@ -53,6 +61,7 @@ class DispersionConfig:
         over the first `warmup_fraction` of the steps, then constant) or "cosine" (decays
         to 0 at the last step).
     warmup_fraction: see `schedule`, as a share of all steps.
+    backend: "auto", "reference", "triton" or "cpu"; see `DispersionLoss`.
     """
 
     variant: str = "angular"
@@ -62,6 +71,7 @@ class DispersionConfig:
     max_tokens: int | None = 256
     schedule: str = "constant"
     warmup_fraction: float = 0.1
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
@@ -76,6 +86,7 @@ class DispersionConfig:
             raise ValueError(f"dispersion.max_tokens={self.max_tokens}: a pair needs 2 tokens; null takes all")
         if not 0 < self.warmup_fraction <= 1:
             raise ValueError(f"dispersion.warmup_fraction={self.warmup_fraction} must lie in (0, 1]")
+        _check_backend(self.backend, self.variant, self.tau)
 
 
 class DispersionLoss(nn.Module):
@@ -84,33 +95,54 @@ class DispersionLoss(nn.Module):
     Args:
         variant: a key of `VARIANTS`; "angular" is the paper's.
         tau: temperature, > 0 (unused by orthogonalization, decorrelation and variance).
+        backend: "reference" computes the formula as written below; "triton" (on a GPU) and "cpu" are
+            fused kernels of angular, orthogonalization and cosine, many times faster and smaller;
+            "auto" takes the fused kernel where there is one and the reference elsewhere. A fused loss
+            can be differentiated once: what needs second derivatives needs "reference".
 
     Shapes:
         z ``[B, N, F]``, any floating dtype, N >= 2 -> scalar, float32 (float64 for float64
         z), the mean over B.
 
     Raises:
-        ValueError: unknown variant, tau not positive, or z not of that shape.
+        ValueError: unknown variant or backend, tau not positive, z not of that shape, or a backend
+            that cannot serve.
     """
 
-    def __init__(self, variant: str = "angular", tau: float = 1.0) -> None:
+    def __init__(self, variant: str = "angular", tau: float = 1.0, backend: str = "auto") -> None:
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"unknown dispersion variant {variant!r}; choose one of {', '.join(VARIANTS)}")
         if not tau > 0:
             raise ValueError(f"tau={tau} must be positive")
+        _check_backend(backend, variant, tau)
         self.variant = variant
         self.tau = tau
+        self.backend = backend
 
     def extra_repr(self) -> str:
-        return f"variant={self.variant!r}, tau={self.tau}"
+        return f"variant={self.variant!r}, tau={self.tau}, backend={self.backend!r}"
 
     def forward(self, z: Tensor) -> Tensor:
         if z.dim() != 3 or z.size(1) < 2 or not z.is_floating_point():
             raise ValueError(f"z must be floating point [B, N, F] with N >= 2, not {z.dtype} {list(z.shape)}")
+        if kernels is not None:
+            backend = kernels.choose(self.backend, self.variant, self.tau, z)
+            if backend != "reference":
+                return kernels.pairwise_dispersion(z, self.variant, self.tau, backend)
         with torch.autocast(z.device.type, enabled=False):
             z = z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
             return VARIANTS[self.variant](z, self.tau).mean().to(z.dtype)
+
+
+def _check_backend(backend: str, variant: str, tau: float) -> None:
+    """Raises a ValueError for a backend that is unknown or, whatever the tensor, cannot serve."""
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown dispersion backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    if backend in ("triton", "cpu"):
+        reason = kernels.why_not(backend, variant, tau) if kernels is not None else "without the folder kernels/"
+        if reason is not None:
+            raise ValueError(f"backend={backend} cannot serve {reason}; use backend=auto or backend=reference")
 
 
 # --- the formulas: z [B, N, F] -> loss of each sequence [B] -----------------------------
@@ -136,6 +168,7 @@ def decorrelation(z: Tensor, tau: float) -> Tensor:
 
     A row without variance (all features equal) has no correlation: it counts as zeros.
     """
+    z = z.double()
     n_features = z.size(-1)
     std = z.std(dim=-1, keepdim=True)
     standardised = (z - z.mean(dim=-1, keepdim=True)) / std.where(std > 0, 1.0)
@@ -164,7 +197,7 @@ def entropy(z: Tensor, tau: float) -> Tensor:
 
 def variance(z: Tensor, tau: float) -> Tensor:
     """mean_f max(0, 1 - std_f), std over the tokens: VICReg's variance term, arXiv 2105.04906."""
-    return (1 - z.std(dim=1)).clamp(min=0).mean(dim=-1)
+    return (1 - z.double().std(dim=1)).clamp(min=0).mean(dim=-1)
 
 
 def logdet(z: Tensor, tau: float) -> Tensor:

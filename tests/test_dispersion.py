@@ -1,0 +1,321 @@
+"""The dispersion formulas against a second writing of them, pair by pair and in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from nanodisp.dispersion import (
+    VARIANTS,
+    DispersionConfig,
+    DispersionLoss,
+    lambda_at,
+    sample_positions,
+    select_layers,
+)
+
+# --- the second opinion: one sequence, z [N, F] float64, token by token against the others ---
+
+
+def others(rows: Tensor, i: int) -> Tensor:
+    return torch.cat([rows[:i], rows[i + 1 :]])
+
+
+def cosines_with_others(z: Tensor, i: int) -> Tensor:
+    u = directions(z)
+    return (others(u, i) * u[i]).sum(dim=1)
+
+
+def directions(z: Tensor) -> Tensor:
+    return z / (z.square().sum(dim=1, keepdim=True).sqrt() + 0.01)
+
+
+def angles_with_others(z: Tensor, i: int) -> Tensor:
+    """arccos / pi at the clamped cosine, and as slope the one there, whatever the cosine was."""
+    c = cosines_with_others(z, i)
+    at = c.detach().clamp(-0.75, 0.75)
+    slope = -1 / (math.pi * (1 - at**2).sqrt())
+    return at.acos() / math.pi + slope * (c - c.detach())
+
+
+def mean_over_pairs(z: Tensor, terms_of_token) -> Tensor:
+    return sum(terms_of_token(z, i).sum() for i in range(len(z))) / (len(z) * (len(z) - 1))
+
+
+def squared_distances(z: Tensor, i: int) -> Tensor:
+    return (others(z, i) - z[i]).square().sum(dim=1)
+
+
+def standardised(z: Tensor) -> Tensor:
+    centred = z - z.mean(dim=1, keepdim=True)
+    return centred / (centred.square().sum(dim=1, keepdim=True) / (z.size(1) - 1)).sqrt()
+
+
+def negative_entropy(z: Tensor, i: int, tau: float) -> Tensor:
+    weights = (-(squared_distances(z, i) - squared_distances(z, i).min().detach()) / tau).exp()
+    p = weights / weights.sum()
+    return (p * (p + 0.01).log() / math.log(2)).sum()
+
+
+def expected(variant: str, z: Tensor, tau: float) -> Tensor:
+    n_tokens, n_features = z.shape
+    if variant == "angular":
+        return mean_over_pairs(z, lambda z, i: (-angles_with_others(z, i) / tau).exp()).log()
+    if variant == "orthogonalization":
+        return mean_over_pairs(z, lambda z, i: (0.5 - angles_with_others(z, i)).relu() ** 2)
+    if variant == "cosine":
+        return mean_over_pairs(z, lambda z, i: (cosines_with_others(z, i) / tau).exp()).log()
+    if variant == "decorrelation":
+        rows = standardised(z)
+        return mean_over_pairs(rows, lambda rows, i: ((others(rows, i) @ rows[i]) / (n_features - 1)) ** 2)
+    if variant == "l2_repel":
+        nearest = min(squared_distances(z, i).min().item() for i in range(n_tokens)) / tau
+        total = mean_over_pairs(z, lambda z, i: (nearest - squared_distances(z, i) / tau).exp())
+        return total.log() - nearest + 0.1 * (z**2).mean()
+    if variant == "entropy":
+        return sum(negative_entropy(z, i, tau) for i in range(n_tokens)) / n_tokens
+    if variant == "variance":
+        spread = ((z - z.mean(dim=0)) ** 2).sum(dim=0) / (n_tokens - 1)
+        return (1 - spread.sqrt()).relu().mean()
+    if variant == "logdet":
+        u = directions(z)
+        inside = torch.eye(n_features, dtype=z.dtype) + n_features / (n_tokens * tau**2) * u.T @ u
+        return -torch.logdet(inside) / 2 / n_features
+    raise AssertionError(f"no second opinion on {variant}")
+
+
+def expected_loss_and_gradient(variant: str, z: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    z = z.double().requires_grad_()
+    loss = sum(expected(variant, sequence, tau) for sequence in z) / len(z)
+    return loss.detach(), torch.autograd.grad(loss, z)[0]
+
+
+def loss_and_gradient(variant: str, z: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    z = z.clone().requires_grad_()
+    loss = DispersionLoss(variant, tau, backend="reference")(z)
+    return loss.detach(), torch.autograd.grad(loss, z)[0]
+
+
+def tokens(n_sequences: int, n_tokens: int, n_features: int, seed: int = 0, scale: float = 0.5) -> Tensor:
+    return torch.randn(n_sequences, n_tokens, n_features, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def check_against_second_opinion(variant: str, z: Tensor, tau: float) -> None:
+    loss, gradient = loss_and_gradient(variant, z, tau)
+    right_loss, right = expected_loss_and_gradient(variant, z, tau)
+    assert abs(loss - right_loss) <= 1e-5 * max(1, abs(right_loss))
+    # 5e-8: what the rounding of one cosine leaves where orthogonalization has almost nothing to push.
+    assert (gradient - right).norm() <= 1e-5 * right.norm() + 5e-8
+
+
+SHAPES = [(1, 2, 2), (3, 2, 7), (2, 5, 3), (2, 16, 16), (1, 33, 130), (1, 130, 33), (1, 512, 300)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_float32_gradient_is_within_1e_5_of_the_formula(variant: str, shape: tuple[int, int, int]) -> None:
+    check_against_second_opinion(variant, tokens(*shape), tau=1.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    variant=st.sampled_from(list(VARIANTS)),
+    n_tokens=st.integers(2, 40),
+    n_features=st.integers(3, 40),
+    seed=st.integers(0, 10**6),
+    tau=st.sampled_from([0.3, 1.0, 3.0]),
+)
+def test_any_shape_and_temperature(variant: str, n_tokens: int, n_features: int, seed: int, tau: float) -> None:
+    check_against_second_opinion(variant, tokens(2, n_tokens, n_features, seed), tau)
+
+
+DEGENERATE = {
+    "identical": torch.ones(1, 6, 5).cumsum(dim=2),
+    "zero": torch.zeros(1, 6, 5),
+    "opposite": torch.ones(1, 6, 5) * torch.tensor([1.0, -1.0] * 3)[None, :, None],
+    "one zero": tokens(1, 6, 5) * torch.tensor([0.0, 1, 1, 1, 1, 1])[None, :, None],
+    "constant features": torch.arange(1.0, 7.0)[None, :, None].expand(1, 6, 5),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", DEGENERATE)
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant != "variance"])
+def test_degenerate_tokens_have_finite_gradients(variant: str, kind: str, dtype: torch.dtype) -> None:
+    loss, gradient = loss_and_gradient(variant, DEGENERATE[kind].to(dtype), 1.0)
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
+    assert gradient.dtype == dtype
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_order_of_tokens_does_not_matter(variant: str) -> None:
+    z = tokens(2, 20, 12)
+    shuffled = z[:, torch.randperm(20, generator=torch.Generator().manual_seed(1))]
+    loss = DispersionLoss(variant, backend="reference")
+    torch.testing.assert_close(loss(shuffled), loss(z))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_loss_is_the_mean_over_sequences(variant: str) -> None:
+    z = tokens(3, 9, 6)
+    loss = DispersionLoss(variant, backend="reference")
+    torch.testing.assert_close(loss(z), torch.stack([loss(sequence[None]) for sequence in z]).mean())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_autocast_does_not_lower_the_precision(variant: str) -> None:
+    z = tokens(2, 20, 12)
+    loss = DispersionLoss(variant, backend="reference")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(loss(z), loss(z.double().float()))
+        inside = loss(z)
+    assert torch.equal(inside, loss(z))
+
+
+def test_a_float64_input_gives_a_float64_loss() -> None:
+    assert DispersionLoss()(tokens(1, 4, 3).double()).dtype == torch.float64
+
+
+def test_orthogonal_tokens_have_an_angle_of_one_half() -> None:
+    z = 1000 * torch.eye(4)[None]
+    torch.testing.assert_close(DispersionLoss("angular", tau=0.5, backend="reference")(z).item(), -0.5 / 0.5)
+    assert DispersionLoss("orthogonalization", backend="reference")(z).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_the_diagonal_is_left_out() -> None:
+    """Two opposite tokens: with a term for c_ii = 1 the loss would be larger than its value at the edge."""
+    z = torch.tensor([[[100.0, 0], [-100, 0]]])
+    edge = math.acos(-0.75) / math.pi
+    assert DispersionLoss("angular", backend="reference")(z).item() == pytest.approx(-edge, abs=1e-6)
+
+
+@pytest.mark.parametrize("cosine", [0.8, 0.99, 0.9999])
+def test_nearly_parallel_tokens_are_pushed_apart_with_the_slope_of_the_edge(cosine: float) -> None:
+    second = torch.tensor([cosine, math.sqrt(1 - cosine**2)])
+    z = 10 * torch.stack([torch.tensor([1.0, 0.0]), second])[None]
+    loss, gradient = loss_and_gradient("angular", z, 1.0)
+    assert loss.item() == pytest.approx(-math.acos(0.75) / math.pi, abs=1e-6)  # the value of the edge
+    assert gradient[0, 0, 1] > 0  # descent turns the first token away from the second
+    sine = math.sqrt(1 - cosine**2)
+    slope_of_edge = 1 / (math.pi * math.sqrt(1 - 0.75**2))  # -dD/dc
+    assert gradient[0, 0, 1].item() == pytest.approx(slope_of_edge * sine * 10 / 10.01**2, rel=1e-4)
+
+
+# --- layers, positions, schedules ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ("all", [1, 2, 3, 4, 5]),
+        ("last", [5]),
+        ("first_half", [1, 2]),
+        ("last_half", [3, 4, 5]),
+        ([0, 3], [0, 3]),
+        ([-1, 5, 2], [2, 5]),
+        ([-6], [0]),
+    ],
+)
+def test_layers_are_selected_by_name_or_index(layers, expected: list[int]) -> None:
+    assert select_layers(layers, 5) == expected
+
+
+@pytest.mark.parametrize("layers", ["middle", [6], [-7], [1.5], [], ["all"]])
+def test_layers_that_the_model_does_not_have_are_refused(layers) -> None:
+    with pytest.raises(ValueError, match="layers"):
+        select_layers(layers, 5)
+
+
+def test_first_half_of_one_layer_is_refused() -> None:
+    with pytest.raises(ValueError, match="selects no layer"):
+        select_layers("first_half", 1)
+
+
+def test_positions_are_distinct_sorted_and_in_range() -> None:
+    positions = sample_positions(1, 2, [1, 2, 3], 50, 10)
+    assert positions.shape == (3, 10)
+    assert (positions.diff(dim=1) > 0).all()
+    assert positions.min() >= 0
+    assert positions.max() < 50
+
+
+def test_positions_depend_on_seed_step_and_layer_alone() -> None:
+    torch.manual_seed(0)
+    alone = sample_positions(1, 2, [3], 50, 10)
+    torch.manual_seed(1)
+    with_others = sample_positions(1, 2, [1, 2, 3], 50, 10)
+    assert torch.equal(with_others[2], alone[0])
+
+
+@pytest.mark.parametrize(("seed", "step", "layer"), [(2, 2, 3), (1, 3, 3), (1, 2, 4)])
+def test_another_seed_step_or_layer_draws_other_positions(seed: int, step: int, layer: int) -> None:
+    assert not torch.equal(sample_positions(seed, step, [layer], 50, 10), sample_positions(1, 2, [3], 50, 10))
+
+
+@pytest.mark.parametrize("max_tokens", [None, 7, 8])
+def test_a_short_sequence_gives_all_its_positions(max_tokens: int | None) -> None:
+    assert sample_positions(0, 0, [1, 2], 7, max_tokens).tolist() == [list(range(7))] * 2
+
+
+def test_drawing_positions_leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    sample_positions(1, 2, [3], 50, 10)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_constant_schedule() -> None:
+    assert [lambda_at(DispersionConfig(lambda_disp=0.3), step, 10) for step in (0, 9)] == [0.3, 0.3]
+
+
+def test_linear_schedule_rises_over_the_warmup_and_stays() -> None:
+    config = DispersionConfig(lambda_disp=0.2, schedule="linear", warmup_fraction=0.5)
+    assert [lambda_at(config, step, 8) for step in (0, 1, 2, 4, 7)] == pytest.approx([0, 0.05, 0.1, 0.2, 0.2])
+
+
+def test_cosine_schedule_decays() -> None:
+    config = DispersionConfig(lambda_disp=0.2, schedule="cosine")
+    assert [lambda_at(config, step, 4) for step in (0, 2)] == pytest.approx([0.2, 0.1])
+    assert lambda_at(config, 3, 4) < lambda_at(config, 2, 4)
+
+
+# --- what is refused ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"variant": "angle"},
+        {"schedule": "step"},
+        {"lambda_disp": -1.0},
+        {"lambda_disp": math.inf},
+        {"tau": 0.0},
+        {"tau": math.nan},
+        {"max_tokens": 1},
+        {"warmup_fraction": 0.0},
+        {"backend": "cuda"},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_a_wrong_setting_is_named(wrong: dict) -> None:
+    (name,) = wrong
+    with pytest.raises(ValueError, match=name):
+        DispersionConfig(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"variant": "angle"}, {"tau": 0.0}, {"backend": "cuda"}], ids=str)
+def test_a_wrong_argument_of_the_loss_is_named(wrong: dict) -> None:
+    (name,) = wrong
+    with pytest.raises(ValueError, match=name):
+        DispersionLoss(**wrong)
+
+
+@pytest.mark.parametrize("z", [torch.zeros(4, 3), torch.zeros(1, 1, 3), torch.zeros(1, 4, 3, dtype=torch.int64)])
+def test_a_wrong_tensor_is_refused(z: Tensor) -> None:
+    with pytest.raises(ValueError, match="z must be floating point"):
+        DispersionLoss()(z)

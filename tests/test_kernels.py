@@ -1,0 +1,371 @@
+"""The fused kernels against float64 autograd of the reference formulas.
+
+The Triton kernel runs in Triton's interpreter (conftest.py sets TRITON_INTERPRET); that it compiles for
+real GPUs is checked in a process of its own, tests/aot_compile.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from nanodisp import kernels
+from nanodisp.dispersion import COSINE_MARGIN, NORM_EPS, VARIANTS, DispersionConfig, DispersionLoss
+from nanodisp.kernels import FAMILY, cpu, pairwise
+
+triton = pytest.importorskip("triton")
+from nanodisp.kernels import gpu  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+FUSED = ("cpu", "triton")
+# Relative to float64. The interpreter cuts float32 off to bfloat16 where a GPU rounds: twice the error, and
+# all of one sign.
+TOLERANCE = {
+    ("cpu", torch.float32): 1e-5,
+    ("cpu", torch.bfloat16): 4e-3,
+    ("triton", torch.float32): 1e-5,
+    ("triton", torch.bfloat16): 1e-2,
+}
+
+
+def tokens(*shape: int, seed: int = 0, condensed: bool = False) -> Tensor:
+    """Random tokens; `condensed` ones have cosines of about 0.9."""
+    generator = torch.Generator().manual_seed(seed)
+    z = 3 * torch.randn(*shape, generator=generator)
+    return z + 9 * torch.randn(shape[-1], generator=generator) if condensed else z
+
+
+def loss_and_gradient(z: Tensor, variant: str, tau: float, backend: str) -> tuple[Tensor, Tensor]:
+    z = z.detach().requires_grad_()
+    loss = DispersionLoss(variant, tau, backend)(z)
+    return loss.detach(), torch.autograd.grad(loss, z)[0]
+
+
+def check(z: Tensor, variant: str, tau: float, backend: str, matmul_dtype: torch.dtype) -> None:
+    with torch.autocast("cpu", torch.bfloat16, enabled=matmul_dtype == torch.bfloat16):
+        loss, gradient = loss_and_gradient(z, variant, tau, backend)
+    right_loss, right = loss_and_gradient(z.double(), variant, tau, "reference")
+    tolerance = TOLERANCE[backend, matmul_dtype]
+    if variant == "orthogonalization" and matmul_dtype == torch.bfloat16:
+        tolerance *= 1.5  # its h grows with c, so that the rounding of c and of h add up
+    assert loss.dtype == torch.float32
+    assert abs(loss - right_loss) <= tolerance * (1 + abs(right_loss))
+    assert (gradient - right).norm() <= tolerance * right.norm() + 5e-8  # as in test_dispersion.py
+    assert gradient.dtype == z.dtype
+
+
+# (2, 130, 40) takes three tiles a side in float32 and two in bfloat16, with ragged edges.
+SHAPES = [(1, 2, 2), (3, 7, 5), (2, 130, 40), (1, 3, 4096)]
+
+
+@pytest.mark.parametrize("condensed", [False, True], ids=["spread", "condensed"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("variant", FAMILY)
+@pytest.mark.parametrize("backend", FUSED)
+def test_float32_gradient(backend: str, variant: str, shape: tuple[int, ...], condensed: bool) -> None:
+    check(tokens(*shape, condensed=condensed), variant, 1.0, backend, torch.float32)
+
+
+@pytest.mark.parametrize("condensed", [False, True], ids=["spread", "condensed"])
+@pytest.mark.parametrize("variant", FAMILY)
+@pytest.mark.parametrize("backend", FUSED)
+def test_bfloat16_autocast_gradient(backend: str, variant: str, condensed: bool) -> None:
+    check(tokens(2, 130, 96, condensed=condensed), variant, 1.0, backend, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", FUSED)
+def test_half_precision_input(backend: str, dtype: torch.dtype) -> None:
+    # Scaled as by a GradScaler: without it the gradient lies below float16's range.
+    z = tokens(2, 70, 96).to(dtype).requires_grad_()
+    (gradient,) = torch.autograd.grad(DispersionLoss(backend=backend)(z) * 2.0**14, z)
+    _, right = loss_and_gradient(z.double(), "angular", 1.0, "reference")
+    assert gradient.dtype == dtype
+    error = (gradient.double() / 2**14 - right).norm() / right.norm()
+    assert error <= TOLERANCE[backend, torch.bfloat16]
+
+
+@pytest.mark.parametrize("shape", [(3, 256, 24), (2, 300, 24), (1, 1000, 24), (9, 127, 8), (2, 129, 8)], ids=str)
+@pytest.mark.parametrize("matmul_dtype", [torch.float32, torch.bfloat16])
+def test_blocked_twin_at_every_depth_of_halving(shape: tuple[int, ...], matmul_dtype: torch.dtype) -> None:
+    check(tokens(*shape), "angular", 1.0, "cpu", matmul_dtype)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    variant=st.sampled_from(FAMILY),
+    n_sequences=st.integers(1, 4),
+    n_tokens=st.integers(2, 400),
+    n_features=st.integers(2, 80),
+    tau=st.sampled_from([0.1, 0.5, 1.0, 4.0]),
+    condensed=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape_on_the_cpu(variant, n_sequences, n_tokens, n_features, tau, condensed, seed) -> None:
+    z = tokens(n_sequences, n_tokens, n_features, seed=seed, condensed=condensed)
+    check(z, variant, tau, "cpu", torch.float32)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    variant=st.sampled_from(FAMILY),
+    n_tokens=st.integers(2, 140),
+    n_features=st.integers(2, 80),
+    tau=st.sampled_from([0.1, 1.0, 4.0]),
+    condensed=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape_in_triton(variant, n_tokens, n_features, tau, condensed, seed) -> None:
+    check(tokens(1, n_tokens, n_features, seed=seed, condensed=condensed), variant, tau, "triton", torch.float32)
+
+
+DEGENERATE = {
+    "zero rows": tokens(2, 9, 6) * (torch.arange(9) % 3 > 0)[:, None],
+    "all zero": torch.zeros(1, 5, 4),
+    "identical": torch.ones(1, 5, 4),
+    "opposite": torch.ones(1, 4, 4) * torch.tensor([1.0, -1, 1, -1])[:, None],
+    "tiny": 1e-20 * tokens(1, 5, 4),
+    "large": 1e15 * tokens(1, 5, 4),
+}
+
+
+@pytest.mark.parametrize("kind", DEGENERATE)
+@pytest.mark.parametrize("variant", FAMILY)
+@pytest.mark.parametrize("backend", FUSED)
+def test_degenerate_tokens(backend: str, variant: str, kind: str) -> None:
+    z = DEGENERATE[kind]
+    _, gradient = loss_and_gradient(z, variant, 1.0, backend)
+    _, right = loss_and_gradient(z.double(), variant, 1.0, "reference")
+    assert gradient.isfinite().all()
+    torch.testing.assert_close(gradient.double(), right, rtol=1e-4, atol=1e-5 * right.abs().max().item() + 1e-6)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda z: z.transpose(1, 2).contiguous().transpose(1, 2),
+    "every other token": lambda z: z.repeat_interleave(2, dim=1)[:, ::2],
+    "every other feature": lambda z: z.repeat_interleave(2, dim=2)[:, :, ::2],
+    "cut from wider rows": lambda z: torch.cat([z, z], dim=2)[:, :, : z.size(2)],
+    "batch last": lambda z: z.movedim(0, 2).contiguous().movedim(2, 0),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend", FUSED)
+def test_the_layout_of_the_input_does_not_matter(backend: str, layout: str) -> None:
+    z = tokens(3, 21, 12)
+    laid_out = LAYOUTS[layout](z)
+    assert torch.equal(laid_out, z)
+    for a, b in zip(
+        loss_and_gradient(laid_out, "angular", 1.0, backend),
+        loss_and_gradient(z, "angular", 1.0, backend),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("variant", FAMILY)
+@pytest.mark.parametrize("backend", FUSED)
+def test_the_same_input_gives_the_same_bits(backend: str, variant: str) -> None:
+    z = tokens(3, 70, 20)
+    first, second = (loss_and_gradient(z, variant, 1.0, backend) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize(("backend", "limit"), [("cpu", "SCRATCH_ELEMENTS"), ("triton", "GROUP_BYTES")])
+def test_sequences_in_groups_give_what_they_give_at_once(
+    backend: str, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    z = tokens(5, 20, 12)
+    at_once = loss_and_gradient(z, "angular", 1.0, backend)
+    two_at_a_time = {"cpu": 2 * 20 * 20, "triton": 2 * 20 * (32 + 12) * 4}
+    monkeypatch.setattr({"cpu": cpu, "triton": gpu}[backend], limit, two_at_a_time[backend])
+    in_groups = loss_and_gradient(z, "angular", 1.0, backend)
+    torch.testing.assert_close(in_groups[0], at_once[0])
+    torch.testing.assert_close(in_groups[1], at_once[1], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("variant", FAMILY)
+@pytest.mark.parametrize("backend", FUSED)
+def test_without_gradient_the_loss_is_the_same_and_nothing_else_is_made(backend: str, variant: str) -> None:
+    z = tokens(2, 70, 12)
+    loss, dz = kernels._pairwise(z, variant, 1.0, torch.float32, False, backend)
+    assert torch.equal(loss, kernels._pairwise(z, variant, 1.0, torch.float32, True, backend)[0])
+    assert dz.numel() == 0
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_backward_keeps_one_tensor_of_the_size_of_z(backend: str) -> None:
+    z = tokens(2, 40, 12).requires_grad_()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        DispersionLoss(backend=backend)(z)
+    assert [tensor.shape for tensor in kept] == [z.shape]
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_the_incoming_gradient_is_multiplied_in(backend: str) -> None:
+    z = tokens(2, 20, 12).requires_grad_()
+    loss = DispersionLoss(backend=backend)(z)
+    (once,) = torch.autograd.grad(loss, z, retain_graph=True)
+    (thrice,) = torch.autograd.grad(3 * loss, z)
+    torch.testing.assert_close(thrice, 3 * once)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_a_second_derivative_is_refused_in_words(backend: str) -> None:
+    z = tokens(1, 5, 4).requires_grad_()
+    (gradient,) = torch.autograd.grad(DispersionLoss(backend=backend)(z), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="backend=reference"):
+        gradient.square().sum().backward()
+
+
+def test_the_reference_has_a_second_derivative() -> None:
+    z = tokens(1, 5, 4).requires_grad_()
+    (gradient,) = torch.autograd.grad(DispersionLoss(backend="reference")(z), z, create_graph=True)
+    gradient.square().sum().backward()
+    assert z.grad is not None
+
+
+def test_a_nan_is_not_hidden() -> None:
+    z = tokens(1, 5, 4)
+    z[0, 0, 0] = float("nan")
+    for backend in FUSED:
+        assert DispersionLoss(backend=backend)(z).isnan()
+
+
+# --- as an operator of PyTorch's -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("matmul_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_grad", [False, True])
+def test_the_operator_is_registered_properly(with_grad: bool, matmul_dtype: torch.dtype) -> None:
+    z = tokens(2, 9, 6).requires_grad_(with_grad)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")  # one more would differentiate dz
+    torch.library.opcheck(kernels._pairwise, (z, "angular", 1.0, matmul_dtype, with_grad, "cpu"), test_utils=checks)
+
+
+class Model(nn.Module):
+    """A layer, and the loss on what it makes of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(12, 12)
+        self.dispersion = DispersionLoss("angular", 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.layer(x)
+        return hidden.square().mean() + 0.1 * self.dispersion(hidden)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_model_with_the_loss_compiles_without_a_graph_break(autocast: bool) -> None:
+    model, x = Model(), tokens(2, 20, 12)
+    gradients = []
+    for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            forward(x).backward()
+        gradients.append(model.layer.weight.grad.clone())
+    torch.testing.assert_close(*gradients)
+
+
+# --- which backend serves ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_auto_takes_the_blocked_twin_on_the_cpu_and_the_reference_for_the_rest(variant: str) -> None:
+    chosen = kernels.choose("auto", variant, 1.0, tokens(1, 4, 3))
+    assert chosen == ("cpu" if variant in FAMILY else "reference")
+
+
+def test_auto_takes_the_reference_where_the_kernels_cannot_serve() -> None:
+    assert kernels.choose("auto", "angular", 1.0, tokens(1, 4, 3).double()) == "reference"
+    assert kernels.choose("auto", "angular", 0.001, tokens(1, 4, 3)) == "reference"
+
+
+def test_the_smallest_temperature_is_still_finite() -> None:
+    for variant in ("angular", "cosine"):
+        for backend in FUSED:
+            check(tokens(1, 6, 4), variant, 1.01 * pairwise.smallest_tau(variant), backend, torch.float32)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("make", [DispersionLoss, DispersionConfig], ids=["loss", "config"])
+def test_a_fused_backend_refuses_a_variant_outside_the_family(make: type, backend: str) -> None:
+    with pytest.raises(ValueError, match=r"variant=entropy.*angular.*use backend=auto"):
+        make(variant="entropy", backend=backend)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_a_fused_backend_refuses_a_tensor_it_cannot_take(backend: str) -> None:
+    with pytest.raises(ValueError, match=r"float64.*use backend=auto"):
+        DispersionLoss(backend=backend)(tokens(1, 4, 3).double())
+
+
+def test_triton_refuses_the_cpu_outside_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    with pytest.raises(ValueError, match=r"cpu.*needs a GPU.*use backend=auto"):
+        DispersionLoss(backend="triton")(tokens(1, 4, 3))
+
+
+def run_python(*arguments: str, **environment: str) -> str:
+    clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    result = subprocess.run(
+        [sys.executable, *arguments], env=clean | environment | {"PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_without_triton_the_package_works_and_the_triton_backend_says_so() -> None:
+    program = """
+import sys
+sys.modules["triton"] = None
+import torch
+from nanodisp import DispersionLoss
+print(DispersionLoss()(torch.randn(1, 4, 3)).isfinite().item())
+try:
+    DispersionLoss(backend="triton")
+except ValueError as error:
+    print(error)
+"""
+    finite, message = run_python("-c", program).splitlines()
+    assert finite == "True"
+    assert "without triton: install it" in message
+
+
+def test_the_kernels_use_the_same_constants_as_the_formulas() -> None:
+    assert (pairwise.NORM_EPS, pairwise.COSINE_MARGIN) == (NORM_EPS, COSINE_MARGIN)
+
+
+# --- for GPUs that are not there -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("capability", "tensor_core_instruction", "shared_memory"),
+    [(80, "mma.sync", 163 * 1024), (90, "wgmma.mma_async", 227 * 1024), (100, "tcgen05.mma", 227 * 1024)],
+)
+def test_the_kernels_compile_for_the_gpu(
+    capability: int, tensor_core_instruction: str, shared_memory: int, tmp_path: Path
+) -> None:
+    output = run_python(str(ROOT / "tests/aot_compile.py"), str(capability), TRITON_CACHE_DIR=str(tmp_path))
+    reports = [json.loads(line) for line in output.splitlines()]
+    assert len(reports) == 8
+    for report in reports:
+        assert report["stack"] == report["local"] == 0, f"registers are spilled: {report}"
+        assert report["shared"] <= shared_memory
+        if "angular" in report["kernel"] or "cosine" in report["kernel"]:
+            assert report["matmuls"] == [tensor_core_instruction]
