@@ -1,0 +1,394 @@
+"""Times the fused dispersion loss against the formula in plain PyTorch, eager and compiled.
+
+    python -m bench.kernels                     # the CPU twin; about a minute
+    python -m bench.kernels --device cuda       # the Triton kernel; checks first, then times, under 8 minutes
+    python -m bench.kernels --dry-run           # the code of --device cuda in Triton's interpreter, at toy sizes
+
+Forward and backward together, the implementations in alternation; the median of the rounds and their
+interquartile range. The figures go to bench/results/ (or to the folder that $OUT names), beside the
+device's name. A dry run writes nothing: its times mean nothing.
+
+Needs torch, numpy, triton (for --device cuda) and nanodisp.dispersion with its kernels, nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RESULTS = Path(__file__).parent / "results"
+FAMILY = ("angular", "orthogonalization", "cosine")
+ERROR_LIMIT = {"float32": 1e-5, "bfloat16": 4e-3}
+GPU_SHAPES = [(16, 256, 768), (16, 1024, 768), (8, 1024, 1600), (4, 2048, 1024)]
+TIME_LIMIT = 420.0  # seconds after which no further row is begun
+
+Step = Callable[[], Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="benchmark of the fused dispersion loss")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dry-run", action="store_true", help="run the code of --device cuda on the CPU, tiny")
+    arguments = parser.parse_args()
+    if arguments.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"  # before nanodisp looks at it
+    elif arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("PyTorch sees no GPU here; leave --device cuda out, or try --dry-run")
+
+    report: dict[str, Any] = {"torch": torch.__version__, "python": platform.python_version()}
+    if arguments.dry_run:
+        gpu_report(report, Interpreter(), [(2, 70, 24)], rounds=1)
+        print("dry run: nothing was written")
+        return
+    if arguments.device == "cuda":
+        gpu_report(report, Cuda(), GPU_SHAPES, rounds=15)
+    else:
+        cpu_report(report)
+    folder = Path(os.environ.get("OUT") or RESULTS)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"kernels-{re.sub('[^a-z0-9]+', '-', report['device'].lower()).strip('-')}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"written to {path}")
+
+
+# --- what is measured ---------------------------------------------------------------------
+
+
+def loss_of(variant: str, backend: str) -> Callable[[Tensor], Tensor]:
+    from nanodisp.dispersion import DispersionLoss  # late: a dry run sets the environment first
+
+    return DispersionLoss(variant, 1.0, backend)
+
+
+def forward_and_backward(loss: Callable[[Tensor], Tensor], z: Tensor) -> Step:
+    return lambda: torch.autograd.grad(loss(z), z)[0]
+
+
+def gradient_error(gradient: Tensor, variant: str, z: Tensor) -> float:
+    """Relative to float64 autograd of the formula, one sequence at a time."""
+    difference = norm = 0.0
+    for sequence, its_gradient in zip(z.detach(), gradient, strict=True):
+        exact_z = sequence[None].double().requires_grad_()
+        exact = torch.autograd.grad(loss_of(variant, "reference")(exact_z) / len(z), exact_z)[0]
+        difference += (its_gradient.double() - exact).square().sum().item()
+        norm += exact.square().sum().item()
+    return (difference / norm) ** 0.5
+
+
+class Saved:
+    """A tensor that autograd keeps for backward."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def saved_bytes(loss: Callable[[Tensor], Tensor], z: Tensor) -> dict[str, int]:
+    """What autograd saves in forward: all of it added up, and the distinct memory still held when it ends."""
+    total = 0
+    held: weakref.WeakSet[Saved] = weakref.WeakSet()
+
+    def save(tensor: Tensor) -> Saved:
+        nonlocal total
+        total += tensor.nbytes
+        saved = Saved(tensor)
+        held.add(saved)
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda saved: saved.tensor):
+        result = loss(z)
+    storages = {saved.tensor.untyped_storage().data_ptr(): saved.tensor.untyped_storage().nbytes() for saved in held}
+    del result
+    return {"added_up": total, "distinct": sum(storages.values())}
+
+
+def alternate(steps: dict[str, Step], timer: Callable[[Step], float], rounds: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of each step: median and interquartile range of `rounds`, one of each in every round."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        timer(step)
+        timer(step)
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times[name].append(timer(step))
+    return {name: {"median_ms": statistics.median(t), "iqr_ms": interquartile(t)} for name, t in times.items()}
+
+
+def interquartile(values: list[float]) -> float:
+    if len(values) < 2:
+        return 0.0
+    first, _, third = statistics.quantiles(values, n=4)
+    return third - first
+
+
+def wall_clock(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return (time.perf_counter() - start) * 1e3
+
+
+def undisturbed(step: Step) -> float:
+    """The wall clock, read again (30 times at most) where other programs held the cores for over 2 % of it."""
+    for _ in range(30):
+        before = waited_for_a_core()
+        milliseconds = wall_clock(step)
+        if waited_for_a_core() - before < 0.02 * milliseconds:
+            break
+    return milliseconds
+
+
+def waited_for_a_core() -> float:
+    """Milliseconds that the threads of this process were ready and not running (Linux; 0 elsewhere)."""
+    return sum(int(file.read_text().split()[1]) for file in Path("/proc/self/task").glob("*/schedstat")) / 1e6
+
+
+# --- the CPU ----------------------------------------------------------------------------------
+
+
+def cpu_report(report: dict[str, Any]) -> None:
+    model = next(iter(re.findall(r"model name\s*:\s*(.*)", read_if_there("/proc/cpuinfo"))), platform.machine())
+    report["device"] = f"{model}, {torch.get_num_threads()} threads"
+    report["rows"] = []
+    print(f"{report['device']}, PyTorch {torch.__version__}: forward + backward against the formula in PyTorch")
+    titles = ("formula, ms", "fused, ms", "faster", "kept, MiB", "fused", "error")
+    print(" " * 44 + "".join(f"{title:>{width}}" for title, width in zip(titles, (16, 17, 8, 14, 10, 10), strict=True)))
+    rows = [
+        ("angular", (8, 1024, 768), "float32", 9),
+        ("angular", (8, 1024, 768), "bfloat16", 9),  # autocast
+        ("angular", (4, 256, 768), "float32", 101),
+        ("orthogonalization", (8, 1024, 768), "float32", 5),
+        ("cosine", (8, 1024, 768), "float32", 5),
+    ]
+    for variant, shape, dtype, rounds in rows:
+        report["rows"].append(cpu_row(variant, shape, dtype, rounds))
+
+
+def cpu_row(variant: str, shape: tuple[int, int, int], dtype: str, rounds: int) -> dict[str, Any]:
+    z = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    reference, fused = loss_of(variant, "reference"), loss_of(variant, "cpu")
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        steps = {"reference": forward_and_backward(reference, z), "fused": forward_and_backward(fused, z)}
+        times = alternate(steps, undisturbed, rounds)
+        kept = {"reference": saved_bytes(reference, z), "fused": saved_bytes(fused, z)}
+        error = gradient_error(steps["fused"](), variant, z)
+    ratio = times["reference"]["median_ms"] / times["fused"]["median_ms"]
+    print(
+        f"{variant:18}{'x'.join(map(str, shape)):>14}{dtype:>11} "
+        f"{show(times['reference'])}{show(times['fused'])}{ratio:7.2f}x"
+        f"{mebibytes(kept['reference']):>14}{mebibytes(kept['fused']):>10}{error:10.1e}",
+        flush=True,
+    )
+    return {
+        "variant": variant,
+        "shape": shape,
+        "dtype": dtype,
+        "times": times,
+        "faster": ratio,
+        "saved_bytes": kept,
+        "gradient_error": error,
+    }
+
+
+def mebibytes(kept: dict[str, int]) -> str:
+    """Added up, and distinct."""
+    return f"{kept['added_up'] / 2**20:.0f} ({kept['distinct'] / 2**20:.0f})"
+
+
+def show(figures: dict[str, float]) -> str:
+    return f"{figures['median_ms']:9.3f} ±{figures['iqr_ms'] / 2:5.2f} "
+
+
+def read_if_there(path: str) -> str:
+    return Path(path).read_text() if Path(path).exists() else ""
+
+
+# --- the GPU ------------------------------------------------------------------------------------
+
+
+class Cuda:
+    """How to time and to weigh on a GPU."""
+
+    device = "cuda"
+    compiler = "inductor"
+    matmul_size = 8192
+
+    def __init__(self) -> None:
+        self.name = torch.cuda.get_device_name()
+
+    def timer(self, step: Step) -> float:
+        """Milliseconds of a call, of five in a row: the queue hides what Python takes, as in training."""
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(5):
+            step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 5
+
+    def peak_bytes(self, step: Step) -> int:
+        """The most that the step holds at once beyond what was there before."""
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def graph(self, step: Step) -> Step:
+        """The step's kernels without Python between them."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept = step()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return kept
+
+        return replay
+
+
+class Interpreter:
+    """The same for the dry run on the CPU."""
+
+    device = "cpu"
+    compiler = "aot_eager"
+    matmul_size = 64
+    name = "Triton's interpreter"
+
+    def timer(self, step: Step) -> float:
+        return wall_clock(step)
+
+    def peak_bytes(self, step: Step) -> int:
+        return step().nbytes
+
+    def graph(self, step: Step) -> Step:
+        return step
+
+
+def gpu_report(
+    report: dict[str, Any], machine: Cuda | Interpreter, shapes: list[tuple[int, int, int]], rounds: int
+) -> None:
+    import triton
+
+    start = time.perf_counter()
+    report |= {"device": machine.name, "triton": triton.__version__}
+    print(f"{machine.name}, PyTorch {torch.__version__}, Triton {triton.__version__}")
+    report["checks"] = check_gradients(machine)
+    report["matmul_tflops"] = matmul_rate(machine, rounds)
+    print(f"bfloat16 matmul of {machine.matmul_size}^3: {report['matmul_tflops']:.0f} TFLOP/s")
+    print("forward + backward, ms; the fused one also without Python between kernels (graph)")
+    print(f"{'':46}{'eager':>16}{'compiled':>17}{'fused':>17}{'graph':>17}   against   peak MiB   of matmul")
+    report["rows"], report["left_out"] = [], []
+    for shape in shapes:
+        for dtype in (torch.bfloat16, torch.float32):
+            for variant in FAMILY:
+                if time.perf_counter() - start > TIME_LIMIT:
+                    report["left_out"].append([variant, shape, str(dtype)])
+                    continue
+                report["rows"].append(gpu_row(machine, variant, shape, dtype, rounds, report["matmul_tflops"]))
+    report["seconds"] = time.perf_counter() - start
+    if report["left_out"]:
+        print(f"left out for want of time: {len(report['left_out'])} rows")
+    print(f"{report['seconds']:.0f} s in all")
+
+
+def random_tokens(machine: Cuda | Interpreter, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    z = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    return z.to(machine.device, dtype).requires_grad_()
+
+
+def check_gradients(machine: Cuda | Interpreter) -> list[dict[str, Any]]:
+    """Before anything is timed: the gradient against float64, and that it comes out the same twice."""
+    checks = []
+    on_gpu = machine.device == "cuda"
+    for shape in [(2, 2, 3), (3, 300, 768), (2, 1024, 1600), (1, 129, 4096)] if on_gpu else [(1, 5, 3)]:
+        for dtype in (torch.float32, torch.bfloat16):
+            for variant in FAMILY:
+                z = random_tokens(machine, shape, dtype)
+                step = forward_and_backward(loss_of(variant, "triton"), z)
+                error = gradient_error(step(), variant, z)
+                name = str(dtype).removeprefix("torch.")
+                checks.append({"variant": variant, "shape": shape, "dtype": name, "gradient_error": error})
+                if not torch.equal(step(), step()):
+                    raise SystemExit(f"two runs differ: {checks[-1]}")
+                if on_gpu and not error <= ERROR_LIMIT[name]:
+                    raise SystemExit(f"the gradient is wrong, more than {ERROR_LIMIT[name]}: {checks[-1]}")
+    for name in ERROR_LIMIT:
+        worst = max(check["gradient_error"] for check in checks if check["dtype"] == name)
+        print(f"gradients checked: largest error in {name} {worst:.1e}")
+    return checks
+
+
+def matmul_rate(machine: Cuda | Interpreter, rounds: int) -> float:
+    """TFLOP/s of the library's bfloat16 matmul on random numbers."""
+    size = machine.matmul_size
+    a, b = (torch.randn(size, size, device=machine.device, dtype=torch.bfloat16) for _ in range(2))
+    milliseconds = alternate({"matmul": lambda: a @ b}, machine.timer, rounds)["matmul"]["median_ms"]
+    return 2 * size**3 / milliseconds / 1e9
+
+
+def gpu_row(
+    machine: Cuda | Interpreter,
+    variant: str,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    rounds: int,
+    matmul_tflops: float,
+) -> dict[str, Any]:
+    torch.compiler.reset()  # every row compiles anew
+    z = random_tokens(machine, shape, dtype)
+    reference = loss_of(variant, "reference")
+    fused = forward_and_backward(loss_of(variant, "triton"), z)
+    steps = {
+        "reference": forward_and_backward(reference, z),
+        "compiled": forward_and_backward(torch.compile(reference, backend=machine.compiler, dynamic=False), z),
+        "fused": fused,
+        "fused_graph": machine.graph(fused),
+    }
+    times = alternate(steps, machine.timer, rounds)
+    peak = {name: machine.peak_bytes(steps[name]) for name in ("reference", "compiled", "fused")}
+    n_sequences, n_tokens, n_features = shape
+    needed = 3 * n_sequences * n_tokens**2 * n_features  # FLOPs: N^2 F of the symmetric cosines, 2 N^2 F of H u
+    median = {name: figures["median_ms"] for name, figures in times.items()}
+    row = {
+        "variant": variant,
+        "shape": shape,
+        "dtype": str(dtype).removeprefix("torch."),
+        "times": times,
+        "faster_than_eager": median["reference"] / median["fused"],
+        "faster_than_compiled": median["compiled"] / median["fused"],
+        "peak_bytes": peak,
+        "share_of_matmul_rate": {
+            name: needed / median[name] / 1e9 / matmul_tflops for name in ("fused", "fused_graph")
+        },
+    }
+    print(
+        f"{variant:18}{'x'.join(map(str, shape)):>14}{row['dtype']:>11}   "
+        + " ".join(show(times[name]) for name in steps)
+        + f"{row['faster_than_eager']:6.1f}x{row['faster_than_compiled']:5.1f}x"
+        + f"{peak['reference'] / 2**20:7.0f}/{peak['fused'] / 2**20:.0f}"
+        + "".join(f"{share:7.0%}" for share in row["share_of_matmul_rate"].values()),
+        flush=True,
+    )
+    return row
+
+
+if __name__ == "__main__":
+    main()
