@@ -1,13 +1,49 @@
 """Measuring embedding condensation: how far the tokens of a sequence have turned into one cone.
 
-The measure is the mean cosine similarity of all pairs of different tokens of a sequence,
-layer by layer, from the embedding on: near 1 is condensed, near 0 is spread out.
+    python -m nanodisp.condensation checkpoint=out/<run>
+    python -m nanodisp.condensation checkpoint=hf:gpt2 text=book.txt      # needs nanodisp[eval]
+
+The measure is the cosine similarity of all pairs of different tokens of a sequence, layer by layer,
+from the embedding on: near 1 is condensed, near 0 is spread out. What else is told of a layer
+says how many directions its tokens take up. Three ways of putting windows together:
+
+- cosines (mean, standard deviation, histogram): pairs lie within a window, and the pairs of all
+  windows count alike;
+- the ratio of high to low frequencies belongs to a sequence: measured per window, then averaged;
+- spectrum and covariance: of all tokens of all windows together, so that they are not bounded
+  by the length of a window.
+
+Windows come and go; what stays of them is a few sums per layer, the largest an F x F matrix. The
+sums are in float64, so that a singular value down to 1e-7 of the largest one is right.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from nanodisp import arguments, checkpoint, distributed
+from nanodisp.errors import UserError
+from nanodisp.gpt import GPT, GPTConfig
+from nanodisp.loader import count_windows, read_windows, spread_windows
+from nanodisp.prepare import DataConfig, prepare
+from nanodisp.shards import open_split
+from nanodisp.tokenizer import load_tokenizer
+
+BINS = 128  # of the histogram, over [-1, 1]
+LONGEST_BLOCK = 512  # tokens of a window unless told otherwise
+TOKENS_AT_ONCE = 2048  # of a forward pass
+STRIPE = 128  # rows of a symmetric matrix that are added to at a time
 
 
 def mean_cosine(z: Tensor) -> Tensor:
@@ -15,8 +51,393 @@ def mean_cosine(z: Tensor) -> Tensor:
 
     No N x N matrix is needed: sum_ij u_i . u_j = |sum_i u_i|^2. A zero token has cosine 0 with all.
     """
-    u = torch.nn.functional.normalize(z.float(), dim=-1)  # [B, N, F]
+    u = nn.functional.normalize(z.float(), dim=-1)  # [B, N, F]
     n_tokens = z.size(1)
     all_pairs = u.sum(dim=1).square().sum(dim=-1)  # [B], the diagonal included
     diagonal = u.square().sum(dim=(1, 2))
     return ((all_pairs - diagonal) / (n_tokens * (n_tokens - 1))).mean()
+
+
+def mean_cosine_by_layer(model: nn.Module, windows: Tensor) -> list[float]:
+    """`mean_cosine` of every hidden state on int64 [B, T]: cheap enough to follow a training run with."""
+    with torch.no_grad():
+        return torch.stack([mean_cosine(z) for z in hidden_states(model, windows)]).tolist()
+
+
+def trend(layer_means: Sequence[float]) -> tuple[float, float]:
+    """Spearman's rho and Kendall's tau-b of layer means against depth, the embedding being depth 0.
+
+    1: every layer is more condensed than the one before; -1: less. NaN where they are all equal.
+    """
+    from scipy import stats  # here, because it takes a second and training does without
+
+    if len(set(layer_means)) < 2:
+        return math.nan, math.nan
+    depth = range(len(layer_means))
+    return float(stats.spearmanr(depth, layer_means).statistic), float(stats.kendalltau(depth, layer_means).statistic)
+
+
+@dataclass(frozen=True)
+class Condensation:
+    """What was measured; arrays are float64 with a row per layer, [L + 1], hidden state 0 first.
+
+    With X the tokens of a layer, [n_tokens, F], sigma its singular values and p = sigma / sum sigma:
+
+    mean, std: of the cosine similarities.
+    histogram: [L + 1, 128], their density over [-1, 1]; it integrates to 1.
+    effective_rank: exp(entropy), Roy & Vetterli, "The effective rank" (2007).
+    entropy: -sum p ln p, in nats.
+    explained: sigma_1^2 / sum sigma^2, the largest explained variance (of X itself, not centred).
+    frequency_ratio: |X - mean|_F / |mean part|_F along a window, high frequencies over frequency 0;
+        Wang et al., "Anti-Oversmoothing in Deep Vision Transformers", arXiv 2203.05962.
+    condition: largest over smallest eigenvalue of the tokens' covariance. Infinite where that is
+        singular to the precision of the tokens: with no more of them than features, and after the
+        last LayerNorm, whose outputs lie in a hyperplane.
+    variance: [L + 1, F], the covariance's diagonal.
+    """
+
+    windows: int
+    block: int
+    include_diagonal: bool
+    mean: np.ndarray
+    std: np.ndarray
+    histogram: np.ndarray
+    effective_rank: np.ndarray
+    entropy: np.ndarray
+    explained: np.ndarray
+    frequency_ratio: np.ndarray
+    condition: np.ndarray
+    variance: np.ndarray
+
+    @property
+    def mean_of_last(self) -> np.ndarray:
+        """[L + 1]: entry n - 1 is the mean cosine over the last n layers."""
+        return np.cumsum(self.mean[::-1]) / np.arange(1, len(self.mean) + 1)
+
+    def save(self, folder: Path, source: str) -> None:
+        """Write condensation.json (figures of a layer) and condensation.npz (those and the arrays) into `folder`."""
+        arrays: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        scalars = {name: value for name, value in arrays.items() if value.ndim == 1}
+        rho, tau = trend(self.mean.tolist())
+        summary = {
+            "source": source,
+            "windows": self.windows,
+            "block": self.block,
+            "include_diagonal": self.include_diagonal,
+            "spearman": rho,
+            "kendall": tau,
+            "mean_of_last": self.mean_of_last.tolist(),
+            "layers": [
+                {"layer": layer, **{name: value[layer] for name, value in scalars.items()}}
+                for layer in range(len(self.mean))
+            ],
+        }
+        summary = json.loads(json.dumps(summary), parse_constant=lambda name: None)  # JSON has no NaN, no infinity
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "condensation.json").write_text(json.dumps(summary, indent=2) + "\n")
+            np.savez_compressed(folder / "condensation.npz", **arrays)
+        except OSError as error:
+            raise UserError(f"{folder} can not be written: {error}; choose another with out=…") from error
+
+    def __str__(self) -> str:
+        head = f"{'layer':>5} {'mean':>8} {'std':>8} {'eff. rank':>9} {'entropy':>8} {'explained':>9} {'high/low':>9}"
+        lines = [f"{head} {'condition':>9} {'variance':>9}"]
+        for row in range(len(self.mean)):
+            lines.append(
+                f"{row:5} {self.mean[row]:8.4f} {self.std[row]:8.4f} {self.effective_rank[row]:9.2f} "
+                f"{self.entropy[row]:8.4f} {self.explained[row]:9.4f} {self.frequency_ratio[row]:9.4f} "
+                f"{self.condition[row]:9.2e} {self.variance[row].mean():9.3g}"
+            )
+        rho, tau = trend(self.mean.tolist())
+        last = ", ".join(f"{value:.4f}" for value in self.mean_of_last)
+        lines += [f"mean against depth: rho {rho:.3f}, tau {tau:.3f}", f"mean of the last 1, 2, … layers: {last}"]
+        return "\n".join(lines)
+
+
+def measure(model: nn.Module, windows: Iterable[Tensor], *, include_diagonal: bool = False) -> Condensation:
+    """Condensation of a model on `windows`, in memory that does not grow with their number.
+
+    Args:
+        model: anything that `hidden_states` understands; measured in eval mode, where its parameters lie.
+        windows: int64 [B, T] each, or [T]; T the same for all, at least 2. One [W, T] will do.
+        include_diagonal: count a token's cosine with itself too, as the PyPI package
+            `embedding-condensation` does.
+
+    On CUDA, cosines are as exact as torch.set_float32_matmul_precision lets them be.
+
+    Raises ValueError without windows, or for windows of other lengths.
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    layers: list[LayerSums] = []
+    block = None
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for idx in windows:
+                idx = idx.reshape(-1, idx.size(-1)).to(device)  # [B, T]
+                if idx.size(1) < 2 or idx.size(1) != (block := block or idx.size(1)):
+                    raise ValueError(f"a window of {idx.size(1)} tokens: all need the same length, at least 2")
+                for depth, z in enumerate(hidden_states(model, idx)):
+                    if depth == len(layers):
+                        layers.append(LayerSums(z.size(-1), device, include_diagonal))
+                    layers[depth].add(z)
+    finally:
+        model.train(was_training)
+    if block is None:
+        raise ValueError("there are no windows to measure on")
+    rows = [layer.finish() for layer in layers]
+    stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    return Condensation(windows=layers[0].windows, block=block, include_diagonal=include_diagonal, **stacked)
+
+
+def hidden_states(model: nn.Module, idx: Tensor) -> Iterable[Tensor]:
+    """The hidden states [B, T, F] of int64 [B, T], embedding first.
+
+    `model` is ours; or one of transformers'; or gives, for `model(idx)`, a tuple or list of them or
+    something that has it as `hidden` or `hidden_states`. Raises TypeError for anything else.
+    """
+    if isinstance(model, GPT):
+        return _walk(model, idx)
+    headless: Any = getattr(model, "base_model", None)  # transformers' name for a model without its head
+    output = model(idx) if headless is None else headless(idx, output_hidden_states=True)
+    states = next((s for name in ("hidden_states", "hidden") if (s := getattr(output, name, None)) is not None), output)
+    if not isinstance(states, (tuple, list)):
+        raise TypeError(f"{type(model).__name__} returns {type(output).__name__}, which has no hidden states")
+    return states
+
+
+def _walk(model: GPT, idx: Tensor) -> Iterator[Tensor]:
+    """`GPT.forward`'s hidden states one at a time, and without its head: a third of GPT-2 small's work."""
+    x = model.wte(idx) + model.wpe.weight[: idx.size(1)]
+    for block in model.h:
+        yield x
+        x = block(x)
+    yield model.ln_f(x)
+
+
+class LayerSums:
+    """What is kept of one layer."""
+
+    def __init__(self, n_features: int, device: torch.device, include_diagonal: bool) -> None:
+        self.include_diagonal = include_diagonal
+        self.windows = self.tokens = self.pairs = 0
+        self.counts = torch.zeros(BINS, dtype=torch.int64, device=device)
+        # sums of: cosines, their squares, windows' ratios of frequencies
+        self.cosine, self.cosine_squared, self.ratio = torch.zeros(3, dtype=torch.float64, device=device)
+        self.token = torch.zeros(n_features, dtype=torch.float64, device=device)
+        self.outer = torch.zeros(n_features, n_features, dtype=torch.float64, device=device)  # of x x^T, upper triangle
+
+    def add(self, z: Tensor) -> None:
+        """Take in z [B, N, F], floating."""
+        self.rounding = torch.finfo(z.dtype).eps
+        z = z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
+        n_windows, n_tokens, n_features = z.shape
+        self.windows += n_windows
+        self.tokens += n_windows * n_tokens
+        self._add_cosines(z)
+
+        x = z.double()
+        window_mean = x.mean(dim=1)  # [B, F]
+        low = n_tokens * window_mean.square().sum(dim=1)  # [B]: squared norm of the part of frequency 0
+        high = x.square().sum(dim=(1, 2)) - low
+        self.ratio += (high.clamp(min=0) / low).sqrt().sum()
+        self.token += n_tokens * window_mean.sum(dim=0)
+        x = x.view(-1, n_features)
+        for start in range(0, n_features, STRIPE):  # symmetric, so that the blocks on and above the diagonal will do
+            stop = start + STRIPE
+            self.outer[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+
+    def _add_cosines(self, z: Tensor) -> None:
+        """Each pair is counted both ways round: as fast as masking half of the matrix, and simpler."""
+        n_windows, n_tokens, _ = z.shape
+        u = nn.functional.normalize(z, dim=-1)
+        cosines = (u @ u.mT).clamp_(-1, 1)  # [B, N, N]
+        itself = (u != 0).any(dim=-1).to(u.dtype)  # [B, N]: 1, and 0 for a zero token
+        cosines.diagonal(dim1=1, dim2=2).copy_(itself)
+        bins = lambda c: torch.bincount(((c + 1) * (BINS / 2)).int().clamp_(max=BINS - 1).flatten(), minlength=BINS)  # noqa: E731
+        self.pairs += n_windows * n_tokens * n_tokens
+        self.counts += bins(cosines)
+        self.cosine += cosines.sum(dtype=torch.float64)
+        self.cosine_squared += torch.linalg.vector_norm(cosines, dtype=torch.float64).square()
+        if not self.include_diagonal:
+            self.pairs -= n_windows * n_tokens
+            self.counts -= bins(itself)
+            self.cosine -= itself.sum(dtype=torch.float64)
+            self.cosine_squared -= itself.sum(dtype=torch.float64)  # they are 0 or 1
+
+    def finish(self) -> dict[str, Any]:
+        """The layer's entries of `Condensation`."""
+        mean = self.cosine.item() / self.pairs
+        outer, token = self.outer.cpu(), self.token.cpu()
+        with np.errstate(divide="ignore", invalid="ignore"):  # a layer of zeros has no spectrum: NaN
+            sigma = np.sqrt(_eigenvalues(outer, self.tokens))
+            p = sigma[sigma > 0] / sigma.sum()
+            entropy = -np.sum(p * np.log(p)) if len(p) else math.nan
+            covariance = (outer - torch.outer(token, token) / self.tokens) / (self.tokens - 1)
+            mean_square = outer.trace().item() / self.tokens
+            spread = _eigenvalues(covariance, self.tokens - 1, floor=self.rounding**2 * mean_square)
+            full = len(spread) == len(token)
+            return {
+                "mean": mean,
+                "std": math.sqrt(max(0.0, self.cosine_squared.item() / self.pairs - mean**2)),
+                "histogram": self.counts.cpu().numpy() / self.pairs * (BINS / 2),
+                "effective_rank": np.exp(entropy),
+                "entropy": entropy,
+                "explained": sigma.max() ** 2 / np.sum(sigma**2),
+                "frequency_ratio": self.ratio.item() / self.windows,
+                "condition": spread.max() / spread.min() if full else math.inf,
+                "variance": covariance.diagonal().clamp(min=0).numpy(),
+            }
+
+
+def _eigenvalues(matrix: Tensor, rank: int, floor: float = 0.0) -> np.ndarray:
+    """Eigenvalues of a positive semi-definite [F, F] (its upper triangle) of at most `rank`.
+
+    Those that rounding alone may have made are 0: the sums' here, the tokens' own up to `floor`.
+    """
+    values = torch.linalg.eigvalsh(matrix, UPLO="U").numpy()[-rank:]  # ascending
+    floor = max(floor, len(matrix) * np.finfo(np.float64).eps * values.max())
+    return np.where(values > floor, values, 0.0)
+
+
+# --- the command line ------------------------------------------------------------------
+
+
+@dataclass
+class CondensationConfig:
+    """What to measure, and on what.
+
+    checkpoint: a run's folder (its newest checkpoint), one checkpoint's, a Hugging Face folder, or hf:<id>.
+    windows, block: how many windows of how many tokens, spread evenly over the text; block null
+        takes the model's context, 512 at most.
+    data, text: a folder of shards (its validation split) or a text file; null takes the data of the run.
+    include_diagonal: see `measure`.
+    projection: how a window's tokens are drawn in the plane: pca, tsne or umap (where installed).
+    out: the folder to write to; null takes the run's, or out/<model>.
+    """
+
+    checkpoint: str = arguments.MISSING
+    windows: int = 100
+    block: int | None = None
+    data: str | None = None
+    text: str | None = None
+    include_diagonal: bool = False
+    projection: str = "pca"
+    device: str = "auto"
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.windows < 1:
+            raise ValueError(f"windows={self.windows} must be at least 1")
+        if self.block is not None and self.block < 2:
+            raise ValueError(f"block={self.block}: a pair needs 2 tokens; null takes the model's context")
+        if self.data is not None and self.text is not None:
+            raise ValueError("data and text are both given: keep one")
+
+
+@dataclass
+class Subject:
+    """A model, and what belongs to it: its context, its vocabulary, how to encode text, its data, its folder."""
+
+    model: nn.Module
+    context: int
+    vocab_size: int
+    encode: Any  # str -> int64 [n], made when it is called
+    data: DataConfig | None
+    folder: Path
+
+
+def main(argv: Sequence[str]) -> None:
+    from nanodisp import figures  # here, because train.py imports this module and draws nothing
+
+    config = arguments.parse(CondensationConfig, argv)
+    if config.projection not in figures.PROJECTIONS:
+        raise UserError(f"projection={config.projection} is unknown; choose one of {', '.join(figures.PROJECTIONS)}")
+    device = distributed.start(config.device).device
+    subject = open_checkpoint(config.checkpoint)
+    model = subject.model.to(device).eval()
+    batches = list(open_windows(config, subject))
+    result = measure(model, batches, include_diagonal=config.include_diagonal)
+    folder = Path(config.out) if config.out else subject.folder
+    result.save(folder, config.checkpoint)
+    print(result)
+
+    with torch.inference_mode():
+        states = [z[0].float().cpu().numpy() for z in hidden_states(model, batches[0][:1].to(device))]
+    chosen = sorted({round(fraction * (len(states) - 1)) for fraction in (0, 1 / 3, 2 / 3, 1)})
+    tokens = {f"layer {layer}": states[layer] for layer in chosen}
+    drawn = [
+        *figures.save(figures.density({config.checkpoint: result.histogram}), folder / "figures" / "condensation"),
+        *figures.save(figures.projection(tokens, config.projection), folder / "figures" / "tokens"),
+    ]
+    print("wrote", *(folder / f"condensation{end}" for end in (".json", ".npz")), *drawn)
+
+
+def open_checkpoint(name: str) -> Subject:
+    """One of our checkpoints, or a Hugging Face model; raises UserError for neither."""
+    path = Path(name)
+    if name.startswith("hf:") or (path / "config.json").is_file():
+        return open_hugging_face(name.removeprefix("hf:"))
+    saved = checkpoint.load(checkpoint.find(path))
+    config = saved.state["config"]
+    model = GPT(GPTConfig(**config["model"]))
+    model.load_state_dict(saved.model)
+    run = saved.path.parent.parent
+    beside = run / "tokenizer.tiktoken"
+    spec = beside if beside.is_file() else config["data"]["tokenizer"]
+    data = DataConfig(**{**config["data"], "tokenizer": str(spec)})
+    return Subject(
+        model, model.config.block_size, model.vocab_size, lambda text: load_tokenizer(spec).encode(text), data, run
+    )
+
+
+def open_hugging_face(name: str) -> Subject:
+    """A folder or an id on the hub, without its head: safetensors alone, and no code of the model's author."""
+    try:
+        from transformers import AutoModel, AutoTokenizer
+    except ImportError as error:
+        raise UserError("Hugging Face models need transformers: pip install 'nanodisp[eval]'") from error
+    try:
+        model = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False).float()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name} can not be loaded: " + str(error).strip().split("\n")[0]) from error
+
+    def encode(text: str) -> np.ndarray:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return np.asarray(tokenizer(text).input_ids, dtype=np.int64)
+
+    folder = Path(name) if Path(name).is_dir() else Path("out") / re.sub(r"[^\w.-]", "-", name)
+    context = getattr(model.config, "max_position_embeddings", LONGEST_BLOCK)
+    return Subject(model, context, model.config.vocab_size, encode, None, folder)
+
+
+def open_windows(config: CondensationConfig, subject: Subject) -> Iterator[Tensor]:
+    """The windows as batches int64 [B, T]; raises UserError when there is nothing to make them from."""
+    block = config.block or min(subject.context, LONGEST_BLOCK)
+    if block > subject.context:
+        raise UserError(f"block={block} is longer than the model's context of {subject.context} tokens")
+    rows = max(1, TOKENS_AT_ONCE // block)
+    if config.text is not None:
+        try:
+            ids = torch.from_numpy(subject.encode(Path(config.text).read_text(errors="replace")).astype(np.int64))
+        except OSError as error:
+            raise UserError(f"text={config.text} can not be read: {error.strerror}") from error
+        if len(ids) < block:
+            raise UserError(f"text={config.text} has {len(ids)} tokens: block={block} needs more, or a smaller block")
+        chosen = spread_windows(len(ids) // block, config.windows)
+        yield from ids[: len(ids) // block * block].view(-1, block)[chosen].split(rows)
+        return
+    if config.data is None and subject.data is None:
+        raise UserError("a Hugging Face model brings no data: give text=<file> or data=<folder of its shards>")
+    data = subject.data if config.data is None else dataclasses.replace(DataConfig(), name="shards", path=config.data)
+    assert data is not None
+    tokens = open_split(prepare(data), "val")
+    chosen = spread_windows(count_windows(tokens, block), config.windows)
+    for start in range(0, len(chosen), rows):
+        yield read_windows(tokens, chosen[start : start + rows], block, subject.vocab_size)[0]
+
+
+if __name__ == "__main__":
+    arguments.run(main)

@@ -1,0 +1,245 @@
+"""Pictures of condensation and of what dispersion does about it, in one look.
+
+Every function takes plain arrays and gives a matplotlib Figure; `save` writes it as PNG and SVG.
+Colours run from dark to light in the order of what they stand for (viridis), so they stay apart
+in grayscale and for the colour-blind, and each line has a marker of its own besides.
+
+Nothing here touches pyplot's global state, so figures can be made from any thread and program.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize, PowerNorm
+from matplotlib.figure import Figure
+
+from nanodisp.errors import UserError
+
+STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "0.9",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 4,
+    "savefig.dpi": 160,
+    "svg.hashsalt": "nanodisp",  # the same figure gives the same file
+}
+MARKERS = "osD^vP*Xh<>p"
+COLUMNS = 3  # of panels, at most
+PANEL = (2.7, 2.3)  # inches
+DENSEST = 10.0  # density at the dark end of a heatmap, in all figures alike, so that they compare
+LONGEST_TITLE = 34  # characters
+
+
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """Write `<stem>.png` and `<stem>.svg`, their folder included; raises UserError when that is not possible."""
+    paths = [stem.with_name(stem.name + ending) for ending in (".png", ".svg")]
+    try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        with matplotlib.rc_context(STYLE):
+            for path in paths:
+                figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    except OSError as error:
+        raise UserError(f"{stem} can not be written: {error}") from error
+    return paths
+
+
+def density(histograms: Mapping[str, np.ndarray]) -> Figure:
+    """Where the cosine similarities lie, by layer fraction: one panel per model or step.
+
+    histograms: title -> density over [-1, 1], [L + 1, bins] (`Condensation.histogram`).
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panels(list(histograms), "layer fraction", "cosine similarity")
+        norm = PowerNorm(0.5, 0, DENSEST)  # the root makes thin tails visible
+        for ax, histogram in zip(axes, histograms.values(), strict=True):
+            ax.grid(False)
+            ax.set_xticks([0, 0.5, 1])
+            ax.imshow(
+                histogram.T,
+                aspect="auto",
+                origin="lower",
+                interpolation="nearest",
+                extent=(0, 1, -1, 1),  # all layers equally wide
+                cmap="Greys",
+                norm=norm,
+            )
+        figure.colorbar(ScalarMappable(norm, "Greys"), ax=axes, label="density", extend="max", shrink=0.9)
+    return figure
+
+
+def mean_by_layer(runs: Mapping[str, np.ndarray]) -> Figure:
+    """Mean cosine by layer fraction, a line per label, with a band of one standard deviation over seeds.
+
+    runs: label -> [seeds, L + 1].
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, ax = _single("layer fraction", "mean cosine similarity")
+        for index, (label, means) in enumerate(runs.items()):
+            depth = np.linspace(0, 1, means.shape[1])
+            look = _look(index, len(runs))
+            ax.plot(depth, means.mean(axis=0), label=label, **look)
+            _band(ax, depth, means, look["color"])
+        ax.axhline(0, color="0.6", linewidth=0.8)
+        _legend(figure, ax)
+    return figure
+
+
+def over_training(runs: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
+    """Mean cosine of every layer over training: one panel per run, a line per layer, dark at the embedding.
+
+    runs: title -> (steps [S], mean cosines [S, L + 1]).
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panels(list(runs), "step", "mean cosine similarity")
+        for ax, (steps, means) in zip(axes, runs.values(), strict=True):
+            depths = np.linspace(0, 1, means.shape[1])
+            for depth, line in zip(depths, means.T, strict=True):
+                ax.plot(steps, line, color=_truncated()(depth), linewidth=1.2)
+            ax.locator_params(axis="x", nbins=4, integer=True)
+        shades = ScalarMappable(Normalize(0, 1), _truncated())
+        figure.colorbar(shades, ax=axes, label="layer fraction", shrink=0.9)
+    return figure
+
+
+def against_lambda(series: Mapping[str, Mapping[float, Sequence[float]]], quantity: str) -> Figure:
+    """A quantity against lambda, a line per model size, with standard errors over seeds.
+
+    series: size -> lambda -> the seeds' values. Lambdas stand side by side at equal distances:
+    0 has no place on a logarithmic axis.
+    """
+    lambdas = sorted({value for line in series.values() for value in line})
+    with matplotlib.rc_context(STYLE):
+        figure, ax = _single("lambda", quantity)
+        for index, (label, line) in enumerate(series.items()):
+            there = [value for value in lambdas if value in line]
+            means = [np.mean(line[value]) for value in there]
+            errors = [standard_error(line[value]) for value in there]
+            places = [lambdas.index(value) for value in there]
+            ax.errorbar(places, means, np.nan_to_num(errors), capsize=3, label=label, **_look(index, len(series)))
+        ax.set_xticks(range(len(lambdas)), [f"{value:g}" for value in lambdas])
+        _legend(figure, ax)
+    return figure
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean, s / sqrt(n); NaN for a single value."""
+    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+
+
+def projection(tokens: Mapping[str, np.ndarray], method: str = "pca") -> Figure:
+    """One sequence's tokens in the plane, one panel per layer, coloured by their place in the sequence.
+
+    tokens: title -> [N, F]. method: a key of `PROJECTIONS`; tsne needs scikit-learn, umap umap-learn.
+
+    Raises UserError when the package of a method is missing.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panels(list(tokens), f"{method} 1", f"{method} 2", shared=False)
+        for ax, z in zip(axes, tokens.values(), strict=True):
+            x, y = PROJECTIONS[method](np.asarray(z, dtype=np.float64)).T
+            ax.scatter(x, y, c=np.arange(len(x)), s=6, cmap=_truncated(), linewidths=0)
+            ax.set_xticks([])
+            ax.set_yticks([])
+        places = ScalarMappable(Normalize(0, max(len(z) for z in tokens.values()) - 1), _truncated())
+        figure.colorbar(places, ax=axes, label="position", shrink=0.9)
+    return figure
+
+
+def pca(z: np.ndarray) -> np.ndarray:
+    """The directions of the greatest variance: [N, F] -> [N, 2]; a direction's largest entry is positive."""
+    centred = z - z.mean(axis=0)
+    _, _, directions = np.linalg.svd(centred, full_matrices=False)
+    plane = np.zeros((2, z.shape[1]))
+    plane[: len(directions)] = directions[:2]
+    largest = np.abs(plane).argmax(axis=1)[:, None]
+    plane *= np.where(np.take_along_axis(plane, largest, axis=1) < 0, -1, 1)
+    return centred @ plane.T
+
+
+def tsne(z: np.ndarray) -> np.ndarray:
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError as error:
+        raise UserError("projection=tsne needs scikit-learn: pip install scikit-learn, or take pca") from error
+    return TSNE(perplexity=min(30, (len(z) - 1) / 3), init="pca", random_state=0).fit_transform(z)
+
+
+def umap(z: np.ndarray) -> np.ndarray:
+    try:
+        from umap import UMAP
+    except ImportError as error:
+        raise UserError("projection=umap needs umap-learn: pip install umap-learn, or take pca") from error
+    return UMAP(n_neighbors=min(15, len(z) - 1), random_state=0).fit_transform(z)
+
+
+PROJECTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"pca": pca, "tsne": tsne, "umap": umap}
+
+
+# --- what the figures share ------------------------------------------------------------
+
+
+def _single(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
+    ax = figure.add_subplot()
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(ylabel)
+    return figure, ax
+
+
+def _panels(titles: Sequence[str], xlabel: str, ylabel: str, shared: bool = True) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel per title, row by row."""
+    columns = len(titles) if len(titles) <= COLUMNS else min(COLUMNS, math.ceil(math.sqrt(len(titles))))
+    rows = -(-len(titles) // columns)
+    figure = Figure(figsize=(PANEL[0] * columns + 1, PANEL[1] * rows + 0.4), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=shared, sharey=shared).flatten()
+    for ax, title in zip(grid, titles, strict=False):
+        ax.set_title(title if len(title) <= LONGEST_TITLE else "…" + title[1 - LONGEST_TITLE :])
+    for index, ax in enumerate(grid):
+        if index >= len(titles):
+            ax.remove()
+        elif shared and index + columns >= len(titles):
+            ax.xaxis.set_tick_params(labelbottom=True)  # the last of its column, whatever row it is in
+    figure.supxlabel(xlabel, fontsize=STYLE["font.size"])
+    figure.supylabel(ylabel, fontsize=STYLE["font.size"])
+    return figure, list(grid[: len(titles)])
+
+
+def _look(index: int, n: int) -> dict[str, Any]:
+    """Colour, marker and dashes of line `index` of `n`."""
+    colour = _truncated()(index / max(1, n - 1))
+    return {"color": colour, "marker": MARKERS[index % len(MARKERS)], "linestyle": ("-", "--", ":")[index % 3]}
+
+
+def _truncated() -> matplotlib.colors.Colormap:
+    """viridis without its yellow end, which is too light for a line on white."""
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.88, 256))
+    return matplotlib.colors.ListedColormap(colours)
+
+
+def _band(ax: Axes, x: np.ndarray, values: np.ndarray, colour: object) -> None:
+    """One standard deviation around the mean of [seeds, X]; nothing for a single seed."""
+    if len(values) > 1:
+        mean, spread = values.mean(axis=0), values.std(axis=0, ddof=1)
+        ax.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
+
+
+def _legend(figure: Figure, ax: Axes) -> None:
+    """Beside the axes, so that it hides no line."""
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", ncols=1 + (len(labels) - 1) // 16)

@@ -1,0 +1,119 @@
+"""Figures: what they show, that they can be told apart, and that nothing is cut off."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+from nanodisp import figures
+from nanodisp.errors import UserError
+
+HISTOGRAM = np.full((7, 128), 0.5)
+LAMBDAS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
+
+
+SAMPLES: dict[str, Callable[[], Figure]] = {
+    "density": lambda: figures.density({f"a run with quite a long name, number {i}": HISTOGRAM for i in range(5)}),
+    "layers": lambda: figures.mean_by_layer({f"lambda {disp:g}": np.random.rand(3, 7) for disp in LAMBDAS}),
+    "training": lambda: figures.over_training({f"{d:g}": (np.arange(4), np.random.rand(4, 7)) for d in LAMBDAS}),
+    "loss": lambda: figures.against_lambda({"1.3M": {disp: [1.0, 2.0] for disp in LAMBDAS}}, "validation loss"),
+    "tokens": lambda: figures.projection({f"layer {i}": np.random.rand(30, 8) for i in range(4)}),
+}
+
+
+@pytest.mark.parametrize("name", list(SAMPLES))
+def test_nothing_reaches_over_the_edge(name: str, tmp_path: Path) -> None:
+    figure = SAMPLES[name]()
+    paths = figures.save(figure, tmp_path / "deep" / name)
+    assert [path.suffix for path in paths] == [".png", ".svg"]
+    box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert min(box.x0, box.y0) >= -0.02
+    assert box.x1 <= width + 0.02
+    assert box.y1 <= height + 0.02
+
+
+def test_the_same_figure_gives_the_same_file(tmp_path: Path) -> None:
+    contents = [figures.save(figures.density({"a": HISTOGRAM}), tmp_path / name)[1].read_bytes() for name in "ab"]
+    assert contents[0] == contents[1]
+
+
+def test_figures_leave_matplotlib_as_they_found_it(tmp_path: Path) -> None:
+    before = dict(matplotlib.rcParams)
+    figures.save(figures.density({"a": HISTOGRAM}), tmp_path / "a")
+    assert dict(matplotlib.rcParams) == before
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.integers(2, 6))
+def test_lines_differ_in_gray_and_in_marker(n: int) -> None:
+    ax = figures.mean_by_layer({str(i): np.random.rand(1, 3) for i in range(n)}).axes[0]
+    lines = ax.get_lines()[:n]
+    gray = [np.dot(to_rgb(line.get_color()), (0.299, 0.587, 0.114)) for line in lines]
+    assert all(b - a > 0.05 for a, b in itertools.pairwise(gray)), gray
+    assert gray[-1] < 0.75, "too light to be seen on white"
+    assert len({line.get_marker() for line in lines}) == n
+
+
+def test_a_density_has_layers_from_left_to_right_and_cosines_from_bottom_to_top() -> None:
+    histogram = np.zeros((5, 128))
+    histogram[1, 127] = 64  # the second layer's cosines are all near 1
+    image = figures.density({"a": histogram}).axes[0].get_images()[0]
+    left, right, bottom, top = image.get_extent()
+    assert (bottom, top) == (-1, 1)
+    column, row = np.argwhere(image.get_array().T == 64)[0]
+    assert left + (column + 0.5) * (right - left) / 5 == pytest.approx(0.3)
+    assert row == 127
+
+
+def test_a_band_spans_one_standard_deviation_of_the_seeds() -> None:
+    ax = figures.mean_by_layer({"a": np.array([[0.0, 1.0], [2.0, 1.0]]), "single": np.array([[0.0, 0.0]])}).axes[0]
+    (band,) = ax.collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == pytest.approx((1 - 2**0.5, 1 + 2**0.5))
+    np.testing.assert_array_equal(ax.get_lines()[0].get_ydata(), [1, 1])
+
+
+def test_lambdas_stand_side_by_side_and_a_size_may_lack_some() -> None:
+    ax = figures.against_lambda({"small": {0.0: [3.0, 5.0], 1.0: [2.0]}, "large": {0.1: [1.0]}}, "loss").axes[0]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "0.1", "1"]
+    data = [container.lines[0].get_xydata().tolist() for container in ax.containers]
+    assert data == [[[0, 4], [2, 2]], [[1, 1]]]
+    assert figures.standard_error([3.0, 5.0]) == pytest.approx(1)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(3, 20), st.integers(2, 10), st.integers(0, 99))
+def test_pca_keeps_the_variance_of_the_first_two_directions(n: int, f: int, seed: int) -> None:
+    z = np.random.default_rng(seed).normal(size=(n, f))
+    plane = figures.pca(z)
+    eigenvalues = np.linalg.eigvalsh(np.cov(z.T))[::-1]
+    np.testing.assert_allclose(plane.var(axis=0, ddof=1), eigenvalues[:2], atol=1e-8)
+    np.testing.assert_allclose(figures.pca(z + 5), plane, atol=1e-8)
+
+
+def test_pca_of_less_than_a_plane() -> None:
+    assert figures.pca(np.array([[1.0], [2.0]])).shape == (2, 2)
+    assert (figures.pca(np.ones((4, 3))) == 0).all()
+
+
+@pytest.mark.parametrize(("method", "module"), [("umap", "umap"), ("tsne", "sklearn.manifold")])
+def test_a_missing_package_is_told_with_its_name(method: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match="pip install"):
+        figures.projection({"a": np.random.rand(9, 4)}, method)
+
+
+def test_a_folder_that_can_not_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="can not be written"):
+        figures.save(figures.density({"a": HISTOGRAM}), tmp_path / "file" / "a")

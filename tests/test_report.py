@@ -1,0 +1,314 @@
+"""The report: a folder of runs becomes tables, figures and one page."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import shlex
+import time
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import compose
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from scipy import stats
+
+from nanodisp import report
+from nanodisp.errors import UserError
+from nanodisp.report import QUANTITIES, make_rows, make_table, paired_interval, read_run, read_runs
+
+STEPS = 40
+SHAPE = ("model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_size=16", "model.vocab_size=257")
+
+
+def write_run(folder: Path, *overrides: str, loss: float | None = 2.0, steps: int = STEPS) -> Path:
+    """A run's folder as train.py leaves it, without the training."""
+    config = compose(*SHAPE, f"train.steps={STEPS}", f"out_dir={folder.parent}", f"run_name={folder.name}", *overrides)
+    folder.mkdir(parents=True)
+    OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
+    records: list[dict[str, Any]] = []
+    for step in range(0, steps + 1, 20):
+        if step:
+            records.append({"step": step, "split": "train", "loss": 3.0, "tokens_per_second": 100.0 * step})
+        means = [0.1, 0.2, 0.3 + step / 1000]
+        records.append({"step": step, "split": "val", "loss": loss, "bpb": loss and loss * 2, "mean_cosine": means})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two lambdas and none, three seeds each; one run is missing, one failed, one is unfinished, one is damaged."""
+    folder = tmp_path_factory.mktemp("sweep")
+    for disp, effect in ((0, 0.0), (0.1, -0.1), (1, 0.3)):
+        for seed in (1, 2, 3):
+            loss = 2 + effect + 0.01 * seed + 0.001 * (seed == 3) * disp
+            settings = (f"dispersion.lambda_disp={disp}", f"seed={seed}")
+            write_run(folder / f"disp{disp}-s{seed}", *settings, loss=loss, steps=20 if (disp, seed) == (1, 3) else 40)
+    write_run(folder / "nan", "seed=4", loss=None)
+    (write_run(folder / "raised", "seed=5", steps=20) / "error.txt").write_text("UserError: <b>no space</b> & more\n")
+    (write_run(folder / "damaged", "seed=6") / "config.yaml").write_text("model: [")
+    (folder / "notes").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pages(sweep: Path) -> Path:
+    report.main([str(sweep)])
+    return sweep / "report"
+
+
+# --- reading --------------------------------------------------------------------------------
+
+
+def test_finished_unfinished_and_failed_are_told_apart(sweep: Path) -> None:
+    runs = {run.folder.name: run for run in read_runs(sweep)}
+    assert "notes" not in runs
+    assert {name: run.status for name, run in runs.items() if run.status != "finished"} == {
+        "disp1-s3": "unfinished",
+        "nan": "failed",
+        "raised": "failed",
+        "damaged": "failed",
+    }
+    assert runs["disp1-s3"].problem == "at step 20 of 40"
+    assert runs["nan"].problem == "the loss is not a number at step 0"
+    assert runs["raised"].problem == "UserError: <b>no space</b> & more"
+    assert "can not be read" in runs["damaged"].problem
+
+
+def test_numbers_are_those_of_the_last_validation(sweep: Path) -> None:
+    run = read_run(sweep / "disp0.1-s2")
+    assert run.numbers["loss"] == pytest.approx(1.92)
+    assert run.numbers["bpb"] == pytest.approx(3.84)
+    assert run.numbers["mean_cosine"] == pytest.approx(0.34)
+    assert run.numbers["rho"] == run.numbers["tau"] == pytest.approx(1)
+    assert run.numbers["tokens_per_second"] == 4000, "the first lap, which warms up, does not count"
+    np.testing.assert_array_equal(run.steps, [0, 20, 40])
+    assert run.size == "10,960 (2 x 16)"
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_a_file_cut_anywhere_is_read_as_far_as_it_goes(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+    folder = tmp_path_factory.getbasetemp() / "cut"
+    if not folder.exists():
+        write_run(folder)
+        (folder / "metrics.jsonl").rename(folder / "whole")
+    text = (folder / "whole").read_text()
+    cut = data.draw(st.integers(0, len(text)))
+    (folder / "metrics.jsonl").write_text(text[:cut])
+    run = read_run(folder)
+    whole_lines = [line for line in text.splitlines() if line in text[:cut]]
+    assert run.status == ("finished" if cut >= len(text) - 1 else "unfinished")
+    assert run.step == max((json.loads(line)["step"] for line in whole_lines), default=0)
+    assert bool(run.numbers) == bool(whole_lines)
+
+
+def test_a_real_run_is_finished_and_its_command_makes_it_again(run: Callable[..., Path]) -> None:
+    folder = run("train.steps=2", "train.sample_tokens=0", "dispersion.layers=[1,2]", "wandb.tags=['a b']", "seed=3")
+    read = read_run(folder)
+    assert (read.status, read.step, read.total_steps) == ("finished", 2, 2)
+    program, script, *overrides = shlex.split(report.command_of(read, report.default_config()))
+    assert (program, script) == ("python", "train.py")
+    assert OmegaConf.structured(compose(*overrides)) == OmegaConf.load(folder / "config.yaml")
+
+
+@settings(deadline=None)
+@given(st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), max_size=12))
+def test_any_value_survives_the_command_line(value: str) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    (override,) = OverridesParser.create().parse_overrides([f"key={report._hydra_value(value)}"])
+    assert override.value() == value
+
+
+@pytest.mark.parametrize(
+    ("budget", "steps"),
+    [
+        ({"train.steps": 7}, 7),
+        ({"train.tokens": 100}, 4),
+        ({"train.tokens": 96}, 3),
+        ({"train.tokens_per_param": 2}, 63),
+    ],
+)
+def test_the_budget_in_steps_is_the_one_of_training(budget: dict[str, float], steps: int) -> None:
+    nothing = {"train.steps": 9, "train.tokens": None, "train.tokens_per_param": None}
+    config = {**nothing, "train.batch_size": 2, "model.block_size": 16, **budget}
+    assert report.count_steps(config, n_parameters=1000) == steps
+
+
+# --- tables ---------------------------------------------------------------------------------
+
+
+def test_a_cell_is_the_mean_and_standard_error_over_seeds(sweep: Path) -> None:
+    rows = make_rows(read_runs(sweep))
+    assert [list(row.cells) for row in rows] == [[0.0, 0.1, 1.0]]
+    none, tenth, one = make_table(rows, "loss", [0.0, 0.1, 1.0])[0]
+    assert none.text == f"2.0200 ± {0.01 / math.sqrt(3):.4f}"
+    assert (none.difference, none.best) == ("", False)
+    assert tenth.best
+    assert not one.best
+    assert one.text.startswith("2.3150 ±"), "the unfinished seed is left out"
+    assert one.difference.startswith("Δ +0.3000 ["), "and compared with the same two seeds"
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.integers(0, 9), st.floats(-5, 5), min_size=2), st.integers(0, 99))
+def test_the_interval_is_the_one_of_a_paired_t_test(values: dict[int, float], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    baseline = {key: float(rng.normal()) for key in values} | {100: 0.0}
+    mean, half = paired_interval({**values, 200: 1.0}, baseline)
+    keys = sorted(values)
+    test = stats.ttest_rel([values[key] for key in keys], [baseline[key] for key in keys]).confidence_interval(0.95)
+    assert (mean - half, mean + half) == pytest.approx((test.low, test.high))
+
+
+def test_one_seed_has_a_difference_but_no_interval() -> None:
+    mean, half = paired_interval({1: 2.0}, {1: 1.5})
+    assert mean == 0.5
+    assert math.isnan(half)
+    assert math.isnan(paired_interval({1: 2.0}, {2: 1.5})[0])
+
+
+def test_variants_are_rows_that_share_the_baseline(tmp_path: Path) -> None:
+    write_run(tmp_path / "off", "dispersion=off", "dispersion.tau=3", loss=3.0)
+    for variant, loss in (("angular", 2.0), ("cosine", 4.0)):
+        write_run(tmp_path / variant, f"dispersion={variant}", loss=loss)
+    write_run(tmp_path / "wide", "dispersion=off", "model.d_ff=200", loss=1.0)
+    rows = make_rows(read_runs(tmp_path))
+    table = {row.label: [cell.text for cell in make_table([row], "loss", [0.0, 0.1])[0]] for row in rows}
+    found = {re.sub(r".*\), d_ff=(\w+)(, variant=(\w+))?.*", r"\1 \3", label): cells for label, cells in table.items()}
+    assert found == {
+        "null angular": ["3.0000", "2.0000"],
+        "null cosine": ["3.0000", "4.0000"],
+        "200 ": ["1.0000", "\N{EN DASH}"],
+    }
+
+
+def test_sizes_are_ordered_by_their_parameters(tmp_path: Path) -> None:
+    write_run(tmp_path / "a-large", "model.n_embd=32")
+    write_run(tmp_path / "b-small")
+    labels = [row.label for row in make_rows(read_runs(tmp_path))]
+    assert [label.split("(")[1] for label in labels] == ["2 x 16)", "2 x 32)"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("loss", 1.23456, "1.2346"),
+        ("rho", -1.0, "\N{MINUS SIGN}1.000"),
+        ("tokens_per_second", 12345.6, "12,346"),
+        ("bpb", None, "\N{EN DASH}"),
+        ("tau", math.nan, "\N{EN DASH}"),
+    ],
+)
+def test_how_numbers_are_written(key: str, value: float | None, text: str) -> None:
+    assert QUANTITIES[key].show(value) == text
+
+
+# --- pages ----------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """What a page loads, and the tags that it leaves open."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.loads += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "br", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_needs_nothing_else(pages: Path) -> None:
+    text = (pages / "index.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    assert len(page.loads) == 4
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in page.loads)
+    assert "http" not in re.sub(r"base64,[\w+/=]+", "", text)
+    assert "UserError: &lt;b&gt;no space&lt;/b&gt; &amp; more" in text
+    assert "12 runs: 3 failed, 8 finished, 1 unfinished" in text
+
+
+def test_every_number_of_the_page_is_in_the_markdown(pages: Path) -> None:
+    numbers = r"\d\.\d{3,4} ± \d\.\d{3,4}"
+    markdown = (pages / "report.md").read_text()
+    assert re.findall(numbers, (pages / "index.html").read_text()) == re.findall(numbers, markdown) != []
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", markdown):
+        assert (pages / picture).stat().st_size > 1000
+
+
+def test_the_csv_has_a_line_per_run(pages: Path, sweep: Path) -> None:
+    with (pages / "runs.csv").open(newline="") as file:
+        lines = {line["run"]: line for line in csv.DictReader(file)}
+    assert set(lines) == {run.folder.name for run in read_runs(sweep)}
+    assert lines["disp0.1-s2"]["loss"] == "1.9200"
+    assert lines["disp0.1-s2"]["differs"] == "dispersion.lambda_disp=0.1 seed=2"
+    assert lines["disp0.1-s2"]["command"].startswith("python train.py model.n_layer=2 ")
+    assert lines["damaged"]["command"] == ""
+
+
+def test_a_report_can_be_made_again_beside_itself(pages: Path, sweep: Path) -> None:
+    before = (pages / "index.html").read_bytes()
+    report.main([str(sweep)])
+    assert (pages / "index.html").read_bytes() == before
+
+
+def test_a_measured_run_is_shown(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    np.savez(folder / "condensation.npz", histogram=np.full((3, 128), 0.5))
+    (write_run(tmp_path / "other", "seed=2") / "condensation.npz").write_bytes(b"PK\x03\x04 cut short")
+    report.main([str(tmp_path)])
+    assert (tmp_path / "report" / "figures" / "density.svg").exists()
+
+
+def test_the_command_of_the_sweep_is_told(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    (tmp_path / "multirun.yaml").write_text("hydra: {overrides: {task: [experiment=lambda, 'seed=1,2']}}")
+    report.main([str(tmp_path)])
+    assert "python train.py -m experiment=lambda seed=1,2" in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_many_runs_take_little_time(tmp_path: Path) -> None:
+    template = write_run(tmp_path / "r000")
+    text, metrics = ((template / name).read_text() for name in ("config.yaml", "metrics.jsonl"))
+    for number in range(1, 40):
+        folder = tmp_path / f"r{number:03}"
+        folder.mkdir()
+        edited = text.replace("seed: 1337", f"seed: {number}")
+        (folder / "config.yaml").write_text(edited.replace("lambda_disp: 0.1", f"lambda_disp: 0.{number % 7}"))
+        (folder / "metrics.jsonl").write_text(metrics)
+    began = time.perf_counter()
+    rows = make_rows(read_runs(tmp_path))
+    assert time.perf_counter() - began < 40 * 0.3, "0.3 s a run is a minute for 200"
+    assert sum(len(seeds) for row in rows for seeds in row.cells.values()) == 40
+
+
+def test_nothing_to_report_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no run"):
+        report.main([str(tmp_path)])
+    with pytest.raises(UserError, match="give one folder"):
+        report.main([])
+
+
+def test_runs_that_all_failed_make_a_page_too(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "error.txt").write_text("")
+    report.main([str(tmp_path)])
+    assert "1 runs: 1 failed" in (tmp_path / "report" / "report.md").read_text()
