@@ -8,6 +8,8 @@ Standard output holds the text alone, the prompt included.
 from __future__ import annotations
 
 import codecs
+import io
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from pathlib import Path
 import torch
 
 from nanodisp import arguments, checkpoint, distributed
+from nanodisp.errors import UserError
 from nanodisp.gpt import GPT, GPTConfig, generate
 from nanodisp.tokenizer import load_tokenizer
 
@@ -34,8 +37,12 @@ class SampleConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 0 or self.temperature < 0:
-            raise ValueError("max_new_tokens and temperature must not be negative")
+        if self.max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must not be negative")
+        if self.temperature != 0 and not 1e-3 <= self.temperature <= 1e3:
+            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or lie in [0.001, 1000]")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} must lie between 0 and 2**63 - 1")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} must be at least 1; null takes all tokens")
         if not 0 < self.top_p <= 1:
@@ -46,10 +53,15 @@ def main(argv: Sequence[str]) -> None:
     config = arguments.parse(SampleConfig, argv)
     device = distributed.start(config.device).device
     saved = checkpoint.load(checkpoint.find(Path(config.checkpoint)))
-    model = GPT(GPTConfig(**saved.state["config"]["model"])).to(device).eval()
-    model.load_state_dict(saved.model)
+    try:
+        model = GPT(GPTConfig(**saved.state["config"]["model"])).to(device).eval()
+        model.load_state_dict(saved.model)
+        spec = saved.state["config"]["data"]["tokenizer"]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{saved.path} is not a checkpoint of a model that this nanodisp builds: {reason}") from error
     beside = saved.path.parent.parent / "tokenizer.tiktoken"
-    tokenizer = load_tokenizer(beside if beside.is_file() else saved.state["config"]["data"]["tokenizer"])
+    tokenizer = load_tokenizer(beside if beside.is_file() else spec)
 
     prompt = tokenizer.encode(config.prompt).tolist() or [tokenizer.eot]  # from nothing: a new document
     tokens = generate(
@@ -62,6 +74,8 @@ def main(argv: Sequence[str]) -> None:
         generator=torch.Generator(device).manual_seed(config.seed),
     )
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
     sys.stdout.write(config.prompt)
     for token in tokens:
         sys.stdout.write(decoder.decode(tokenizer.decode_bytes(token.tolist())))
@@ -70,4 +84,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    arguments.run(main)
+    try:
+        arguments.run(main)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

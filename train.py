@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nanodisp import checkpoint, config, distributed, optim
 from nanodisp.condensation import mean_cosine
-from nanodisp.config import Config, TrainConfig
+from nanodisp.config import BUDGET, Config, TrainConfig, identity
 from nanodisp.dispersion import DispersionLoss, lambda_at, sample_positions, select_layers
 from nanodisp.distributed import World
 from nanodisp.errors import UserError
@@ -36,7 +36,7 @@ from nanodisp.gpt import GPT, generate
 from nanodisp.loader import Corpus, Loader, count_windows, open_corpus, prefetch, read_windows, spread_windows
 from nanodisp.metrics import Metrics
 from nanodisp.prepare import prepare
-from nanodisp.tokenizer import load_tokenizer
+from nanodisp.tokenizer import load_tokenizer, vocab_size_of
 
 
 class Objective(nn.Module):
@@ -65,17 +65,30 @@ def train(config: Config) -> None:
     if batch_size % world.size != 0:
         raise UserError(f"train.batch_size={batch_size} is not divisible by the number of ranks, {world.size}")
 
-    # --- data: one rank prepares it if need be, the others wait for it
+    # --- data: rank 0 prepares it if need be, the others find it done
+    if not world.is_main:
+        world.barrier()
     corpus = open_corpus(prepare(config.data), config.data.tokenizer)
+    if world.is_main:
+        world.barrier()
     config.data.tokenizer = corpus.tokenizer
-    vocab_size = config.model.vocab_size or corpus.vocab_size or load_tokenizer(corpus.tokenizer).vocab_size
-    corpus.train.check_range(vocab_size)
+    config.model.vocab_size = config.model.vocab_size or corpus.vocab_size or vocab_size_of(corpus.tokenizer)
+    corpus.train.check_range(config.model.vocab_size)
+    block_size, tokens_per_step = config.model.block_size, batch_size * config.model.block_size
+    n_micro = count_micro_batches(batch_size // world.size, config.train.micro_batch_size)
+    data = Loader(
+        corpus.train,
+        block_size=block_size,
+        batch_size=batch_size,
+        seed=config.seed,
+        vocab_size=config.model.vocab_size,
+    )
+    held_out = spread_windows(count_windows(corpus.val, block_size), config.train.eval_windows)
 
-    # --- model and loss
+    # --- model, loss, optimizers
     dtype = resolve_dtype(config.train.dtype, device)
     torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")  # "high" allows TF32
     torch.manual_seed(config.seed)
-    config.model.vocab_size = vocab_size
     model = GPT(config.model).to(device)
     layers = select_layers(config.dispersion.layers, config.model.n_layer)
     dispersion_loss = DispersionLoss(config.dispersion.variant, config.dispersion.tau, config.dispersion.backend)
@@ -85,35 +98,31 @@ def train(config: Config) -> None:
         objective.compile()
     if world.size > 1:
         objective = DistributedDataParallel(objective)
-
-    # --- budget and batches
-    block_size = config.model.block_size
-    tokens_per_step = batch_size * block_size
-    total_steps = count_steps(config.train, model.num_parameters(), tokens_per_step)
-    n_micro = count_micro_batches(batch_size // world.size, config.train.micro_batch_size)
-    data = Loader(corpus.train, block_size=block_size, batch_size=batch_size, seed=config.seed, vocab_size=vocab_size)
-    held_out = spread_windows(count_windows(corpus.val, block_size), config.train.eval_windows)
-
-    # --- optimizers, and the run so far
     optimizers = optim.build_optimizers(model, config.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    # --- the run so far
+    total_steps = count_steps(config.train, model.num_parameters(), tokens_per_step)
     folder = Path(config.out_dir) / str(config.run_name)
-    step, seconds, resumed = restore(folder, config, model, optimizers, scaler)
-    if world.is_main:
+    step, seconds, resumed = restore(folder, config, corpus, model, optimizers, scaler)
+    if world.is_main and step < total_steps:
         write_config(folder, config, corpus)
     run_began = time.perf_counter() - seconds
-
-    def record_validation() -> None:
-        rows = batch_size // world.size // n_micro
-        record = evaluate(model, corpus, held_out, rows, world, dtype)
-        metrics.record({"step": step, "split": "val", **record, **tally()})
 
     def tally() -> dict[str, float]:
         return {"tokens": step * tokens_per_step, "seconds": round(time.perf_counter() - run_began, 3)}
 
+    def validate() -> None:
+        rows = batch_size // world.size // n_micro
+        figures = evaluate(model, corpus, held_out, rows, world, dtype)
+        metrics.record({"step": step, "split": "val", **figures, **tally()})
+
     def save() -> None:
         if world.is_main:
-            state = {"step": step, **tally(), "scaler": scaler.state_dict(), "config": dataclasses.asdict(config)}
+            state = {
+                **{"step": step, **tally(), "scaler": scaler.state_dict()},
+                **{"config": dataclasses.asdict(config), "corpus": corpus.folder.name},
+            }
             tensors = optim.state_tensors(model, optimizers)
             checkpoint.save(folder / "checkpoints", model.state_dict(), tensors, state)
             checkpoint.prune(folder / "checkpoints", config.train.keep_last)
@@ -132,7 +141,7 @@ def train(config: Config) -> None:
         if resumed:
             metrics.say(f"the run is complete at step {step}" if step >= total_steps else f"going on from step {step}")
         else:
-            record_validation()
+            validate()
 
         batches = prefetch(data, range(step, total_steps), device, world.rank, world.size)
         lap_seconds, lap_steps = 0.0, 0  # since the last line of training figures
@@ -162,8 +171,10 @@ def train(config: Config) -> None:
                 scaler.unscale_(optimizer)
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip or math.inf)
             optim.set_lr(optimizers, scale)
+            overflow = scaler.is_enabled() and not grad_norm.isfinite()  # float16's: skip this update, scale less
             for optimizer in optimizers:
-                scaler.step(optimizer)
+                if not overflow:
+                    scaler.step(optimizer)
                 optimizer.zero_grad()
             scaler.update()
             step += 1
@@ -171,10 +182,10 @@ def train(config: Config) -> None:
             # --- figures, validation, checkpoint
             done = step == total_steps
             log = done or step == 1 or step % config.train.log_interval == 0
-            validate = done or step % config.train.eval_interval == 0
+            evaluation = done or step % config.train.eval_interval == 0
             if log:
                 ce_mean, dispersion_mean = (world.sum(terms) / world.size).tolist()
-            if device.type == "cuda" and (log or validate):
+            if device.type == "cuda" and (log or evaluation):
                 torch.cuda.synchronize()
             lap_seconds, lap_steps = lap_seconds + time.perf_counter() - step_began, lap_steps + 1
             if log:
@@ -188,15 +199,15 @@ def train(config: Config) -> None:
                         "loss": ce_mean,
                         "dispersion": dispersion_mean if positions is not None else None,
                         "lambda_disp": lambda_disp,
-                        "lr": config.optim.lr * scale,
+                        "lr": optimizers[0].param_groups[0]["lr"],
                         "grad_norm": grad_norm.item(),
                         "tokens_per_second": tokens_per_second,
                         "mfu": tokens_per_second * model.flops_per_token() / (peak * world.size) if peak else None,
                         **tally(),
                     }
                 )
-            if validate:
-                record_validation()
+            if evaluation:
+                validate()
             if done or step % config.train.checkpoint_interval == 0:
                 save()
             metrics.advance(step)
@@ -228,18 +239,26 @@ def evaluate(
 
 
 def restore(
-    folder: Path, config: Config, model: GPT, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler
+    folder: Path,
+    config: Config,
+    corpus: Corpus,
+    model: GPT,
+    optimizers: list[torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler,
 ) -> tuple[int, float, bool]:
     """Put the newest checkpoint of the run back, if there is one: updates done, seconds spent, whether there was."""
+    if config.resume == "never" and (folder / "config.yaml").exists():
+        raise UserError(f"{folder} holds a run: resume=auto goes on with it, run_name=<another> starts afresh")
     checkpoints = checkpoint.all_checkpoints(folder / "checkpoints")
     if not checkpoints:
         return 0, 0.0, False
-    if config.resume == "never":
-        raise UserError(f"{folder} holds a run: resume=auto goes on with it, run_name=<another> starts afresh")
     saved = checkpoint.load(checkpoints[-1])
-    theirs, ours = saved.state["config"]["model"], dataclasses.asdict(config.model)
-    if differing := [f"{key}={theirs.get(key)} (now {ours[key]})" for key in ours if theirs.get(key) != ours[key]]:
-        raise UserError(f"{saved.path} is of another model: {', '.join(differing)}; give the run another run_name")
+    theirs = {**identity(saved.state["config"]), "corpus": saved.state["corpus"]}
+    ours = {**identity(dataclasses.asdict(config)), "corpus": corpus.folder.name}
+    differing = [key for key in ours if key not in BUDGET and theirs.get(key) != ours[key]]
+    if differing:
+        changes = ", ".join(f"{key}={theirs.get(key)} (now {ours[key]})" for key in differing)
+        raise UserError(f"{saved.path} is of another run: {changes}; give this one another run_name")
     model.load_state_dict(saved.model)
     optim.load_state_tensors(model, optimizers, saved.optimizer)
     scaler.load_state_dict(saved.state["scaler"])
@@ -262,12 +281,16 @@ def conclude(folder: Path, model: GPT, corpus: Corpus, config: Config, metrics: 
     if not metrics.enabled:
         return
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    first, *_, last = [record for record in records if record["split"] == "val"]
-    for when, record in (("before", first), ("after", last)):
-        cosines = " ".join(f"{value:.3f}" for value in record["mean_cosine"])
+    validations = [record for record in records if record["split"] == "val"]
+    for when, record in (("before", validations[0]), ("after", validations[-1])) if validations else ():
+        cosines = " ".join("nan" if value is None else f"{value:.3f}" for value in record["mean_cosine"])
         metrics.say(f"mean cosine by layer {when:>6} training: {cosines}")
+    if not validations or validations[-1]["loss"] is None:
+        metrics.say(f"the loss is not finite: a lower optim.lr or a smaller optim.grad_clip may help; see {folder}")
+        return
     if config.train.sample_tokens > 0:
         metrics.say(f"--- sample\n{write_sample(folder, model, corpus, config)}\n---")
+    last = validations[-1]
     bpb = f", {last['bpb']:.4f} bits per byte" if last["bpb"] else ""
     metrics.say(f"validation loss {last['loss']:.4f} nats per token{bpb} after {last['step']} steps")
     metrics.say(f"config.yaml, metrics.jsonl, samples.txt and checkpoints/ lie in {folder}")
@@ -286,7 +309,7 @@ def write_sample(folder: Path, model: GPT, corpus: Corpus, config: Config) -> st
     model.eval()
     tokens = generate(model, start, config.train.sample_tokens, temperature=0.8, top_k=50, generator=generator)
     text = tokenizer.decode_bytes(int(token) for token in tokens).decode("utf-8", errors="replace")
-    (folder / "samples.txt").write_text(text)
+    (folder / "samples.txt").write_text(text, encoding="utf-8")
     return text
 
 

@@ -139,8 +139,8 @@ def wall_clock(step: Step) -> float:
 
 
 def undisturbed(step: Step) -> float:
-    """The wall clock, read again (30 times at most) where other programs held the cores for over 2 % of it."""
-    for _ in range(30):
+    """The wall clock, read again (5 times at most) where other programs held the cores for over 2 % of it."""
+    for _ in range(5):
         before = waited_for_a_core()
         milliseconds = wall_clock(step)
         if waited_for_a_core() - before < 0.02 * milliseconds:

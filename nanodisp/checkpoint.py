@@ -26,6 +26,7 @@ from nanodisp.errors import UserError
 
 FORMAT_VERSION = 1
 TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
+REMEDY = "delete that checkpoint to go on from the one before"
 
 
 @dataclass
@@ -84,10 +85,10 @@ def load(path: Path) -> Checkpoint:
     for name in TENSOR_FILES:
         try:
             if _sha256(path / name) != state["sha256"][name]:
-                raise UserError(f"{path / name} is damaged: its sha256 is not the one in state.json")
+                raise UserError(f"{path / name} is damaged: its sha256 is not the one in state.json; {REMEDY}")
             tensors.append(safetensors.torch.load_file(path / name))
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{path / name} can not be read: {error}") from error
+            raise UserError(f"{path / name} can not be read: {error}; {REMEDY}") from error
     return Checkpoint(path, tensors[0], tensors[1], state)
 
 
@@ -119,7 +120,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads((path / "state.json").read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path / 'state.json'} can not be read: {error}") from error
+        raise UserError(f"{path / 'state.json'} can not be read: {error}; {REMEDY}") from error
     if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path} is not a checkpoint of format version {FORMAT_VERSION}")
     sums = state.get("sha256")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -81,7 +82,7 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be at least 1")
         for name in ("steps", "tokens", "tokens_per_param", "micro_batch_size", "eval_windows"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be positive, or null")
 
 
@@ -102,13 +103,19 @@ class Config:
     run_name: str | None = None
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must not be negative")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} must lie between 0 and 2**63 - 1")
         if self.resume not in RESUME:
             raise ValueError(f"resume={self.resume} is unknown; choose one of {', '.join(RESUME)}")
         select_layers(self.dispersion.layers, self.model.n_layer)
-        if self.run_name is not None and not re.fullmatch(r"[\w.,=+-]+", self.run_name):
-            raise ValueError(f"run_name={self.run_name!r} may hold letters, digits and . , = + - _ alone")
+        if self.dispersion.lambda_disp > 0 and self.model.block_size < 2:
+            raise ValueError(
+                f"model.block_size={self.model.block_size}: dispersion needs pairs of tokens, so 2 at least"
+            )
+        if self.run_name is not None and not re.fullmatch(r"\w[\w.,=+-]*", self.run_name):
+            raise ValueError(
+                f"run_name={self.run_name!r} may hold letters, digits and . , = + - _ and begins with one of the first"
+            )
 
 
 SECTIONS: dict[str, Any] = {
@@ -122,23 +129,34 @@ SECTIONS: dict[str, Any] = {
 
 # What may change between two calls without making it another run.
 NOT_IDENTITY = {
-    "": ("device", "resume", "out_dir", "run_name", "wandb"),
+    "": ("device", "resume", "out_dir", "run_name"),
     "data": ("folder",),
     "dispersion": ("backend",),
-    "train": ("compile", "micro_batch_size", "log_interval", "checkpoint_interval", "keep_last", "sample_tokens"),
+    "train": (
+        *("compile", "micro_batch_size", "log_interval", "eval_interval", "checkpoint_interval"),
+        *("keep_last", "sample_tokens"),
+    ),
 }
+BUDGET = ("train.steps", "train.tokens", "train.tokens_per_param")  # may grow when a run goes on
+
+
+def identity(config: dict[str, Any]) -> dict[str, Any]:
+    """What decides the result of a run: {"section.key": value}, of a `Config` as plain containers."""
+    flat = {
+        f"{section}.{key}" if isinstance(part, dict) else section: value
+        for section, part in config.items()
+        for key, value in (part.items() if isinstance(part, dict) else [("", part)])
+    }
+    left_out = {f"{section}.{key}" if section else key for section, keys in NOT_IDENTITY.items() for key in keys}
+    return {key: value for key, value in flat.items() if key not in left_out and not key.startswith("wandb.")}
 
 
 def name_of(config: Config, model: str) -> str:
-    """The run's name: readable, and one for one with what decides the run's result, by a hash of it.
+    """The run's name: readable, and told apart from other runs by a hash of what decides its result.
 
     `model` is the name of the model's config.
     """
-    identity = dataclasses.asdict(config)
-    for section, keys in NOT_IDENTITY.items():
-        for key in keys:
-            del (identity[section] if section else identity)[key]
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:6]
+    digest = hashlib.sha256(json.dumps(identity(dataclasses.asdict(config)), sort_keys=True).encode()).hexdigest()[:6]
     d = config.dispersion
     dispersion = f"{d.variant}{d.lambda_disp:g}" if d.lambda_disp > 0 else "off"
     return f"{model}-{config.data.name}-{dispersion}-s{config.seed}-{digest}"
@@ -165,11 +183,16 @@ def main(task: Callable[[Config], None]) -> None:
             hydra_config = HydraConfig.get()
             job = f"{' '.join(hydra_config.overrides.task)}: " if hydra_config.mode == RunMode.MULTIRUN else ""
             failures.append(UserError(f"{job}{error}"))
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # the other ranks may not know: torchrun must end them
+                sys.exit(arguments.fail(failures[-1]))
 
     try:
         entry()
     except (HydraException, OmegaConfBaseException) as error:
         failures.append(UserError(explain(error)))
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
     for failure in failures:
         arguments.fail(failure)
     if failures:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 try:
-    from nanodisp import kernels
+    from . import kernels
 except ImportError:  # this file was copied without the folder
     kernels = None  # type: ignore[assignment]
 
@@ -59,7 +59,7 @@ class DispersionConfig:
         step, the same positions for all sequences; null for all.
     schedule: how `lambda_disp` moves over the run: "constant", "linear" (from 0 up to it
         over the first `warmup_fraction` of the steps, then constant) or "cosine" (decays
-        to 0 at the last step).
+        towards 0 at the end).
     warmup_fraction: see `schedule`, as a share of all steps.
     backend: "auto", "reference", "triton" or "cpu"; see `DispersionLoss`.
     """
@@ -283,15 +283,15 @@ def select_layers(layers: str | Sequence[int], n_layer: int) -> list[int]:
         "first_half": range(1, n_layer // 2 + 1),
         "last_half": range(n_layer // 2 + 1, n_layer + 1),
     }
-    if isinstance(layers, str):
-        if layers not in named:
-            raise ValueError(f"dispersion.layers={layers} is unknown; choose {', '.join(named)} or a list of indices")
+    if isinstance(layers, str) and layers in named:
         chosen = list(named[layers])
+    elif isinstance(layers, str) or not isinstance(layers, Sequence):
+        raise ValueError(f"dispersion.layers={layers} is unknown; choose {', '.join(named)} or a list of indices")
     else:
         for layer in layers:
-            if not isinstance(layer, int) or not -n_layer - 1 <= layer <= n_layer:
+            if type(layer) is not int or not -n_layer - 1 <= layer <= n_layer:
                 raise ValueError(f"dispersion.layers names {layer!r}; the model has hidden states 0 to {n_layer}")
-        chosen = sorted({layer % (n_layer + 1) for layer in layers})
+        chosen = sorted({int(layer) % (n_layer + 1) for layer in layers})
     if not chosen:
         raise ValueError(f"dispersion.layers={layers} selects no layer of a model with n_layer={n_layer}")
     return chosen

@@ -37,6 +37,11 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            dist.barrier()
+
 
 def start(device: str = "auto") -> World:
     """Join the process group that torchrun describes (gloo on CPU, NCCL on CUDA), once per process.

@@ -294,7 +294,7 @@ def generate(
             logits = model(context[:, -1:], cache=cache).logits
         token = sample_token(logits[:, -1], temperature, top_k, top_p, generator)
         yield token
-        context = torch.cat([context, token[:, None]], dim=1)
+        context = torch.cat([context, token[:, None]], dim=1)[:, -block_size:]
 
 
 def sample_token(

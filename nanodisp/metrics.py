@@ -6,6 +6,7 @@ metrics.jsonl, and what W&B gets: "step" is the number of updates done, "split" 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import secrets
@@ -15,6 +16,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from nanodisp.errors import UserError
 
 WANDB_MODES = ("disabled", "offline", "online")
 
@@ -47,6 +50,8 @@ class Metrics:
         wandb_config: see `WandbConfig`.
         step, total_steps: where the run begins and ends. Records of later steps than `step`,
             left by an interrupted run, are dropped: they are about to be made again.
+
+    Raises UserError when another process has the run's folder open.
     """
 
     def __init__(
@@ -57,11 +62,18 @@ class Metrics:
         self.wandb: Any = None
         if folder is None:
             return
+        self.lock = (folder / ".lock").open("w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process ends
+        except BlockingIOError:
+            raise UserError(
+                f"another process is training into {folder}; wait for it, or give another run_name"
+            ) from None
         self.path = folder / "metrics.jsonl"
         drop_records_after(self.path, step)
         self.file = self.path.open("a")
         self.total_steps = total_steps
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False, soft_wrap=True, emoji=False)
         if self.console.is_terminal:
             self.progress = Progress(
                 TextColumn("{task.description}"),
@@ -72,7 +84,7 @@ class Metrics:
                 console=self.console,
                 transient=True,
             )
-            self.bar = self.progress.add_task("training", total=total_steps, completed=step)
+            self.bar = self.progress.add_task("training", total=total_steps, completed=max(step, 0))
             self.progress.start()
         if wandb_config.mode != "disabled":
             self._start_wandb(folder, config, wandb_config)
@@ -107,6 +119,7 @@ class Metrics:
         if self.progress is not None:
             self.progress.stop()
         self.file.close()
+        self.lock.close()
         if self.wandb is not None:
             self._guarded("finish", lambda: self.wandb.finish())
 
@@ -191,4 +204,6 @@ def drop_records_after(path: Path, step: int) -> None:
 
 def _json_number(value: Any) -> Any:
     """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, list):
+        return [_json_number(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

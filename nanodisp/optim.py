@@ -61,8 +61,8 @@ class OptimConfig:
         for name in ("decay_fraction", "min_lr_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"optim.{name}={getattr(self, name)} must lie in [0, 1]")
-        if self.warmup_steps < 0 or self.weight_decay < 0:
-            raise ValueError("optim.warmup_steps and optim.weight_decay must not be negative")
+        if self.warmup_steps < 0 or not 0 <= self.weight_decay < math.inf:
+            raise ValueError("optim.warmup_steps and optim.weight_decay must be numbers that are not negative")
         if self.grad_clip is not None and not self.grad_clip > 0:
             raise ValueError(f"optim.grad_clip={self.grad_clip} must be positive; null never clips")
 

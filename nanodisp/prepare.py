@@ -125,7 +125,8 @@ def main(prepare_function: Callable[[DataConfig], Path]) -> None:
 
     def run(given: Sequence[str]) -> None:
         values = OmegaConf.load(script.parents[2] / "conf" / "data" / f"{name}.yaml")
-        defaults = [f"{key}={value}" for key, value in cast(dict, OmegaConf.to_container(values)).items()]
+        known = cast(dict, OmegaConf.to_container(values)).items()
+        defaults = [f"{key}={value}" for key, value in known if value != arguments.MISSING]
         folder = prepare_function(arguments.parse(DataConfig, [f"folder={script.parent}", *defaults, *given]))
         print(folder)
         for split in SPLITS:

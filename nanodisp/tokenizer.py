@@ -32,6 +32,7 @@ O200K_PATTERN = (
     r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"""
     r"""\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
 )
+GPT2_VOCAB_SIZE = 50_257
 # A file of ranks does not tell its pattern or its end-of-text token; the published ones are
 # known by their number of ranks (both of these leave one id unused before end-of-text).
 PUBLISHED = {100_256: (CL100K_PATTERN, 100_257), 199_998: (O200K_PATTERN, 199_999)}
@@ -104,6 +105,11 @@ class TiktokenTokenizer:
 
     def decode_bytes(self, tokens: Iterable[int]) -> bytes:
         return self.encoding.decode_bytes([int(token) for token in tokens if token < self.n_text])
+
+
+def vocab_size_of(spec: str) -> int:
+    """The vocabulary size of a spec; GPT-2's is known without the file that its tokenizer needs."""
+    return GPT2_VOCAB_SIZE if spec == "gpt2" else load_tokenizer(spec).vocab_size
 
 
 def load_tokenizer(spec: str | Path, folder: Path = Path()) -> Tokenizer:

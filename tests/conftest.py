@@ -34,6 +34,7 @@ TINY = (
     "train.eval_windows=4",
     "train.sample_tokens=8",
     "optim.lr=3e-3",
+    "dispersion.max_tokens=8",
     "device=cpu",
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -26,25 +27,24 @@ def others(rows: Tensor, i: int) -> Tensor:
     return torch.cat([rows[:i], rows[i + 1 :]])
 
 
-def cosines_with_others(z: Tensor, i: int) -> Tensor:
-    u = directions(z)
-    return (others(u, i) * u[i]).sum(dim=1)
-
-
 def directions(z: Tensor) -> Tensor:
     return z / (z.square().sum(dim=1, keepdim=True).sqrt() + 0.01)
 
 
-def angles_with_others(z: Tensor, i: int) -> Tensor:
+def cosines_with_others(u: Tensor, i: int) -> Tensor:
+    return (others(u, i) * u[i]).sum(dim=1)
+
+
+def angles_with_others(u: Tensor, i: int) -> Tensor:
     """arccos / pi at the clamped cosine, and as slope the one there, whatever the cosine was."""
-    c = cosines_with_others(z, i)
+    c = cosines_with_others(u, i)
     at = c.detach().clamp(-0.75, 0.75)
     slope = -1 / (math.pi * (1 - at**2).sqrt())
     return at.acos() / math.pi + slope * (c - c.detach())
 
 
-def mean_over_pairs(z: Tensor, terms_of_token) -> Tensor:
-    return sum(terms_of_token(z, i).sum() for i in range(len(z))) / (len(z) * (len(z) - 1))
+def mean_over_pairs(rows: Tensor, terms_of_token: Callable[[Tensor, int], Tensor]) -> Tensor:
+    return sum(terms_of_token(rows, i).sum() for i in range(len(rows))) / (len(rows) * (len(rows) - 1))
 
 
 def squared_distances(z: Tensor, i: int) -> Tensor:
@@ -65,11 +65,11 @@ def negative_entropy(z: Tensor, i: int, tau: float) -> Tensor:
 def expected(variant: str, z: Tensor, tau: float) -> Tensor:
     n_tokens, n_features = z.shape
     if variant == "angular":
-        return mean_over_pairs(z, lambda z, i: (-angles_with_others(z, i) / tau).exp()).log()
+        return mean_over_pairs(directions(z), lambda u, i: (-angles_with_others(u, i) / tau).exp()).log()
     if variant == "orthogonalization":
-        return mean_over_pairs(z, lambda z, i: (0.5 - angles_with_others(z, i)).relu() ** 2)
+        return mean_over_pairs(directions(z), lambda u, i: (0.5 - angles_with_others(u, i)).relu() ** 2)
     if variant == "cosine":
-        return mean_over_pairs(z, lambda z, i: (cosines_with_others(z, i) / tau).exp()).log()
+        return mean_over_pairs(directions(z), lambda u, i: (cosines_with_others(u, i) / tau).exp()).log()
     if variant == "decorrelation":
         rows = standardised(z)
         return mean_over_pairs(rows, lambda rows, i: ((others(rows, i) @ rows[i]) / (n_features - 1)) ** 2)

@@ -18,6 +18,7 @@ from nanodisp import checkpoint
 from nanodisp.dispersion import DispersionLoss, sample_positions
 from nanodisp.errors import UserError
 from nanodisp.gpt import GPT, GPTConfig
+from nanodisp.metrics import Metrics, WandbConfig
 
 Run = Callable[..., Path]
 
@@ -45,7 +46,7 @@ def command(*arguments: str, ranks: int | None = None) -> subprocess.CompletedPr
 def test_a_run_learns_and_leaves_all_that_it_promises(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run("train.steps=30", "train.log_interval=10", "train.eval_interval=10")
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "samples.txt", "checkpoints"}
+    assert names == {"config.yaml", "metrics.jsonl", "samples.txt", "checkpoints", ".lock"}
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_00000030"]
     assert [record["step"] for record in records(folder, "train")] == [1, 10, 20, 30]
     val = records(folder, "val")
@@ -130,11 +131,13 @@ def test_the_same_command_after_the_end_says_so_and_changes_nothing(
     )
 
 
-def test_a_checkpoint_of_another_model_is_refused_and_kept(run: Run) -> None:
+def test_a_checkpoint_of_another_run_is_refused_and_kept(run: Run) -> None:
     folder = run("train.steps=2")
     before = weights(folder)
-    with pytest.raises(UserError, match=r"another model: n_embd=16 \(now 32\)"):
+    with pytest.raises(UserError, match=r"another run: model.n_embd=16 \(now 32\)"):
         run("train.steps=4", "model.n_embd=32")
+    with pytest.raises(UserError, match=r"another run: optim.name=adamw \(now muon\), .*seed=1337 \(now 1\)"):
+        run("train.steps=4", "seed=1", "optim=muon")
     with pytest.raises(UserError, match="resume=auto"):
         run("train.steps=4", "resume=never")
     assert all(torch.equal(before[key], value) for key, value in weights(folder).items())
@@ -143,7 +146,8 @@ def test_a_checkpoint_of_another_model_is_refused_and_kept(run: Run) -> None:
 def test_two_ranks_walk_the_loss_curve_of_one(run: Run, corpus: Path, tmp_path: Path) -> None:
     settings = ("train.steps=50", "train.log_interval=1")
     one = run(*settings, name="one")
-    result = command(*TINY, f"data.path={corpus}", f"out_dir={tmp_path}", "run_name=two", *settings, ranks=2)
+    where = (f"data.path={corpus}", f"out_dir={tmp_path}", "run_name=two", "train.micro_batch_size=1")
+    result = command(*TINY, *where, *settings, ranks=2)
     assert result.returncode == 0, result.stderr
     two = tmp_path / "two"
     assert len(losses(two)) == 50
@@ -230,3 +234,63 @@ def test_ranks_must_divide_the_batch(corpus: Path, tmp_path: Path) -> None:
         )
         with pytest.raises(UserError, match="not divisible by the number of ranks, 3"):
             train.train(compose(*TINY, f"data.path={corpus}", f"out_dir={tmp_path}", "run_name=x"))
+
+
+def test_other_text_under_the_same_name_is_another_run(run: Run, tmp_path: Path) -> None:
+    other = write_corpus(tmp_path / "other", n_train=3000)
+    run("train.steps=2")
+    with pytest.raises(UserError, match=r"another run: .*corpus="):
+        run("train.steps=2", f"data.path={other}")
+
+
+def test_a_run_may_be_given_more_steps_and_a_smaller_budget_leaves_it_as_it_is(run: Run) -> None:
+    folder = run("train.steps=4")
+    run("train.steps=6")
+    assert checkpoint.find(folder).name == "step_00000006"
+    config = (folder / "config.yaml").read_text()
+    run("train.steps=3")
+    assert (folder / "config.yaml").read_text() == config
+
+
+def test_a_second_process_in_the_same_folder_is_refused(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with (
+        Metrics(tmp_path / "run", config={}, wandb_config=WandbConfig(), step=-1, total_steps=1),
+        pytest.raises(UserError, match="another process is training into"),
+    ):
+        run("train.steps=1")
+    run("train.steps=1")
+
+
+def test_the_weight_of_the_loss_follows_its_schedule(run: Run) -> None:
+    """A linear warm-up begins at 0: the first update is the one of a run without dispersion."""
+    warming = run("train.steps=1", "dispersion.schedule=linear", name="a")
+    plain, steady = run("train.steps=1", "dispersion=off", name="b"), run("train.steps=1", name="c")
+    assert all(torch.equal(value, weights(plain)[key]) for key, value in weights(warming).items())
+    assert not all(torch.equal(value, weights(plain)[key]) for key, value in weights(steady).items())
+
+
+def test_the_gradient_is_clipped_and_the_learning_rate_moves(run: Run) -> None:
+    free, clipped = run("train.steps=2", name="a"), run("train.steps=2", "optim.grad_clip=1e-9", name="b")
+    assert max(losses(free, "grad_norm")) > 0.1  # the norm before clipping
+    change = [weights(folder)["ln_f.bias"].abs().max().item() for folder in (free, clipped)]
+    assert change[1] < 0.5 * change[0]  # AdamW's epsilon is no longer small beside the gradient
+    assert len(set(losses(run("train.steps=20", "train.log_interval=1", name="c"), "lr"))) > 10
+
+
+def test_a_run_that_diverges_says_so_and_still_ends(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ("train.steps=6", "optim.lr=1e30", "optim.grad_clip=null")
+    folder = run(*settings)
+    assert records(folder, "val")[-1]["loss"] is None
+    assert None in records(folder, "val")[-1]["mean_cosine"]
+    run(*settings)
+    assert capsys.readouterr().out.count("the loss is not finite") == 2
+
+
+def test_a_mistake_of_one_rank_ends_a_sweep_on_all(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "x").touch()  # rank 0 alone writes into the run's folder, here a file
+    result = command(
+        *("-m", *TINY, f"data.path={corpus}", f"out_dir={tmp_path}", "run_name=x", "train.steps=2", "seed=1,2"), ranks=2
+    )
+    assert result.returncode != 0
+    assert "can not be written" in result.stderr
