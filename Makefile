@@ -4,9 +4,11 @@ PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= dev
 BIN := $(VENV)/bin
+HAVE = $(or $(wildcard $(BIN)/python),$(PYTHON))
+RUNS ?= out
 INSTALLED := $(VENV)/installed-$(EXTRAS)
 
-.PHONY: help install run test lint format constraints clean
+.PHONY: help install run test lint format bench bench-gpu report constraints clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +34,17 @@ lint: install ## ruff check, ruff format, mypy
 format: install ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: install ## time the dispersion loss and a training step on this CPU; JSON under bench/results/
+	$(BIN)/python -m bench.kernels
+	$(BIN)/python -m bench.train_step --model micro --vocab-size 257
+
+bench-gpu: ## the same on one GPU, correctness first; needs torch, triton and numpy alone
+	$(HAVE) -m bench.kernels --device cuda
+	$(HAVE) -m bench.train_step --device cuda --model gpt2 --batch-size 16 --dtype bfloat16 --compile
+
+report: install ## tables, figures and one page of a folder of runs: make report RUNS=out/<sweep>
+	$(BIN)/python -m nanodisp.report $(RUNS)
 
 constraints: install ## resolve constraints.txt anew, for every supported Python
 	$(BIN)/python -m pip install --quiet uv

@@ -294,3 +294,18 @@ def test_a_mistake_of_one_rank_ends_a_sweep_on_all(corpus: Path, tmp_path: Path)
     )
     assert result.returncode != 0
     assert "can not be written" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("dtype", "backends", "tolerance"),
+    [("float32", ("cpu", "triton"), 1e-4), ("bfloat16", ("cpu",), 2e-2)],
+)
+def test_every_backend_of_the_loss_walks_the_same_curve(
+    run: Run, dtype: str, backends: tuple[str, ...], tolerance: float
+) -> None:
+    settings = ("train.steps=200", "train.log_interval=10", "optim.lr=1e-3", f"train.dtype={dtype}")
+    plain = run(*settings, "dispersion.backend=reference", name="reference")
+    for backend in backends:
+        fused = run(*settings, f"dispersion.backend={backend}", name=backend)
+        for key in ("loss", "dispersion"):
+            assert losses(fused, key) == pytest.approx(losses(plain, key), rel=tolerance)
