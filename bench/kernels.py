@@ -1,7 +1,7 @@
 """Times the fused dispersion loss against the formula in plain PyTorch, eager and compiled.
 
     python -m bench.kernels                     # the CPU twin; about a minute
-    python -m bench.kernels --device cuda       # the Triton kernel; checks first, then times; some 4 minutes
+    python -m bench.kernels --device cuda       # the Triton kernel; checks, then times; begins no row after 4 minutes
     python -m bench.kernels --dry-run           # the code of --device cuda in Triton's interpreter, at toy sizes
 
 Forward and backward together, the implementations in alternation; the median of the rounds and their
