@@ -56,8 +56,8 @@ def check(z: Tensor, variant: str, tau: float, backend: str, matmul_dtype: torch
         loss, gradient = loss_and_gradient(z, variant, tau, backend)
     right_loss, right = loss_and_gradient(z.double(), variant, tau, "reference")
     tolerance = TOLERANCE[backend, matmul_dtype]
-    if variant == "orthogonalization" and matmul_dtype == torch.bfloat16:
-        tolerance *= 1.5  # its h grows with c, so that the rounding of c and of h add up
+    if variant == "orthogonalization" and (backend, matmul_dtype) == ("triton", torch.bfloat16):
+        tolerance *= 1.5  # its h grows with c, so that the interpreter's rounding of c and of h add up
     assert loss.dtype == torch.float32
     assert abs(loss - right_loss) <= tolerance * (1 + abs(right_loss))
     assert (gradient - right).norm() <= tolerance * right.norm() + 5e-8  # as in test_dispersion.py

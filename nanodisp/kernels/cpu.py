@@ -2,7 +2,7 @@
 
 A few sequences at a time (one, if it is long) go through four steps:
 
-1. u = z / (|z| + eps) in the matmul dtype, padded with zero rows to a multiple of the block;
+1. u = z / (|z| + eps), padded with zero rows to a multiple of the block, and its copy in the matmul dtype;
 2. the cosines on and above the diagonal, then w and h of them. The square of pairs is halved
    again and again: the off-diagonal quarter of every half is one matmul, and what remains in
    the end are blocks on the diagonal. All of it lies packed in one flat tensor, so that an
@@ -51,11 +51,12 @@ def pairwise_cosine(
     n_pairs = padded * (padded + (padded >> n_halvings)) // 2  # that are packed for one sequence
     at_once = max(1, min(n_sequences, SCRATCH_ELEMENTS // (padded * max(padded, n_features))))
 
-    u_scratch = torch.empty(at_once, padded, n_features, dtype=matmul_dtype)
-    u_scratch[:, n_tokens:] = 0
-    result_scratch = torch.empty_like(u_scratch)
+    # orthogonalization's h is proportional to c: rounded as the others' are, its cosines alone would cost 2e-3
+    cosine_dtype = torch.float32 if variant == "orthogonalization" else matmul_dtype
+    direction_scratch = torch.zeros(at_once, padded, n_features)
+    result_scratch = torch.empty(at_once, padded, n_features, dtype=matmul_dtype)
     square_scratch = torch.empty(at_once, padded, padded, dtype=matmul_dtype)
-    packed_scratch = torch.empty(at_once * n_pairs, dtype=matmul_dtype)
+    packed_scratch = torch.empty(at_once * n_pairs, dtype=cosine_dtype)
     float_scratch = torch.empty(3, at_once * n_pairs)
     losses = torch.empty(n_sequences)
     h_edge = torch.tensor(slope_at_edge(variant, tau))
@@ -65,19 +66,17 @@ def pairwise_cosine(
         group = slice(first, first + at_once)
         some_z = z[group].float()
         n = some_z.size(0)
-        u, packed, (clamped, squared, terms) = (
-            u_scratch[:n],
-            packed_scratch[: n * n_pairs],
-            float_scratch[:, : n * n_pairs],
-        )
+        packed, (clamped, squared, terms) = packed_scratch[: n * n_pairs], float_scratch[:, : n * n_pairs]
 
         norm = torch.linalg.vector_norm(some_z, dim=-1, keepdim=True)
         inverse = (norm + NORM_EPS).reciprocal_()
-        torch.mul(some_z, inverse, out=u[:, :n_tokens])
-        _multiply_upper(u, _levels(packed, n, n_halvings))
+        directions = direction_scratch[:n]
+        torch.mul(some_z, inverse, out=directions[:, :n_tokens])
+        u = directions.to(matmul_dtype)
+        _multiply_upper(directions if cosine_dtype == torch.float32 else u, _levels(packed, n, n_halvings))
         cosines = packed.float()
 
-        _base_terms(cosines, clamped, squared, terms, variant, tau, ARCSIN[matmul_dtype])
+        _base_terms(cosines, clamped, squared, terms, variant, tau, ARCSIN[cosine_dtype])
         levels = _levels(terms, n, n_halvings)
         _clear_padding(levels, padded - n_tokens)
         if variant == "orthogonalization":
@@ -96,11 +95,15 @@ def pairwise_cosine(
         _unpack(_levels(terms.to(matmul_dtype), n, n_halvings), square)
         diagonal = square.diagonal(dim1=1, dim2=2)[:, :n_tokens, None]
         diagonal.copy_(-radial)
-        tangential = torch.bmm(square, u, out=result)[:, :n_tokens]
+        scale = inverse * (factor * h_edge / n_sequences)[:, None, None]
+        gradient = dz[group] if dz.dtype == torch.float32 else torch.empty_like(some_z)
+        torch.bmm(square, u, out=result)
+        torch.mul(result[:, :n_tokens], scale, out=gradient)
         if matmul_dtype == torch.bfloat16:  # the rounding of u_i and of its large factor, made good
-            tangential = tangential.float().addcmul_(u[:, :n_tokens], diagonal, value=-1)
-            tangential.addcmul_(some_z, radial * inverse, value=-1)
-        torch.mul(tangential, inverse * (factor * h_edge / n_sequences)[:, None, None], out=dz[group])
+            gradient.addcmul_(u[:, :n_tokens], diagonal * scale, value=-1)
+            gradient.addcmul_(directions[:, :n_tokens], radial * scale, value=-1)
+        if gradient.dtype != dz.dtype:
+            dz[group] = gradient
     return losses.mean(), dz
 
 
