@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nanodisp import checkpoint, config, distributed, optim
-from nanodisp.condensation import mean_cosine
-from nanodisp.config import BUDGET, Config, TrainConfig, identity
+from nanodisp.condensation import mean_cosine, mean_cosine_by_layer
+from nanodisp.config import BUDGET, Config, count_steps, identity
 from nanodisp.dispersion import DispersionLoss, lambda_at, sample_positions, select_layers
 from nanodisp.distributed import World
 from nanodisp.errors import UserError
@@ -37,6 +37,8 @@ from nanodisp.loader import Corpus, Loader, count_windows, open_corpus, prefetch
 from nanodisp.metrics import Metrics
 from nanodisp.prepare import prepare
 from nanodisp.tokenizer import load_tokenizer, vocab_size_of
+
+CONDENSATION_WINDOWS = 4  # validation windows of a "condensation" record
 
 
 class Objective(nn.Module):
@@ -84,6 +86,7 @@ def train(config: Config) -> None:
         vocab_size=config.model.vocab_size,
     )
     held_out = spread_windows(count_windows(corpus.val, block_size), config.train.eval_windows)
+    followed = spread_windows(len(held_out), CONDENSATION_WINDOWS)  # of those, the few that are looked at often
 
     # --- model, loss, optimizers
     dtype = resolve_dtype(config.train.dtype, device)
@@ -117,6 +120,16 @@ def train(config: Config) -> None:
         figures = evaluate(model, corpus, held_out, rows, world, dtype)
         metrics.record({"step": step, "split": "val", **figures, **tally()})
 
+    def follow() -> None:
+        """Condensation alone, on a few windows: so cheap that its course can be followed closely."""
+        if world.is_main:
+            x, _ = read_windows(corpus.val, held_out[followed], block_size, model.vocab_size)
+            model.eval()
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                cosines = mean_cosine_by_layer(model, x.to(device))
+            model.train()
+            metrics.record({"step": step, "split": "condensation", "mean_cosine": cosines, **tally()})
+
     def save() -> None:
         if world.is_main:
             state = {
@@ -142,6 +155,8 @@ def train(config: Config) -> None:
             metrics.say(f"the run is complete at step {step}" if step >= total_steps else f"going on from step {step}")
         else:
             validate()
+            if config.train.condensation_interval is not None:
+                follow()
 
         batches = prefetch(data, range(step, total_steps), device, world.rank, world.size)
         lap_seconds, lap_steps = 0.0, 0  # since the last line of training figures
@@ -183,6 +198,7 @@ def train(config: Config) -> None:
             done = step == total_steps
             log = done or step == 1 or step % config.train.log_interval == 0
             evaluation = done or step % config.train.eval_interval == 0
+            following = config.train.condensation_interval
             if log:
                 ce_mean, dispersion_mean = (world.sum(terms) / world.size).tolist()
             if device.type == "cuda" and (log or evaluation):
@@ -208,6 +224,8 @@ def train(config: Config) -> None:
                 )
             if evaluation:
                 validate()
+            if following is not None and (done or step % following == 0):
+                follow()
             if done or step % config.train.checkpoint_interval == 0:
                 save()
             metrics.advance(step)
@@ -314,24 +332,10 @@ def write_sample(folder: Path, model: GPT, corpus: Corpus, config: Config) -> st
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products: "auto" is bfloat16 on a GPU that has it, float32 elsewhere."""
+    """The dtype of matrix products: "auto" is bfloat16 where the hardware has it, else float32."""
     if name == "auto":
-        name = (
-            "bfloat16"
-            if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-            else "float32"
-        )
+        name = "bfloat16" if distributed.has_bfloat16(device) else "float32"
     return getattr(torch, name)
-
-
-def count_steps(config: TrainConfig, n_parameters: int, tokens_per_step: int) -> int:
-    """The budget in steps; a budget in tokens is met, so the last step may go beyond it."""
-    if config.tokens is not None:
-        return math.ceil(config.tokens / tokens_per_step)
-    if config.tokens_per_param is not None:
-        return math.ceil(config.tokens_per_param * n_parameters / tokens_per_step)
-    assert config.steps is not None
-    return config.steps
 
 
 def count_micro_batches(rows: int, largest: int | None) -> int:

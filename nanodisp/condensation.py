@@ -199,22 +199,13 @@ def hidden_states(model: nn.Module, idx: Tensor) -> Iterable[Tensor]:
     something that has it as `hidden` or `hidden_states`. Raises TypeError for anything else.
     """
     if isinstance(model, GPT):
-        return _walk(model, idx)
+        return model(idx, return_hidden=True, head=False).hidden
     headless: Any = getattr(model, "base_model", None)  # transformers' name for a model without its head
     output = model(idx) if headless is None else headless(idx, output_hidden_states=True)
     states = next((s for name in ("hidden_states", "hidden") if (s := getattr(output, name, None)) is not None), output)
     if not isinstance(states, (tuple, list)):
         raise TypeError(f"{type(model).__name__} returns {type(output).__name__}, which has no hidden states")
     return states
-
-
-def _walk(model: GPT, idx: Tensor) -> Iterator[Tensor]:
-    """`GPT.forward`'s hidden states one at a time, and without its head: a third of GPT-2 small's work."""
-    x = model.wte(idx) + model.wpe.weight[: idx.size(1)]
-    for block in model.h:
-        yield x
-        x = block(x)
-    yield model.ln_f(x)
 
 
 class LayerSums:

@@ -49,9 +49,11 @@ class TrainConfig:
     batch_size: sequences of the global batch, over all ranks and micro-batches.
     micro_batch_size: most sequences of one forward pass on a rank; null takes all at once.
     dtype: "bfloat16" or "float16" run matrix products in it (autocast; weights stay float32,
-        float16 scales the loss); "auto" is bfloat16 on a GPU that has it, else float32.
+        float16 scales the loss); "auto" is bfloat16 on a GPU or CPU that has it, else float32.
     compile: torch.compile the model and the loss; needs a compiler on the machine.
     log_interval, eval_interval, checkpoint_interval: in steps.
+    condensation_interval: how often, in steps, the mean cosine of every layer is measured on four validation
+        windows, between validations; null for never.
     eval_windows: validation windows, spread evenly over the split; null takes all.
     keep_last: how many checkpoints stay.
     sample_tokens: length of the sample at the end; 0 for none.
@@ -66,6 +68,7 @@ class TrainConfig:
     compile: bool = False
     log_interval: int = 20
     eval_interval: int = 200
+    condensation_interval: int | None = 50
     checkpoint_interval: int = 500
     eval_windows: int | None = 128
     keep_last: int = 2
@@ -81,9 +84,26 @@ class TrainConfig:
         for name in ("batch_size", "log_interval", "eval_interval", "checkpoint_interval", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be at least 1")
-        for name in ("steps", "tokens", "tokens_per_param", "micro_batch_size", "eval_windows"):
+        for name in (
+            "steps",
+            "tokens",
+            "tokens_per_param",
+            "micro_batch_size",
+            "eval_windows",
+            "condensation_interval",
+        ):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be positive, or null")
+
+
+def count_steps(config: TrainConfig, n_parameters: int, tokens_per_step: int) -> int:
+    """The budget in steps; a budget in tokens is met, so the last step may go beyond it."""
+    if config.tokens is not None:
+        return math.ceil(config.tokens / tokens_per_step)
+    if config.tokens_per_param is not None:
+        return math.ceil(config.tokens_per_param * n_parameters / tokens_per_step)
+    assert config.steps is not None
+    return config.steps
 
 
 @dataclass
@@ -134,7 +154,7 @@ NOT_IDENTITY = {
     "dispersion": ("backend",),
     "train": (
         *("compile", "micro_batch_size", "log_interval", "eval_interval", "checkpoint_interval"),
-        *("keep_last", "sample_tokens"),
+        *("condensation_interval", "keep_last", "sample_tokens"),
     ),
 }
 BUDGET = ("train.steps", "train.tokens", "train.tokens_per_param")  # may grow when a run goes on

@@ -71,6 +71,13 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware: NVIDIA's from Ampere on, CPUs with AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()  # those with AMX have it too
+
+
 # Dense matrix products in 16 bits, FLOP/s by the maker's data sheets; found by part of the device's name.
 PEAK_FLOPS = {
     "B200": 2.25e15,

@@ -64,7 +64,7 @@ class GPTConfig:
 class GPTOutput(NamedTuple):
     """What a forward pass gives; None where it was not asked for.
 
-    logits: [B, T, V padded], only without targets; the padding's are -inf.
+    logits: [B, T, V padded], only without targets (and with the head); the padding's are -inf.
     loss: scalar, mean cross-entropy in nats per token, only with targets.
     hidden: see `GPT.forward`.
     """
@@ -198,6 +198,7 @@ class GPT(nn.Module):
         *,
         return_hidden: bool = False,
         take: tuple[Sequence[int], Tensor] | None = None,
+        head: bool = True,
         cache: KVCache | None = None,
     ) -> GPTOutput:
         """Predict the token after each of `idx`.
@@ -210,6 +211,7 @@ class GPT(nn.Module):
             take: (layers, positions), indices into those hidden states and int64
                 [len(layers), N]: gives `hidden` as one tensor [len(layers), B, N, C], row i the
                 tokens positions[i] of hidden[layers[i]]. Layers ascend.
+            head: False leaves out the output head, and so logits and loss.
             cache: keys and values of earlier tokens, extended by these; once it holds any, T is 1.
 
         Raises ValueError when the tokens do not fit.
@@ -242,8 +244,10 @@ class GPT(nn.Module):
         if cache is not None:
             cache.length += T
 
-        logits = F.linear(x, self.wte.weight, self.never_predicted.to(x.dtype))  # [B, T, V padded]
         collected = tuple(hidden) if return_hidden else torch.stack(hidden) if take is not None else None
+        if not head:
+            return GPTOutput(None, None, collected)
+        logits = F.linear(x, self.wte.weight, self.never_predicted.to(x.dtype))  # [B, T, V padded]
         if targets is None:
             return GPTOutput(logits, None, collected)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())

@@ -1,7 +1,8 @@
 """Where the numbers of a run go: the terminal, metrics.jsonl and, if asked for, Weights & Biases.
 
 Only rank 0 has any of it; on other ranks every call does nothing. A record is one line of
-metrics.jsonl, and what W&B gets: "step" is the number of updates done, "split" is "train" or "val".
+metrics.jsonl, and what W&B gets: "step" is the number of updates done, "split" is "train", "val" or
+"condensation" (mean cosine by layer alone, more often; not shown).
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ class Metrics:
             return
         self.file.write(json.dumps({key: _json_number(value) for key, value in record.items()}) + "\n")
         self.file.flush()
-        self.say(describe(record, self.total_steps))
+        if record["split"] != "condensation":  # too many lines to read
+            self.say(describe(record, self.total_steps))
         if self.wandb is not None:
             split = record["split"]
             values = {f"{split}/{key}": value for key, value in record.items() if key not in ("split", "mean_cosine")}

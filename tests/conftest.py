@@ -17,6 +17,7 @@ import pytest
 import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
 from nanodisp import config, shards
 from nanodisp.config import Config
@@ -35,6 +36,7 @@ TINY = (
     "train.sample_tokens=8",
     "optim.lr=3e-3",
     "dispersion.max_tokens=8",
+    "train.dtype=float32",  # whatever the machine has
     "device=cpu",
 )
 
@@ -81,3 +83,38 @@ def run(corpus: Path, tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return go
+
+
+STEPS = 40
+SHAPE = ("model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_size=16", "model.vocab_size=257")
+
+
+def write_run(folder: Path, *overrides: str, loss: float | None = 2.0, steps: int = STEPS) -> Path:
+    """A run's folder as train.py leaves it, without the training."""
+    config = compose(*SHAPE, f"train.steps={STEPS}", f"out_dir={folder.parent}", f"run_name={folder.name}", *overrides)
+    folder.mkdir(parents=True)
+    OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
+    records: list[dict[str, Any]] = []
+    for step in range(0, steps + 1, 20):
+        if step:
+            records.append({"step": step, "split": "train", "loss": 3.0, "tokens_per_second": 100.0 * step})
+        means = [0.1, 0.2, 0.3 + step / 1000]
+        records.append({"step": step, "split": "val", "loss": loss, "bpb": loss and loss * 2, "mean_cosine": means})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two lambdas and none, three seeds each; one run is missing, one failed, one is unfinished, one is damaged."""
+    folder = tmp_path_factory.mktemp("sweep")
+    for disp, effect in ((0, 0.0), (0.1, -0.1), (1, 0.3)):
+        for seed in (1, 2, 3):
+            loss = 2 + effect + 0.01 * seed + 0.001 * (seed == 3) * disp
+            settings = (f"dispersion.lambda_disp={disp}", f"seed={seed}")
+            write_run(folder / f"disp{disp}-s{seed}", *settings, loss=loss, steps=20 if (disp, seed) == (1, 3) else 40)
+    write_run(folder / "nan", "seed=4", loss=None)
+    (write_run(folder / "raised", "seed=5", steps=20) / "error.txt").write_text("UserError: <b>no space</b> & more\n")
+    (write_run(folder / "damaged", "seed=6") / "config.yaml").write_text("model: [")
+    (folder / "notes").mkdir()
+    return folder

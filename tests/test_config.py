@@ -79,3 +79,17 @@ def test_a_name_follows_from_what_decides_the_result() -> None:
     for other in ("seed=1", "optim.lr=0.1", "model.n_layer=3", "train.steps=7", "dispersion.max_tokens=8"):
         assert config.name_of(compose(other), "nano") != name
     assert "-off-" in config.name_of(compose("dispersion=off"), "nano")
+
+
+@pytest.mark.parametrize(
+    ("budget", "steps"),
+    [
+        ({"steps": 7}, 7),
+        ({"tokens": 100}, 4),
+        ({"tokens": 96}, 3),
+        ({"tokens_per_param": 2}, 63),
+        ({"steps": 7, "tokens": 100}, 4),
+    ],
+)
+def test_a_budget_in_tokens_is_met(budget: dict[str, int], steps: int) -> None:
+    assert config.count_steps(config.TrainConfig(**budget), n_parameters=1000, tokens_per_step=32) == steps

@@ -3,146 +3,29 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import re
-import shlex
 import time
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from conftest import compose
+from conftest import write_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 from scipy import stats
 
 from nanodisp import report
 from nanodisp.errors import UserError
-from nanodisp.report import QUANTITIES, make_rows, make_table, paired_interval, read_run, read_runs
-
-STEPS = 40
-SHAPE = ("model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_size=16", "model.vocab_size=257")
-
-
-def write_run(folder: Path, *overrides: str, loss: float | None = 2.0, steps: int = STEPS) -> Path:
-    """A run's folder as train.py leaves it, without the training."""
-    config = compose(*SHAPE, f"train.steps={STEPS}", f"out_dir={folder.parent}", f"run_name={folder.name}", *overrides)
-    folder.mkdir(parents=True)
-    OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
-    records: list[dict[str, Any]] = []
-    for step in range(0, steps + 1, 20):
-        if step:
-            records.append({"step": step, "split": "train", "loss": 3.0, "tokens_per_second": 100.0 * step})
-        means = [0.1, 0.2, 0.3 + step / 1000]
-        records.append({"step": step, "split": "val", "loss": loss, "bpb": loss and loss * 2, "mean_cosine": means})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two lambdas and none, three seeds each; one run is missing, one failed, one is unfinished, one is damaged."""
-    folder = tmp_path_factory.mktemp("sweep")
-    for disp, effect in ((0, 0.0), (0.1, -0.1), (1, 0.3)):
-        for seed in (1, 2, 3):
-            loss = 2 + effect + 0.01 * seed + 0.001 * (seed == 3) * disp
-            settings = (f"dispersion.lambda_disp={disp}", f"seed={seed}")
-            write_run(folder / f"disp{disp}-s{seed}", *settings, loss=loss, steps=20 if (disp, seed) == (1, 3) else 40)
-    write_run(folder / "nan", "seed=4", loss=None)
-    (write_run(folder / "raised", "seed=5", steps=20) / "error.txt").write_text("UserError: <b>no space</b> & more\n")
-    (write_run(folder / "damaged", "seed=6") / "config.yaml").write_text("model: [")
-    (folder / "notes").mkdir()
-    return folder
+from nanodisp.report import QUANTITIES, make_rows, make_table, paired_interval
+from nanodisp.runs import read_runs
 
 
 @pytest.fixture(scope="module")
 def pages(sweep: Path) -> Path:
     report.main([str(sweep)])
     return sweep / "report"
-
-
-# --- reading --------------------------------------------------------------------------------
-
-
-def test_finished_unfinished_and_failed_are_told_apart(sweep: Path) -> None:
-    runs = {run.folder.name: run for run in read_runs(sweep)}
-    assert "notes" not in runs
-    assert {name: run.status for name, run in runs.items() if run.status != "finished"} == {
-        "disp1-s3": "unfinished",
-        "nan": "failed",
-        "raised": "failed",
-        "damaged": "failed",
-    }
-    assert runs["disp1-s3"].problem == "at step 20 of 40"
-    assert runs["nan"].problem == "the loss is not a number at step 0"
-    assert runs["raised"].problem == "UserError: <b>no space</b> & more"
-    assert "can not be read" in runs["damaged"].problem
-
-
-def test_numbers_are_those_of_the_last_validation(sweep: Path) -> None:
-    run = read_run(sweep / "disp0.1-s2")
-    assert run.numbers["loss"] == pytest.approx(1.92)
-    assert run.numbers["bpb"] == pytest.approx(3.84)
-    assert run.numbers["mean_cosine"] == pytest.approx(0.34)
-    assert run.numbers["rho"] == run.numbers["tau"] == pytest.approx(1)
-    assert run.numbers["tokens_per_second"] == 4000, "the first lap, which warms up, does not count"
-    np.testing.assert_array_equal(run.steps, [0, 20, 40])
-    assert run.size == "10,960 (2 x 16)"
-
-
-@settings(deadline=None)
-@given(st.data())
-def test_a_file_cut_anywhere_is_read_as_far_as_it_goes(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
-    folder = tmp_path_factory.getbasetemp() / "cut"
-    if not folder.exists():
-        write_run(folder)
-        (folder / "metrics.jsonl").rename(folder / "whole")
-    text = (folder / "whole").read_text()
-    cut = data.draw(st.integers(0, len(text)))
-    (folder / "metrics.jsonl").write_text(text[:cut])
-    run = read_run(folder)
-    whole_lines = [line for line in text.splitlines() if line in text[:cut]]
-    assert run.status == ("finished" if cut >= len(text) - 1 else "unfinished")
-    assert run.step == max((json.loads(line)["step"] for line in whole_lines), default=0)
-    assert bool(run.numbers) == bool(whole_lines)
-
-
-def test_a_real_run_is_finished_and_its_command_makes_it_again(run: Callable[..., Path]) -> None:
-    folder = run("train.steps=2", "train.sample_tokens=0", "dispersion.layers=[1,2]", "wandb.tags=['a b']", "seed=3")
-    read = read_run(folder)
-    assert (read.status, read.step, read.total_steps) == ("finished", 2, 2)
-    program, script, *overrides = shlex.split(report.command_of(read, report.default_config()))
-    assert (program, script) == ("python", "train.py")
-    assert OmegaConf.structured(compose(*overrides)) == OmegaConf.load(folder / "config.yaml")
-
-
-@settings(deadline=None)
-@given(st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), max_size=12))
-def test_any_value_survives_the_command_line(value: str) -> None:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    (override,) = OverridesParser.create().parse_overrides([f"key={report._hydra_value(value)}"])
-    assert override.value() == value
-
-
-@pytest.mark.parametrize(
-    ("budget", "steps"),
-    [
-        ({"train.steps": 7}, 7),
-        ({"train.tokens": 100}, 4),
-        ({"train.tokens": 96}, 3),
-        ({"train.tokens_per_param": 2}, 63),
-    ],
-)
-def test_the_budget_in_steps_is_the_one_of_training(budget: dict[str, float], steps: int) -> None:
-    nothing = {"train.steps": 9, "train.tokens": None, "train.tokens_per_param": None}
-    config = {**nothing, "train.batch_size": 2, "model.block_size": 16, **budget}
-    assert report.count_steps(config, n_parameters=1000) == steps
 
 
 # --- tables ---------------------------------------------------------------------------------

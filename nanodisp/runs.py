@@ -1,0 +1,192 @@
+"""Runs, read back from their folders: what they were told, how far they came, what came out.
+
+A run may be in any state, written by a process that was killed in the middle of a line, by another
+version, or not by us: whatever is wrong with it is told of that run, and no other run suffers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shlex
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from nanodisp import checkpoint
+from nanodisp.condensation import trend
+from nanodisp.config import CONF, NOT_IDENTITY, Config, TrainConfig, count_steps
+from nanodisp.errors import UserError
+from nanodisp.gpt import GPT, GPTConfig
+
+LAMBDA = "dispersion.lambda_disp"
+
+
+@dataclass
+class Run:
+    """One run, as far as it can be read.
+
+    status: "finished", "unfinished", or "failed" for a run with an `error.txt`, a loss that is
+        not a number, or files that can not be read; `problem` says what.
+    config: keys with dots -> values; empty when it can not be read.
+    numbers: of its last validation, by the names that `read_metrics` gives them.
+    steps, cosines: [S] and [S, L + 1], the mean cosine by layer of every validation.
+    course_steps, course: the same of the finer "condensation" records, or of the validations where there are none.
+    """
+
+    folder: Path
+    status: str = "unfinished"
+    problem: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    n_parameters: int = 0
+    step: int = 0
+    total_steps: int = 0
+    numbers: dict[str, float | None] = field(default_factory=dict)
+    steps: np.ndarray = field(default_factory=lambda: np.empty(0))
+    cosines: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
+    course_steps: np.ndarray = field(default_factory=lambda: np.empty(0))
+    course: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
+
+    @property
+    def size(self) -> str:
+        return f"{readable_count(self.n_parameters)} ({self.config['model.n_layer']} x {self.config['model.n_embd']})"
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """All runs in `folder`, by name; raises UserError when there is none."""
+    marks = ("config.yaml", "metrics.jsonl", "error.txt", "checkpoints")
+    found = sorted(f for f in folder.glob("*") if any((f / mark).exists() for mark in marks))
+    if not found:
+        raise UserError(f"{folder} holds no run: give the folder of a sweep, such as out/lambda")
+    return [read_run(f) for f in found]
+
+
+def read_run(folder: Path) -> Run:
+    """One run; whatever is wrong with its files is told in `problem`, never raised."""
+    run = Run(folder)
+    try:
+        run.config = flatten(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
+        model = {key[6:]: value for key, value in run.config.items() if key.startswith("model.")}
+        run.n_parameters = count_parameters(GPTConfig(**model))
+        budget = TrainConfig(**{key[6:]: value for key, value in run.config.items() if key.startswith("train.")})
+        run.total_steps = count_steps(budget, run.n_parameters, budget.batch_size * run.config["model.block_size"])
+        float(run.config[LAMBDA]), int(run.config["seed"])
+        read_metrics(run)
+    except (OSError, YAMLError, OmegaConfBaseException, ValueError, TypeError, KeyError, AttributeError) as error:
+        run.status, run.problem = "failed", "can not be read: " + str(error).strip().split("\n")[0]
+    error_file = folder / "error.txt"
+    if error_file.is_file():
+        run.status, run.problem = "failed", error_file.read_text(errors="replace").strip().split("\n")[-1]
+    return run
+
+
+def read_metrics(run: Run) -> None:
+    """Numbers and status from metrics.jsonl; lines that are no whole record are passed over."""
+    path, records = run.folder / "metrics.jsonl", []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+            records.append((record["split"], int(record["step"]), record))
+        except (ValueError, TypeError, KeyError):
+            continue
+    saved = [int(path.name[5:]) for path in checkpoint.all_checkpoints(run.folder / "checkpoints")]
+    run.step = max([*saved, *(step for _, step, _ in records)], default=0)
+    bad = [step for split, step, record in records if split != "condensation" and record.get("loss") is None]
+    validations = [(step, record) for split, step, record in records if split == "val" and step not in bad]
+    if bad:
+        run.status, run.problem = "failed", f"the loss is not a number at step {bad[0]}"
+    elif validations and validations[-1][0] >= run.total_steps:
+        run.status = "finished"
+    else:
+        run.problem = f"at step {run.step} of {run.total_steps}"
+    if not validations:
+        return
+    run.steps, run.cosines = _curve(validations)
+    followed = [(step, record) for split, step, record in records if split == "condensation"]
+    run.course_steps, run.course = _curve(followed or validations)
+    last = validations[-1][1]
+    speeds = [speed for _, _, record in records if (speed := record.get("tokens_per_second"))]
+    rho, tau = trend(last["mean_cosine"])
+    run.numbers = {
+        "loss": last["loss"],
+        "bpb": last["bpb"],
+        "mean_cosine": last["mean_cosine"][-1],
+        "rho": rho,
+        "tau": tau,
+        "tokens_per_second": statistics.median(speeds[1:] or speeds) if speeds else None,  # the first one warms up
+    }
+
+
+def _curve(records: Sequence[tuple[int, dict[str, Any]]]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps [S] and mean cosines [S, L + 1] of the records that have them."""
+    curve = [(step, record["mean_cosine"]) for step, record in records if record.get("mean_cosine")]
+    return np.array([step for step, _ in curve]), np.array([means for _, means in curve], dtype=np.float64)
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"model": {"n_layer": 6}} -> {"model.n_layer": 6}."""
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    return {key: value for name, part in tree.items() for key, value in flatten(part, f"{prefix}{name}.").items()}
+
+
+def count_parameters(config: GPTConfig) -> int:
+    return _count_parameters(dataclasses.astuple(config))
+
+
+@lru_cache
+def _count_parameters(shape: tuple[Any, ...]) -> int:
+    with torch.device("meta"):
+        return GPT(GPTConfig(*shape)).num_parameters()
+
+
+def differences(runs: Sequence[Run]) -> dict[str, dict[Path, Any]]:
+    """The keys that differ among the runs, each with the values by run folder; what does not decide a result aside."""
+    readable = [run for run in runs if run.config]
+    keys = dict.fromkeys(key for run in readable for key in run.config)
+    values = {key: {run.folder: run.config.get(key) for run in readable} for key in keys if not _is_aside(key)}
+    return {key: by_run for key, by_run in values.items() if len({json.dumps(v) for v in by_run.values()}) > 1}
+
+
+def _is_aside(key: str) -> bool:
+    section, _, name = key.rpartition(".")
+    return name in NOT_IDENTITY.get(section, ()) or section in NOT_IDENTITY[""]
+
+
+def command_of(run: Run, defaults: dict[str, Any]) -> str:
+    """A command that makes this run: what differs from the defaults, spelled out."""
+    changed = {key: value for key, value in run.config.items() if key not in defaults or defaults[key] != value}
+    return shlex.join(["python", "train.py", *(f"{key}={hydra_value(value)}" for key, value in changed.items())])
+
+
+def hydra_value(value: Any) -> str:
+    """A value as Hydra's override grammar spells it; backslashes count there only before a quote."""
+    if not isinstance(value, str):
+        return json.dumps(value, separators=(",", ":"))
+    if re.fullmatch(r"(?!(?:true|false|null|nan|inf)$)[A-Za-z_./][\w./-]*", value, re.IGNORECASE | re.ASCII):
+        return value
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda m: 2 * m[1] + (r"\'" if m[2] else ""), value) + "'"
+
+
+def default_config() -> dict[str, Any]:
+    """What `python train.py` runs, flattened."""
+    ConfigStore.instance().store(name="schema", node=Config)
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return flatten(OmegaConf.to_container(hydra.compose("config")))
+
+
+def readable_count(n: int) -> str:
+    """1255552 -> 1.3M."""
+    return f"{n / 1e9:.2f}B" if n >= 1e9 else f"{n / 1e6:.1f}M" if n >= 1e5 else f"{n:,}"
