@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import math
 import shutil
@@ -75,6 +76,7 @@ def train(config: Config) -> None:
         world.barrier()
     config.data.tokenizer = corpus.tokenizer
     config.model.vocab_size = config.model.vocab_size or corpus.vocab_size or vocab_size_of(corpus.tokenizer)
+    config.optim.lr = config.optim.lr or optim.lr_for_width(config.model.n_embd)
     corpus.train.check_range(config.model.vocab_size)
     block_size, tokens_per_step = config.model.block_size, batch_size * config.model.block_size
     n_micro = count_micro_batches(batch_size // world.size, config.train.micro_batch_size)
@@ -104,8 +106,11 @@ def train(config: Config) -> None:
     optimizers = optim.build_optimizers(model, config.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    # --- the run so far
     total_steps = count_steps(config.train, model.num_parameters(), tokens_per_step)
+    if config.dry_run:
+        return plan(config, model, objective, data, n_micro, total_steps, world, dtype)
+
+    # --- the run so far
     folder = Path(config.out_dir) / str(config.run_name)
     step, seconds, resumed = restore(folder, config, corpus, model, optimizers, scaler)
     if world.is_main and step < total_steps:
@@ -231,6 +236,40 @@ def train(config: Config) -> None:
             metrics.advance(step)
 
         conclude(folder, model, corpus, config, metrics)
+
+
+def plan(
+    config: Config,
+    model: GPT,
+    objective: Any,
+    data: Loader,
+    n_micro: int,
+    total_steps: int,
+    world: World,
+    dtype: torch.dtype,
+) -> None:
+    """Tell what a run would be, its duration from a step's forward and backward (the second: the first warms up)."""
+    layers = select_layers(config.dispersion.layers, config.model.n_layer)
+    positions = None
+    if config.dispersion.lambda_disp > 0:
+        positions = sample_positions(config.seed, 0, layers, data.block_size, config.dispersion.max_tokens)
+        positions = positions.to(world.device)
+    x, y = next(prefetch(data, range(1), world.device, world.rank, world.size))
+    for _ in range(2):
+        began = time.perf_counter()
+        with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
+            ce, dispersion = objective(x.chunk(n_micro)[0], y.chunk(n_micro)[0], positions)
+        (ce + dispersion).backward()
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+    seconds = total_steps * n_micro * (time.perf_counter() - began)
+    if world.is_main:
+        tokens = total_steps * data.batch_size * data.block_size
+        duration = str(datetime.timedelta(seconds=round(seconds)))
+        print(
+            f"{config.run_name}: {model.num_parameters():,} parameters, {total_steps:,} steps, {tokens:,} tokens, "
+            f"about {duration} without evaluation"
+        )
 
 
 @torch.no_grad()

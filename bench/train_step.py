@@ -117,7 +117,7 @@ def training_step(kind: str, config: GPTConfig, arguments: argparse.Namespace) -
     objective = Objective(kind, config).to(device)
     if arguments.compile:
         objective.compile(dynamic=False)
-    optimizers = build_optimizers(objective.model, OptimConfig())
+    optimizers = build_optimizers(objective.model, OptimConfig(lr=6e-4))
     x = torch.randint(arguments.vocab_size, (arguments.batch_size, config.block_size)).to(device)
     n_tokens = None if kind == "all tokens" else 256
     step = 0

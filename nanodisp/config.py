@@ -13,6 +13,7 @@ import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,7 +109,12 @@ def count_steps(config: TrainConfig, n_parameters: int, tokens_per_step: int) ->
 
 @dataclass
 class Config:
-    """A run. `run_name` null is made from the configuration; `resume=never` refuses a folder in use."""
+    """A run.
+
+    run_name: null makes it from the configuration.
+    resume: "auto" goes on with a run of the same name, "never" refuses its folder.
+    dry_run: tell the run's size and about how long it will take, and train nothing.
+    """
 
     model: GPTConfig = field(default_factory=GPTConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -120,6 +126,7 @@ class Config:
     device: str = "auto"
     resume: str = "auto"
     out_dir: str = "out"
+    dry_run: bool = False
     run_name: str | None = None
 
     def __post_init__(self) -> None:
@@ -149,7 +156,7 @@ SECTIONS: dict[str, Any] = {
 
 # What may change between two calls without making it another run.
 NOT_IDENTITY = {
-    "": ("device", "resume", "out_dir", "run_name"),
+    "": ("device", "resume", "out_dir", "run_name", "dry_run"),
     "data": ("folder",),
     "dispersion": ("backend",),
     "train": (
@@ -185,12 +192,13 @@ def name_of(config: Config, model: str) -> str:
 def main(task: Callable[[Config], None]) -> None:
     """Run `task` with each configuration that Hydra composes from `conf/` and the command line.
 
-    A user's mistake becomes one line on stderr and exit code 2, without keeping the other jobs
-    of a sweep from running; a bug of ours shows a traceback.
+    A user's mistake becomes one line on stderr and exit code 2; a bug of ours shows a traceback. In a sweep
+    neither keeps the other jobs from running, and all that failed is told once more at the end.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to the lines below, not to Hydra's printer
     ConfigStore.instance().store(name="schema", node=Config)
-    failures: list[UserError] = []
+    failures: list[str] = []
+    main_process = os.getpid()
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def entry(composed: DictConfig) -> None:
@@ -199,22 +207,31 @@ def main(task: Callable[[Config], None]) -> None:
             if config.run_name is None:
                 config.run_name = name_of(config, HydraConfig.get().runtime.choices["model"])
             task(config)
-        except UserError as error:
-            hydra_config = HydraConfig.get()
-            job = f"{' '.join(hydra_config.overrides.task)}: " if hydra_config.mode == RunMode.MULTIRUN else ""
-            failures.append(UserError(f"{job}{error}"))
-            if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # the other ranks may not know: torchrun must end them
-                sys.exit(arguments.fail(failures[-1]))
+        except Exception as error:
+            hydra_config, mistake = HydraConfig.get(), isinstance(error, UserError)
+            in_sweep, ranks = hydra_config.mode == RunMode.MULTIRUN, int(os.environ.get("WORLD_SIZE", 1))
+            if not mistake and not in_sweep:
+                raise
+            line = str(error) if mistake else f"{type(error).__name__}: {error}"
+            failures.append(f"{' '.join(hydra_config.overrides.task)}: {line}" if in_sweep else line)
+            if not mistake:
+                traceback.print_exc()
+            if ranks > 1:  # the others may not know: torchrun must end them
+                sys.exit(arguments.fail(UserError(failures[-1])))
+            if os.getpid() != main_process:  # another launcher's worker: Hydra takes it to the main process
+                raise UserError(failures[-1]) from error
 
     try:
         entry()
     except (HydraException, OmegaConfBaseException) as error:
-        failures.append(UserError(explain(error)))
+        failures.append(explain(error))
+    except UserError as error:
+        failures.append(str(error))
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     for failure in failures:
-        arguments.fail(failure)
+        arguments.fail(UserError(failure))
     if failures:
         sys.exit(2)
 

@@ -7,10 +7,12 @@ metrics.jsonl, and what W&B gets: "step" is the number of updates done, "split" 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import math
 import secrets
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,8 @@ class Metrics:
             raise UserError(
                 f"another process is training into {folder}; wait for it, or give another run_name"
             ) from None
+        self.error_file = folder / "error.txt"
+        self.error_file.unlink(missing_ok=True)  # of an earlier attempt
         self.path = folder / "metrics.jsonl"
         drop_records_after(self.path, step)
         self.file = self.path.open("a")
@@ -128,7 +132,10 @@ class Metrics:
     def __enter__(self) -> Metrics:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, where: object) -> None:
+        if self.enabled and isinstance(error, Exception):  # not an interruption: that run is unfinished, not failed
+            with contextlib.suppress(OSError):
+                self.error_file.write_text("".join(traceback.format_exception(error)))
         self.close()
 
     def _start_wandb(self, folder: Path, config: dict[str, Any], wandb_config: WandbConfig) -> None:

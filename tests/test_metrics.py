@@ -54,3 +54,12 @@ def test_a_line_for_the_reader_leaves_out_what_is_not_there() -> None:
 def test_wandb_modes_are_three() -> None:
     with pytest.raises(ValueError, match="disabled, offline, online"):
         WandbConfig(mode="yes")
+
+
+def test_what_ended_a_run_lies_in_its_folder_until_it_is_tried_again(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), metrics(tmp_path):
+        raise RuntimeError("out of memory")
+    assert (tmp_path / "error.txt").read_text().splitlines()[-1] == "RuntimeError: out of memory"
+    with pytest.raises(KeyboardInterrupt), metrics(tmp_path):
+        raise KeyboardInterrupt  # a run that is stopped has not failed
+    assert not (tmp_path / "error.txt").exists()

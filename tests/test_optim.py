@@ -32,14 +32,14 @@ def names_of(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, float]:
 
 def test_adamw_decays_matrices_alone_and_covers_every_parameter() -> None:
     model = small_model()
-    (adamw,) = build_optimizers(model, OptimConfig(weight_decay=0.1))
+    (adamw,) = build_optimizers(model, OptimConfig(lr=1e-3, weight_decay=0.1))
     decay = names_of(model, adamw)
     assert decay == {name: 0.1 if p.dim() == 2 else 0.0 for name, p in model.named_parameters()}
 
 
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
     model = small_model()
-    adamw, muon = build_optimizers(model, OptimConfig(name="muon"))
+    adamw, muon = build_optimizers(model, OptimConfig(name="muon", lr=1e-3))
     in_blocks = {name for name, p in model.named_parameters() if name.startswith("h.") and p.dim() == 2}
     assert set(names_of(model, muon)) == in_blocks
     assert set(names_of(model, adamw)) == {name for name, _ in model.named_parameters()} - in_blocks
@@ -47,7 +47,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_state_put_back_into_fresh_optimizers_continues_to_the_bit(name: str) -> None:
-    config = OptimConfig(name=name)
+    config = OptimConfig(name=name, lr=1e-3)
     model = small_model()
     optimizers = build_optimizers(model, config)
     for seed in range(3):

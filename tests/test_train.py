@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import torch
 from conftest import ROOT, TINY, compose, records, write_corpus
 
 import train
-from nanodisp import checkpoint
+from nanodisp import checkpoint, report
 from nanodisp.dispersion import DispersionLoss, sample_positions
 from nanodisp.errors import UserError
 from nanodisp.gpt import GPT, GPTConfig
@@ -313,3 +315,45 @@ def test_every_backend_of_the_loss_walks_the_same_curve(
     fused = run(*settings, f"dispersion.backend={backend}", name=backend)
     for key in ("loss", "dispersion"):
         assert losses(fused, key) == pytest.approx(losses(plain, key), rel=tolerance)
+
+
+def test_a_dry_run_tells_the_size_of_every_job_and_leaves_nothing(corpus: Path, tmp_path: Path) -> None:
+    settings = (f"data.path={corpus}", f"out_dir={tmp_path / 'out'}", "train.tokens=6400", "dry_run=true")
+    result = command("-m", *TINY, *settings, "dispersion.lambda_disp=0,0.1")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) == 2
+    assert all("10,960 parameters, 100 steps, 6,400 tokens, about 0:00:0" in line for line in lines)
+    assert not list((tmp_path / "out").rglob("metrics.jsonl"))
+
+
+def test_jobs_side_by_side_fail_and_finish_as_they_do_in_a_row(corpus: Path, tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    settings = (f"data.path={corpus}", f"out_dir={tmp_path}", "train.steps=2", "hydra/launcher=local")
+    result = command("-m", *TINY, *settings, "model.n_head=2,3")
+    assert result.returncode == 2
+    assert "model.n_embd=16 is not divisible by model.n_head=3" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(list(tmp_path.glob("*/checkpoints/step_00000002"))) == 1
+
+
+def test_a_sweep_that_was_killed_ends_with_the_table_of_one_that_was_not(corpus: Path, tmp_path: Path) -> None:
+    def sweep(folder: Path) -> list[str]:
+        settings = (f"data.path={corpus}", f"out_dir={folder}", "train.steps=200", "train.checkpoint_interval=20")
+        return ["-m", *TINY, *settings, "dispersion.lambda_disp=0,0.5", "seed=1,2"]
+
+    def table(folder: Path) -> list[dict[str, str]]:
+        report.main([str(folder)])
+        with (folder / "report" / "runs.csv").open() as file:
+            return [{**row, "tokens_per_second": "", "command": ""} for row in csv.DictReader(file)]
+
+    assert command(*sweep(tmp_path / "whole")).returncode == 0
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *sweep(tmp_path / "killed")], stdout=subprocess.DEVNULL
+    ) as process:
+        while len(list((tmp_path / "killed").glob("*/checkpoints"))) < 2 and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+    assert len(list((tmp_path / "killed").glob("*/checkpoints"))) == 2, "killed in its second job of four"
+    assert command(*sweep(tmp_path / "killed")).returncode == 0
+    assert table(tmp_path / "killed") == table(tmp_path / "whole")
