@@ -214,7 +214,7 @@ class GPT(nn.Module):
             head: False leaves out the output head, and so logits and loss.
             cache: keys and values of earlier tokens, extended by these; once it holds any, T is 1.
 
-        Raises ValueError when the tokens do not fit.
+        Raises ValueError when the tokens do not fit, or when `take` names a layer that there is not.
         """
         T = idx.size(1)
         start = cache.length if cache is not None else 0
@@ -224,6 +224,8 @@ class GPT(nn.Module):
             raise ValueError(f"a cache that holds tokens is extended by 1 at a time, not {T}")
         hidden: list[Tensor] = []
         layers, positions = take if take is not None else ((), idx)
+        if not set(layers) <= set(range(self.config.n_layer + 1)):
+            raise ValueError(f"take names layers {list(layers)}; there are hidden states 0 to {self.config.n_layer}")
 
         def visit(layer: int, x: Tensor) -> Tensor:
             """Note what was asked for of hidden[layer]; every hidden state passes through here."""

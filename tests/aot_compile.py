@@ -66,8 +66,8 @@ def row_kernel(kernel: Any, pointers: dict[str, str], capability: int, n_feature
 
 
 def main(capability: int) -> None:
-    kernels = {("bfloat16", v, "any"): pair_tiles(capability, torch.bfloat16, v) for v in FAMILY}
-    kernels["float32", "angular", "any"] = pair_tiles(capability, torch.float32, "angular")
+    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    kernels = {(name, v, "any"): pair_tiles(capability, dtype, v) for name, dtype in dtypes.items() for v in FAMILY}
     for n_features in (768, 1600):
         pointers = {"z": "*bf16", "norm": "*fp32"}
         kernels["norms", "", n_features] = row_kernel(gpu._norms, pointers, capability, n_features)

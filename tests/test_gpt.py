@@ -99,6 +99,13 @@ def test_taken_tokens_are_those_of_the_hidden_states_in_value_and_gradient() -> 
     torch.testing.assert_close(gradient(out.hidden, out.loss), gradient(picked, whole.loss))
 
 
+@pytest.mark.parametrize("layers", [[1, 7], [-1]])
+def test_a_layer_that_there_is_not_can_not_be_taken(layers: list[int]) -> None:
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=8, vocab_size=10))
+    with pytest.raises(ValueError, match="hidden states 0 to 2"):
+        model(torch.zeros(1, 8, dtype=torch.int64), take=(layers, torch.zeros(len(layers), 2, dtype=torch.int64)))
+
+
 def test_take_tokens_has_the_gradient_of_indexing() -> None:
     x = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: TakeTokens.apply(x, torch.tensor([0, 3])), x)

@@ -60,7 +60,9 @@ def check(z: Tensor, variant: str, tau: float, backend: str, matmul_dtype: torch
         tolerance *= 1.5  # its h grows with c, so that the interpreter's rounding of c and of h add up
     assert loss.dtype == torch.float32
     assert abs(loss - right_loss) <= tolerance * (1 + abs(right_loss))
-    assert (gradient - right).norm() <= tolerance * right.norm() + 5e-8  # as in test_dispersion.py
+    # what survives the normalisation may be a small part of what goes into it, or nothing
+    before = 1 / (tau * z.norm(dim=-1).min() * (z.size(0) * z.size(1)) ** 0.5)
+    assert (gradient - right).norm() <= tolerance * right.norm() + 3e-7 * before
     assert gradient.dtype == z.dtype
 
 
@@ -81,6 +83,13 @@ def test_float32_gradient(backend: str, variant: str, shape: tuple[int, ...], co
 @pytest.mark.parametrize("backend", FUSED)
 def test_bfloat16_autocast_gradient(backend: str, variant: str, condensed: bool) -> None:
     check(tokens(2, 130, 96, condensed=condensed), variant, 1.0, backend, torch.bfloat16)
+
+
+@pytest.mark.parametrize("condensed", [False, True], ids=["spread", "condensed"])
+@pytest.mark.parametrize("tau", [0.05, 0.1])
+@pytest.mark.parametrize("variant", ["angular", "cosine"])
+def test_bfloat16_at_small_temperatures(variant: str, tau: float, condensed: bool) -> None:
+    check(tokens(2, 256, 256, condensed=condensed), variant, tau, "cpu", torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -147,7 +156,8 @@ def test_degenerate_tokens(backend: str, variant: str, kind: str) -> None:
     _, gradient = loss_and_gradient(z, variant, 1.0, backend)
     _, right = loss_and_gradient(z.double(), variant, 1.0, "reference")
     assert gradient.isfinite().all()
-    torch.testing.assert_close(gradient.double(), right, rtol=1e-4, atol=1e-5 * right.abs().max().item() + 1e-6)
+    # identical and opposite tokens have no tangential gradient: what is left there is rounding
+    assert (gradient - right).norm() <= 1e-5 * right.norm() + (1e-6 if kind in ("identical", "opposite") else 0)
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -176,7 +186,7 @@ def test_the_layout_of_the_input_does_not_matter(backend: str, layout: str) -> N
 @pytest.mark.parametrize("variant", FAMILY)
 @pytest.mark.parametrize("backend", FUSED)
 def test_the_same_input_gives_the_same_bits(backend: str, variant: str) -> None:
-    z = tokens(3, 70, 20)
+    z = tokens(6, 300, 96) if backend == "cpu" else tokens(2, 140, 20)  # several blocks or tiles
     first, second = (loss_and_gradient(z, variant, 1.0, backend) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
@@ -222,6 +232,34 @@ def test_the_incoming_gradient_is_multiplied_in(backend: str) -> None:
     torch.testing.assert_close(thrice, 3 * once)
 
 
+@pytest.mark.parametrize("derivative", [torch.func.grad, torch.func.hessian], ids=lambda f: f.__name__)
+def test_auto_leaves_what_it_can_not_differentiate_to_the_reference(
+    derivative: Callable[..., Callable[[Tensor], Tensor]],
+) -> None:
+    z = tokens(1, 4, 3)
+    torch.testing.assert_close(derivative(DispersionLoss())(z), derivative(DispersionLoss(backend="reference"))(z))
+    with pytest.raises(ValueError, match=r"torch\.func.*use backend=auto or backend=reference"):
+        derivative(DispersionLoss(backend="cpu"))(z)
+
+
+def test_forward_mode_is_the_reference_s() -> None:
+    z, direction = tokens(1, 4, 3), tokens(1, 4, 3, seed=1)
+    _, slope = torch.func.jvp(DispersionLoss(), (z,), (direction,))
+    torch.testing.assert_close(slope, (torch.func.grad(DispersionLoss())(z) * direction).sum())
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_matter(default: torch.dtype) -> None:
+    z = tokens(1, 5, 4)
+    right = loss_and_gradient(z, "angular", 1.0, "cpu")
+    torch.set_default_dtype(default)
+    try:
+        ours = loss_and_gradient(z, "angular", 1.0, "cpu")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(ours, right, strict=True))
+
+
 @pytest.mark.parametrize("backend", FUSED)
 def test_a_second_derivative_is_refused_in_words(backend: str) -> None:
     z = tokens(1, 5, 4).requires_grad_()
@@ -249,20 +287,21 @@ def test_a_nan_is_not_hidden() -> None:
 
 @pytest.mark.parametrize("matmul_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_grad", [False, True])
-def test_the_operator_is_registered_properly(with_grad: bool, matmul_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", FUSED)
+def test_the_operator_is_registered_properly(backend: str, with_grad: bool, matmul_dtype: torch.dtype) -> None:
     z = tokens(2, 9, 6).requires_grad_(with_grad)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")  # one more would differentiate dz
-    torch.library.opcheck(kernels._pairwise, (z, "angular", 1.0, matmul_dtype, with_grad, "cpu"), test_utils=checks)
+    torch.library.opcheck(kernels._pairwise, (z, "angular", 1.0, matmul_dtype, with_grad, backend), test_utils=checks)
 
 
 class Model(nn.Module):
     """A layer, and the loss on what it makes of its input."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.layer = nn.Linear(12, 12)
-        self.dispersion = DispersionLoss("angular", 0.5)
+        self.dispersion = DispersionLoss("angular", 0.5, backend)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.layer(x)
@@ -270,8 +309,9 @@ class Model(nn.Module):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_model_with_the_loss_compiles_without_a_graph_break(autocast: bool) -> None:
-    model, x = Model(), tokens(2, 20, 12)
+@pytest.mark.parametrize("backend", ["auto", *FUSED])
+def test_a_model_with_the_loss_compiles_without_a_graph_break(backend: str, autocast: bool) -> None:
+    model, x = Model(backend), tokens(2, 20, 12)
     gradients = []
     for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
         model.zero_grad()
@@ -363,9 +403,9 @@ def test_the_kernels_compile_for_the_gpu(
 ) -> None:
     output = run_python(str(ROOT / "tests/aot_compile.py"), str(capability), TRITON_CACHE_DIR=str(tmp_path))
     reports = [json.loads(line) for line in output.splitlines()]
-    assert len(reports) == 8
+    assert len(reports) == 10
     for report in reports:
         assert report["stack"] == report["local"] == 0, f"registers are spilled: {report}"
         assert report["shared"] <= shared_memory
-        if "angular" in report["kernel"] or "cosine" in report["kernel"]:
+        if report["kernel"].startswith(("float32", "bfloat16")):
             assert report["matmuls"] == [tensor_core_instruction]

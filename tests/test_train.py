@@ -305,6 +305,7 @@ def test_a_mistake_of_one_rank_ends_a_sweep_on_all(corpus: Path, tmp_path: Path)
         ("cpu", "bfloat16", 2e-2, ()),
         # few sequences and tokens: Triton's interpreter takes a while for each program
         ("triton", "float32", 1e-4, ("train.batch_size=1", "dispersion.layers=last", "dispersion.max_tokens=4")),
+        ("triton", "bfloat16", 2e-2, ("train.batch_size=1", "dispersion.layers=last", "dispersion.max_tokens=4")),
     ],
 )
 def test_every_backend_of_the_loss_walks_the_same_curve(

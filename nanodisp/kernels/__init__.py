@@ -5,7 +5,7 @@ The scheme, and what the members of the family have in common, stands in `pairwi
 Triton kernel, `cpu.py` the same in PyTorch operations on blocks. Both compute the gradient together
 with the loss, because its common factor, 1/S, is all that is not known while the pairs are visited.
 
-The folder depends on torch, and on triton when a GPU is used: copy it beside `dispersion.py`.
+The folder depends on torch, and on triton when a GPU is used: copy it and `dispersion.py` into any package.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from .pairwise import FAMILY, gradient_dtype, smallest_tau
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+CPU_HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton runs its kernels on the CPU, slowly, to test them
 
 
@@ -33,12 +34,20 @@ def why_not(backend: str, variant: str, tau: float, z: Tensor | None = None) -> 
         return "without triton: install it (it comes with PyTorch for CUDA)"
     if z is None:
         return None
+    if z.size(2) == 0:
+        return "tokens without features"
+    if not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    ):
+        return "torch.func or forward-mode differentiation: the fused kernels know backward() and torch.autograd.grad"
     if z.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"{z.dtype}: the fused kernels know float32, bfloat16 and float16"
     if backend == "cpu" and z.device.type != "cpu":
         return f"a tensor on {z.device}: it is the CPU's"
     if backend == "triton" and not z.is_cuda and not (INTERPRETED and z.device.type == "cpu"):
         return f"a tensor on {z.device}: it needs a GPU"
+    if backend == "triton" and torch.version.hip is not None:
+        return "AMD's GPUs: its tiles are NVIDIA's"
     if backend == "triton" and z.is_cuda and torch.cuda.get_device_properties(z.device).major < 8:
         return "this GPU: it needs compute capability 8.0 or more"
     return None
@@ -67,12 +76,13 @@ def pairwise_dispersion(z: Tensor, variant: str, tau: float, backend: str) -> Te
     """The dispersion loss of z [B, N, F], mean over B: a float32 scalar, differentiable once.
 
     Matmuls run in bfloat16 where z is bfloat16 or float16, or where autocast asks for a 16-bit type, and in
-    float32 otherwise. Everything else is float32.
+    float32 otherwise, and on a CPU without bfloat16. Everything else is float32.
     """
     device = z.device.type
     half = z.dtype != torch.float32 or (
         torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != torch.float32
     )
+    half = half and (device != "cpu" or backend == "triton" or CPU_HAS_BFLOAT16)
     matmul_dtype = torch.bfloat16 if half else torch.float32  # float16 would not hold exp(s / tau)
     with_grad = torch.is_grad_enabled() and z.requires_grad
     return _pairwise(z, variant, tau, matmul_dtype, with_grad, backend)[0]

@@ -27,6 +27,7 @@ from .pairwise import COSINE_MARGIN, NORM_EPS, arcsin_coefficients, gradient_dty
 SCRATCH_ELEMENTS = 2**20  # of the largest scratch tensor, unless one sequence needs more
 SMALLEST_BLOCK = 128  # smaller ones slow the matmul by more than they save
 ARCSIN = {torch.float32: arcsin_coefficients(7), torch.bfloat16: arcsin_coefficients(3)}  # as exact as the cosines
+SMALL_TAU = 0.5
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -51,15 +52,15 @@ def pairwise_cosine(
     n_pairs = padded * (padded + (padded >> n_halvings)) // 2  # that are packed for one sequence
     at_once = max(1, min(n_sequences, SCRATCH_ELEMENTS // (padded * max(padded, n_features))))
 
-    # orthogonalization's h is proportional to c: rounded as the others' are, its cosines alone would cost 2e-3
-    cosine_dtype = torch.float32 if variant == "orthogonalization" else matmul_dtype
-    direction_scratch = torch.zeros(at_once, padded, n_features)
+    # orthogonalization's h is proportional to c, and exp(c / tau) of a small tau is steep: rounding c would show
+    cosine_dtype = torch.float32 if variant == "orthogonalization" or tau < SMALL_TAU else matmul_dtype
+    direction_scratch = torch.zeros(at_once, padded, n_features, dtype=torch.float32)
     result_scratch = torch.empty(at_once, padded, n_features, dtype=matmul_dtype)
     square_scratch = torch.empty(at_once, padded, padded, dtype=matmul_dtype)
     packed_scratch = torch.empty(at_once * n_pairs, dtype=cosine_dtype)
-    float_scratch = torch.empty(3, at_once * n_pairs)
-    losses = torch.empty(n_sequences)
-    h_edge = torch.tensor(slope_at_edge(variant, tau))
+    float_scratch = torch.empty(3, at_once * n_pairs, dtype=torch.float32)
+    losses = torch.empty(n_sequences, dtype=torch.float32)
+    h_edge = torch.tensor(slope_at_edge(variant, tau), dtype=torch.float32)
     dz = z.new_empty(z.shape if with_grad else 0, dtype=gradient_dtype(z.dtype))
 
     for first in range(0, n_sequences, at_once):
@@ -151,7 +152,7 @@ def _base_terms(
     torch.clamp(cosines, 0 if variant == "orthogonalization" else COSINE_MARGIN - 1, 1 - COSINE_MARGIN, out=clamped)
     torch.mul(clamped, clamped, out=squared)
     unit = (1 if variant == "orthogonalization" else exponent) / math.pi
-    *lower, highest = (torch.tensor(a * unit) for a in arcsin)
+    *lower, highest = (torch.tensor(a * unit, dtype=torch.float32) for a in arcsin)
     torch.mul(squared, highest, out=terms).add_(lower.pop())
     for coefficient in reversed(lower):
         torch.addcmul(coefficient, terms, squared, out=terms)

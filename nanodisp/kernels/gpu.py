@@ -25,7 +25,8 @@ from torch import Tensor
 
 from .pairwise import COSINE_MARGIN, NORM_EPS, arcsin_coefficients, gradient_dtype, loss_and_factor
 
-GROUP_BYTES = 48 * 2**20  # of H and A; about the second-level cache of the GPUs this is meant for
+GROUP_BYTES = 32 * 2**20  # of H and A; less than the second-level cache of the GPUs this is meant for
+LARGEST_GRID = 65535  # sequences of one launch
 
 EPS = tl.constexpr(NORM_EPS)
 BAND = tl.constexpr(1 - COSINE_MARGIN)
@@ -76,7 +77,7 @@ def pairwise_cosine(
 
     h_stride = triton.cdiv(n_tokens, 16) * 16  # Triton stores wide where rows are a multiple of 16 apart
     bytes_of_one = n_tokens * (h_stride * matmul_dtype.itemsize + n_features * 4)
-    n_groups = triton.cdiv(n_sequences, max(1, GROUP_BYTES // bytes_of_one)) if with_grad else 1
+    n_groups = triton.cdiv(n_sequences, min(LARGEST_GRID, max(1, GROUP_BYTES // bytes_of_one)))
     at_once = max(1, triton.cdiv(n_sequences, max(1, n_groups)))  # groups of equal size
     h_scratch = z.new_empty((at_once, n_tokens, h_stride) if with_grad else 0, dtype=matmul_dtype)
     sums_scratch = z.new_empty(at_once, n_tiles, dtype=torch.float32)
