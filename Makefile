@@ -6,9 +6,10 @@ EXTRAS ?= dev
 BIN := $(VENV)/bin
 HAVE = $(or $(wildcard $(BIN)/python),$(PYTHON))
 RUNS ?= out
+EXPERIMENT ?= lambda
 INSTALLED := $(VENV)/installed-$(EXTRAS)
 
-.PHONY: help install run test lint format bench bench-gpu report constraints clean
+.PHONY: help install run test lint format bench bench-gpu study report constraints clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +43,10 @@ bench: install ## time the dispersion loss and a training step on this CPU; JSON
 bench-gpu: ## the same on one GPU, correctness first; needs torch, triton and numpy alone
 	$(HAVE) -m bench.kernels --device cuda
 	$(HAVE) -m bench.train_step --device cuda --model gpt2 --batch-size 16 --dtype bfloat16 --compile
+
+study: install ## run an experiment and its report, or go on with it: make study EXPERIMENT=lambda
+	$(BIN)/python train.py -m experiment=$(EXPERIMENT)
+	$(BIN)/python -m nanodisp.report out/$(EXPERIMENT)
 
 report: install ## tables, figures and one page of a folder of runs: make report RUNS=out/<sweep>
 	$(BIN)/python -m nanodisp.report $(RUNS)

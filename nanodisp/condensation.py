@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nanodisp import arguments, checkpoint, distributed
+from nanodisp import arguments, checkpoint, distributed, hf
 from nanodisp.errors import UserError
 from nanodisp.gpt import GPT, GPTConfig
 from nanodisp.loader import count_windows, read_windows, spread_windows
@@ -385,23 +385,12 @@ def open_checkpoint(name: str) -> Subject:
 
 
 def open_hugging_face(name: str) -> Subject:
-    """A folder or an id on the hub, without its head: safetensors alone, and no code of the model's author."""
-    try:
-        from transformers import AutoModel, AutoTokenizer
-    except ImportError as error:
-        raise UserError("Hugging Face models need transformers: pip install 'nanodisp[eval]'") from error
-    try:
-        model = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False).float()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name} can not be loaded: " + str(error).strip().split("\n")[0]) from error
-
-    def encode(text: str) -> np.ndarray:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        return np.asarray(tokenizer(text).input_ids, dtype=np.int64)
-
+    model, encode = hf.load_body(name)
     folder = Path(name) if Path(name).is_dir() else Path("out") / re.sub(r"[^\w.-]", "-", name)
-    context = getattr(model.config, "max_position_embeddings", LONGEST_BLOCK)
-    return Subject(model, context, model.config.vocab_size, encode, None, folder)
+    config: Any = model.config
+    return Subject(
+        model, getattr(config, "max_position_embeddings", LONGEST_BLOCK), config.vocab_size, encode, None, folder
+    )
 
 
 def open_windows(config: CondensationConfig, subject: Subject) -> Iterator[Tensor]:
