@@ -37,6 +37,7 @@ from nanodisp.gpt import GPT, generate
 from nanodisp.loader import Corpus, Loader, count_windows, open_corpus, prefetch, read_windows, spread_windows
 from nanodisp.metrics import Metrics
 from nanodisp.prepare import prepare
+from nanodisp.signals import EXIT_CODE, StopSignals
 from nanodisp.tokenizer import load_tokenizer, vocab_size_of
 
 CONDENSATION_WINDOWS = 4  # validation windows of a "condensation" record
@@ -112,7 +113,9 @@ def train(config: Config) -> None:
 
     # --- the run so far
     folder = Path(config.out_dir) / str(config.run_name)
-    step, seconds, resumed = restore(folder, config, corpus, model, optimizers, scaler)
+    saver = checkpoint.Saver(folder / "checkpoints", config.train.keep_last, config.train.keep_every)
+    saved = restore(folder, config, corpus, world, model, optimizers, scaler)
+    step, seconds, bad_steps = (saved["step"], saved["seconds"], saved.get("bad_steps", 0)) if saved else (0, 0.0, 0)
     if world.is_main and step < total_steps:
         write_config(folder, config, corpus)
     run_began = time.perf_counter() - seconds
@@ -120,10 +123,11 @@ def train(config: Config) -> None:
     def tally() -> dict[str, float]:
         return {"tokens": step * tokens_per_step, "seconds": round(time.perf_counter() - run_began, 3)}
 
-    def validate() -> None:
+    def validate() -> float:
         rows = batch_size // world.size // n_micro
         figures = evaluate(model, corpus, held_out, rows, world, dtype)
         metrics.record({"step": step, "split": "val", **figures, **tally()})
+        return figures["loss"]
 
     def follow() -> None:
         """Condensation alone, on a few windows: so cheap that its course can be followed closely."""
@@ -135,28 +139,29 @@ def train(config: Config) -> None:
             model.train()
             metrics.record({"step": step, "split": "condensation", "mean_cosine": cosines, **tally()})
 
-    def save() -> None:
+    def save(val_loss: float | None) -> None:
         if world.is_main:
             state = {
-                **{"step": step, **tally(), "scaler": scaler.state_dict()},
-                **{"config": dataclasses.asdict(config), "corpus": corpus.folder.name},
+                **{"step": step, **tally(), "val_loss": val_loss, "bad_steps": bad_steps},
+                **{"scaler": scaler.state_dict(), "config": dataclasses.asdict(config), "corpus": corpus.folder.name},
             }
-            tensors = optim.state_tensors(model, optimizers)
-            checkpoint.save(folder / "checkpoints", model.state_dict(), tensors, state)
-            checkpoint.prune(folder / "checkpoints", config.train.keep_last)
+            saver.save(model.state_dict(), optim.state_tensors(model, optimizers), state)
 
-    with Metrics(
-        folder if world.is_main else None,
-        config=dataclasses.asdict(config),
-        wandb_config=config.wandb,
-        step=step if resumed else -1,
-        total_steps=total_steps,
-    ) as metrics:
+    with (
+        StopSignals() as stop,
+        Metrics(
+            folder if world.is_main else None,
+            config=dataclasses.asdict(config),
+            wandb_config=config.wandb,
+            step=step if saved else -1,
+            total_steps=total_steps,
+        ) as metrics,
+    ):
         metrics.say(
             f"{folder}: {model.num_parameters():,} parameters, {total_steps} steps of {tokens_per_step:,} tokens, "
             f"{world.size} x {device.type} in {str(dtype).removeprefix('torch.')}"
         )
-        if resumed:
+        if saved:
             metrics.say(f"the run is complete at step {step}" if step >= total_steps else f"going on from step {step}")
         else:
             validate()
@@ -165,6 +170,7 @@ def train(config: Config) -> None:
 
         batches = prefetch(data, range(step, total_steps), device, world.rank, world.size)
         lap_seconds, lap_steps = 0.0, 0  # since the last line of training figures
+        bad_in_a_row = 0
         while step < total_steps:
             step_began = time.perf_counter()
             x, y = next(batches)
@@ -189,11 +195,17 @@ def train(config: Config) -> None:
             # --- clip, update
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip or math.inf)
+            grad_norm = optim.clip_gradients(model, config.optim.grad_clip)
             optim.set_lr(optimizers, scale)
-            overflow = scaler.is_enabled() and not grad_norm.isfinite()  # float16's: skip this update, scale less
+            finite = bool(grad_norm.isfinite())  # the same on all ranks; if not, this update is left out
+            if finite or scaler.is_enabled():  # float16's overflow is normal: the scaler scales less from now on
+                bad_in_a_row = 0
+            else:
+                bad_steps, bad_in_a_row = bad_steps + 1, bad_in_a_row + 1
+                if bad_in_a_row == config.train.max_bad_steps:
+                    raise UserError(explain_bad_steps(model, x, step + 1, bad_in_a_row, folder))
             for optimizer in optimizers:
-                if not overflow:
+                if finite:
                     scaler.step(optimizer)
                 optimizer.zero_grad()
             scaler.update()
@@ -222,19 +234,25 @@ def train(config: Config) -> None:
                         "lambda_disp": lambda_disp,
                         "lr": optimizers[0].param_groups[0]["lr"],
                         "grad_norm": grad_norm.item(),
+                        "bad_steps": bad_steps,
                         "tokens_per_second": tokens_per_second,
                         "mfu": tokens_per_second * model.flops_per_token() / (peak * world.size) if peak else None,
                         **tally(),
                     }
                 )
-            if evaluation:
-                validate()
+            val_loss = validate() if evaluation else None
             if following is not None and (done or step % following == 0):
                 follow()
-            if done or step % config.train.checkpoint_interval == 0:
-                save()
+            stopping = world.any(stop.received is not None) and not done
+            if done or stopping or step % config.train.checkpoint_interval == 0:
+                save(val_loss)
             metrics.advance(step)
+            if stopping:
+                saver.wait()
+                metrics.say(f"{stop.received or 'another rank stops'}: saved at step {step}; the same command goes on")
+                raise SystemExit(EXIT_CODE)
 
+        saver.wait()
         conclude(folder, model, corpus, config, metrics)
 
 
@@ -299,17 +317,19 @@ def restore(
     folder: Path,
     config: Config,
     corpus: Corpus,
+    world: World,
     model: GPT,
     optimizers: list[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler,
-) -> tuple[int, float, bool]:
-    """Put the newest checkpoint of the run back, if there is one: updates done, seconds spent, whether there was."""
+) -> dict[str, Any] | None:
+    """Put the newest whole checkpoint of the run back, if there is one; its state."""
     if config.resume == "never" and (folder / "config.yaml").exists():
         raise UserError(f"{folder} holds a run: resume=auto goes on with it, run_name=<another> starts afresh")
-    checkpoints = checkpoint.all_checkpoints(folder / "checkpoints")
-    if not checkpoints:
-        return 0, 0.0, False
-    saved = checkpoint.load(checkpoints[-1])
+    saved = checkpoint.load_newest(folder / "checkpoints") if world.is_main else None
+    found = int(world.sum(torch.tensor(saved.step + 1 if saved else 0, device=world.device))) - 1  # rank 0 tells
+    if found < 0:
+        return None
+    saved = saved or checkpoint.load(checkpoint.path_of(folder / "checkpoints", found))
     theirs = {**identity(saved.state["config"]), "corpus": saved.state["corpus"]}
     ours = {**identity(dataclasses.asdict(config)), "corpus": corpus.folder.name}
     differing = [key for key in ours if key not in BUDGET and theirs.get(key) != ours[key]]
@@ -319,7 +339,16 @@ def restore(
     model.load_state_dict(saved.model)
     optim.load_state_tensors(model, optimizers, saved.optimizer)
     scaler.load_state_dict(saved.state["scaler"])
-    return saved.step, saved.state["seconds"], True
+    return saved.state
+
+
+def explain_bad_steps(model: GPT, x: Tensor, step: int, n: int, folder: Path) -> str:
+    saved = checkpoint.all_checkpoints(folder / "checkpoints")
+    remedy = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+    return (
+        f"the gradient is not finite at step {step}, {n} times in a row (train.max_bad_steps), first in "
+        f"{optim.first_not_finite(model, x)}; {remedy}; a lower optim.lr or optim.grad_clip may help"
+    )
 
 
 def write_config(folder: Path, config: Config, corpus: Corpus) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints: save, find, load, prune. Atomic, checked, and free of pickle.
+"""Checkpoints: save, find, load, prune. Atomic, checked, written in the background, and free of pickle.
 
 A checkpoint is a folder `step_00000500` of three files: `model.safetensors`,
 `optimizer.safetensors` and `state.json` (format version, step, whatever the run adds, and
@@ -14,11 +14,14 @@ import hashlib
 import json
 import os
 import shutil
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -26,7 +29,11 @@ from nanodisp.errors import UserError
 
 FORMAT_VERSION = 1
 TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
-REMEDY = "delete that checkpoint to go on from the one before"
+REMEDY = "training goes back to the one before; elsewhere name an older one"
+
+
+class Damaged(UserError):
+    """A checkpoint that was whole once, and is not now."""
 
 
 @dataclass
@@ -48,7 +55,7 @@ def save(folder: Path, model: dict[str, Tensor], optimizer: dict[str, Tensor], s
 
     Raises UserError when the disk is full or can not be written.
     """
-    path = folder / f"step_{state['step']:08d}"
+    path = path_of(folder, state["step"])
     temporary = folder / f".{path.name}.tmp"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -75,21 +82,95 @@ def save(folder: Path, model: dict[str, Tensor], optimizer: dict[str, Tensor], s
     return path
 
 
+class Saver:
+    """Saves in the background: training waits while tensors are copied, not while files are written.
+
+    One save at a time. The next one, and `wait`, wait for it and raise what went wrong with it.
+
+    Args:
+        folder: where the checkpoints lie.
+        keep_last, keep_every: see `prune`.
+    """
+
+    def __init__(self, folder: Path, keep_last: int, keep_every: int | None) -> None:
+        self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
+        self._copies: dict[str, Tensor] = {}  # of the last save, whose memory the next one uses again
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Begin to write a checkpoint of `state["step"]`, of the tensors as they are now."""
+        self.wait()
+        copies = self._copy("model", model), self._copy("optimizer", optimizer)
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+        self._pending = self._thread.submit(self._write, *copies, state)
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises UserError when the last save failed."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def _copy(self, kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        copies = {}
+        for name, tensor in tensors.items():
+            copy = self._copies.get(f"{kind}/{name}")
+            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                self._copies[f"{kind}/{name}"] = copy
+            copies[name] = copy.copy_(tensor.detach(), non_blocking=True)
+        return copies
+
+    def _write(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
+        save(self.folder, model, optimizer, state)
+        prune(self.folder, self.keep_last, self.keep_every)
+
+
 def load(path: Path) -> Checkpoint:
     """Read one checkpoint folder, its sums checked.
 
-    Raises UserError for anything that is not a whole checkpoint of this format.
+    Raises UserError for anything that is not a whole checkpoint of this format, `Damaged` where it was one.
     """
     state = _read_state(path)
     tensors = []
     for name in TENSOR_FILES:
         try:
             if _sha256(path / name) != state["sha256"][name]:
-                raise UserError(f"{path / name} is damaged: its sha256 is not the one in state.json; {REMEDY}")
+                raise Damaged(f"{path / name} is damaged: its sha256 is not the one in state.json; {REMEDY}")
             tensors.append(safetensors.torch.load_file(path / name))
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{path / name} can not be read: {error}; {REMEDY}") from error
+            raise Damaged(f"{path / name} can not be read: {error}; {REMEDY}") from error
     return Checkpoint(path, tensors[0], tensors[1], state)
+
+
+def load_newest(folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint, None when there is none at all.
+
+    Damaged ones that are newer are named on stderr and set aside as `damaged_step_…`.
+
+    Raises UserError when none is whole.
+    """
+    damaged: list[tuple[Path, Damaged]] = []
+    for path in reversed(all_checkpoints(folder)):
+        try:
+            found = load(path)
+        except Damaged as error:
+            damaged.append((path, error))
+            continue
+        for bad, reason in damaged:
+            aside = bad.with_name(f"damaged_{bad.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            bad.rename(aside)
+            print(f"{reason}: set aside as {aside.name}, going back to step {found.step}", file=sys.stderr)
+        return found
+    if damaged:
+        raise UserError(f"no checkpoint in {folder} is whole; the newest: {damaged[0][1]}")
+    return None
+
+
+def path_of(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08d}"
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
@@ -110,22 +191,35 @@ def find(path: Path) -> Path:
     raise UserError(f"{path} holds no checkpoint: give a run's folder (out/<run>) or one of its checkpoints")
 
 
-def prune(folder: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints."""
+def prune(folder: Path, keep_last: int, keep_every: int | None = None) -> None:
+    """Delete all checkpoints but the newest `keep_last`, those of every `keep_every` steps, and the best one.
+
+    The best is the one with the lowest "val_loss" in its state, of those that have one.
+    """
+    losses: dict[Path, float] = {}
+    for path in all_checkpoints(folder):
+        try:
+            loss = _read_state(path).get("val_loss")
+        except UserError:
+            continue
+        if isinstance(loss, float):
+            losses[path] = loss
+    best = min(losses, key=losses.__getitem__, default=None)
     for path in all_checkpoints(folder)[:-keep_last]:
-        shutil.rmtree(path)
+        if path != best and (keep_every is None or int(path.name[5:]) % keep_every != 0):
+            shutil.rmtree(path)
 
 
 def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads((path / "state.json").read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path / 'state.json'} can not be read: {error}; {REMEDY}") from error
+        raise Damaged(f"{path / 'state.json'} can not be read: {error}; {REMEDY}") from error
     if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path} is not a checkpoint of format version {FORMAT_VERSION}")
     sums = state.get("sha256")
     if not isinstance(state.get("step"), int) or not isinstance(sums, dict) or set(sums) != set(TENSOR_FILES):
-        raise UserError(f"{path / 'state.json'} lacks a step or the sums of {' and '.join(TENSOR_FILES)}")
+        raise Damaged(f"{path / 'state.json'} lacks a step or the sums of {' and '.join(TENSOR_FILES)}")
     return state
 
 

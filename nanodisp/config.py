@@ -56,7 +56,9 @@ class TrainConfig:
     condensation_interval: how often, in steps, the mean cosine of every layer is measured on four validation
         windows, between validations; null for never.
     eval_windows: validation windows, spread evenly over the split; null takes all.
-    keep_last: how many checkpoints stay.
+    keep_last: how many checkpoints stay, beside the one with the lowest validation loss.
+    keep_every: those of every so many steps stay too; null for none.
+    max_bad_steps: an update whose gradient is not finite is left out; so many in a row end the run.
     sample_tokens: length of the sample at the end; 0 for none.
     """
 
@@ -73,6 +75,8 @@ class TrainConfig:
     checkpoint_interval: int = 500
     eval_windows: int | None = 128
     keep_last: int = 2
+    keep_every: int | None = None
+    max_bad_steps: int = 10
     sample_tokens: int = 256
 
     def __post_init__(self) -> None:
@@ -82,7 +86,8 @@ class TrainConfig:
             raise ValueError("no budget: give train.steps, train.tokens or train.tokens_per_param")
         if self.dtype not in DTYPES:
             raise ValueError(f"train.dtype={self.dtype} is unknown; choose one of {', '.join(DTYPES)}")
-        for name in ("batch_size", "log_interval", "eval_interval", "checkpoint_interval", "keep_last"):
+        intervals = ("log_interval", "eval_interval", "checkpoint_interval")
+        for name in ("batch_size", *intervals, "keep_last", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be at least 1")
         for name in (
@@ -92,6 +97,7 @@ class TrainConfig:
             "micro_batch_size",
             "eval_windows",
             "condensation_interval",
+            "keep_every",
         ):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be positive, or null")
@@ -161,7 +167,7 @@ NOT_IDENTITY = {
     "dispersion": ("backend",),
     "train": (
         *("compile", "micro_batch_size", "log_interval", "eval_interval", "checkpoint_interval"),
-        *("condensation_interval", "keep_last", "sample_tokens"),
+        *("condensation_interval", "keep_last", "keep_every", "max_bad_steps", "sample_tokens"),
     ),
 }
 BUDGET = ("train.steps", "train.tokens", "train.tokens_per_param")  # may grow when a run goes on

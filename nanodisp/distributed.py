@@ -37,10 +37,21 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank; the devices are not waited for."""
+        if self.size > 1:
+            count = torch.tensor([flag], dtype=torch.int32)
+            dist.all_reduce(count, group=_control_group)
+            return bool(count)
+        return flag
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
             dist.barrier()
+
+
+_control_group: dist.ProcessGroup | None = None  # of the CPUs, where the default one is of the GPUs
 
 
 def start(device: str = "auto") -> World:
@@ -61,7 +72,9 @@ def start(device: str = "auto") -> World:
             raise UserError(f"rank {rank} wants GPU {local_rank}, but there are {torch.cuda.device_count()}")
         torch.cuda.set_device(local_rank)
     if size > 1 and not dist.is_initialized():
+        global _control_group
         dist.init_process_group("nccl" if use_cuda else "gloo")
+        _control_group = dist.new_group(backend="gloo") if use_cuda else None
     return World(rank, size, torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"))
 
 

@@ -131,6 +131,30 @@ def set_lr(optimizers: list[torch.optim.Optimizer], scale: float) -> None:
             group["lr"] = group["peak_lr"] * scale
 
 
+def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
+    """Scale all gradients so that their common norm is at most `max_norm` (None: leave them); the norm before that.
+
+    A norm that is not finite leaves them as they are too, so that one can see where it came from.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if max_norm is not None:
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).nan_to_num(1.0, posinf=1.0)
+        torch._foreach_mul_(gradients, factor.where(norm.isfinite(), 1.0))
+    return norm
+
+
+@torch.no_grad()
+def first_not_finite(model: nn.Module, idx: Tensor) -> str:
+    """Where a NaN or an infinity comes from: the first such hidden state of our model on int64 [B, T], or, if all
+    are finite, the parameter nearest to the loss with such a gradient."""
+    for layer, hidden in enumerate(model(idx, return_hidden=True, head=False).hidden):
+        if not hidden.isfinite().all():
+            return f"hidden state {layer}"
+    bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    return f"the gradient of {bad[-1]}" if bad else "the loss"
+
+
 # --- optimizer state by parameter name, for checkpoints ----------------------------------
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import pickle  # noqa: TID251 - to attack with
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,75 @@ def test_prune_keeps_the_newest(tmp_path: Path) -> None:
         save(tmp_path, step)
     checkpoint.prune(tmp_path, keep_last=2)
     assert [p.name for p in checkpoint.all_checkpoints(tmp_path)] == ["step_00000020", "step_00000100"]
+
+
+def test_prune_keeps_the_best_and_those_of_every_so_many_steps(tmp_path: Path) -> None:
+    losses = {10: 3.0, 20: 1.0, 30: None, 40: 2.0, 50: float("nan"), 60: 2.5}
+    for step, loss in losses.items():
+        checkpoint.save(tmp_path, MODEL, OPTIMIZER, {"step": step, "val_loss": loss})
+    checkpoint.prune(tmp_path, keep_last=1, keep_every=30)
+    assert [int(p.name[5:]) for p in checkpoint.all_checkpoints(tmp_path)] == [20, 30, 60]
+
+
+def test_a_save_in_the_background_is_of_the_moment_it_was_asked_for(tmp_path: Path) -> None:
+    model = {name: tensor.clone() for name, tensor in MODEL.items()}
+    saver = checkpoint.Saver(tmp_path, keep_last=5, keep_every=None)
+    for step in range(4):
+        saver.save(model, OPTIMIZER, {"step": step})
+        for tensor in model.values():
+            tensor.add_(1)  # training goes on
+    saver.wait()
+    for step in range(4):
+        saved = checkpoint.load(checkpoint.path_of(tmp_path, step))
+        assert all(torch.equal(tensor, MODEL[name] + step) for name, tensor in saved.model.items())
+
+
+def test_an_error_in_the_background_reaches_the_run(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    saver = checkpoint.Saver(tmp_path / "file", keep_last=1, keep_every=None)
+    saver.save(MODEL, OPTIMIZER, {"step": 1})
+    with pytest.raises(UserError, match="could not save"):
+        saver.wait()
+    saver.wait()  # it is told once
+
+
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert checkpoint.load_newest(tmp_path) is None
+    paths = [save(tmp_path, step) for step in (1, 2, 3)]
+    (paths[2] / "state.json").write_text("{")
+    (paths[1] / "model.safetensors").write_bytes(b"")
+    newest = checkpoint.load_newest(tmp_path)
+    assert newest is not None
+    assert newest.step == 1
+    said = capsys.readouterr().err
+    assert said.count("going back to step 1") == 2
+    assert {p.name for p in tmp_path.iterdir()} == {"step_00000001", "damaged_step_00000002", "damaged_step_00000003"}
+
+
+def test_without_any_whole_checkpoint_nothing_is_touched(tmp_path: Path) -> None:
+    path = save(tmp_path)
+    (path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole; the newest: .*damaged"):
+        checkpoint.load_newest(tmp_path)
+    assert path.exists()
+
+
+def test_a_pickle_in_any_file_runs_nothing(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return Path.touch, (str(tmp_path / "went off"),)
+
+    for name in (*checkpoint.TENSOR_FILES, "state.json"):
+        path = save(tmp_path / name)
+        (path / name).write_bytes(pickle.dumps(Bomb()))
+        sums = {file: hashlib.sha256((path / file).read_bytes()).hexdigest() for file in checkpoint.TENSOR_FILES}
+        if name != "state.json":  # with sums that are right, as an attacker would have them
+            (path / "state.json").write_text(json.dumps({"format_version": 1, "step": 7, "sha256": sums}))
+        with pytest.raises(UserError):
+            checkpoint.load(path)
+    assert not (tmp_path / "went off").exists()
 
 
 def test_find_takes_a_run_its_checkpoints_or_one_of_them(tmp_path: Path) -> None:

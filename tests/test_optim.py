@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nanodisp.gpt import GPT, GPTConfig
-from nanodisp.optim import OptimConfig, build_optimizers, load_state_tensors, lr_scale, set_lr, state_tensors
+from nanodisp.optim import (
+    OptimConfig,
+    build_optimizers,
+    clip_gradients,
+    first_not_finite,
+    load_state_tensors,
+    lr_scale,
+    set_lr,
+    state_tensors,
+)
 
 
 def small_model() -> GPT:
@@ -114,3 +125,33 @@ def test_set_lr_scales_every_group_from_its_own_peak() -> None:
 def test_impossible_values_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OptimConfig(**changes)  # type: ignore[arg-type]
+
+
+def test_clipping_is_that_of_pytorch_and_leaves_what_is_not_finite() -> None:
+    ours, theirs = small_model(), small_model()
+    for model in (ours, theirs):
+        torch.manual_seed(0)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+    norm = clip_gradients(ours, 0.5)
+    assert torch.equal(norm, torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5))
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+    first = next(ours.parameters())
+    before = [p.grad.clone() for p in ours.parameters()]
+    first.grad[0, 0] = math.nan
+    assert clip_gradients(ours, 0.5).isnan()
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(list(ours.parameters())[1:], before[1:], strict=True))
+
+
+def test_a_number_that_is_not_finite_is_traced_to_its_layer() -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=3, n_head=2, n_embd=8, block_size=8, vocab_size=10))
+    idx = torch.zeros(1, 8, dtype=torch.int64)
+    model(idx, idx).loss.backward()
+    assert first_not_finite(model, idx) == "the loss"
+    model.h[1].mlp.c_fc.weight.grad[0, 0] = math.inf
+    assert first_not_finite(model, idx) == "the gradient of h.1.mlp.c_fc.weight"
+    with torch.no_grad():
+        model.h[1].attn.c_proj.bias[0] = math.nan
+    assert first_not_finite(model, idx) == "hidden state 2"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +23,7 @@ from nanodisp.dispersion import DispersionLoss, sample_positions
 from nanodisp.errors import UserError
 from nanodisp.gpt import GPT, GPTConfig
 from nanodisp.metrics import Metrics, WandbConfig
+from nanodisp.signals import EXIT_CODE
 
 Run = Callable[..., Path]
 
@@ -57,7 +60,7 @@ def test_a_run_learns_and_leaves_all_that_it_promises(run: Run, capsys: pytest.C
     assert val[-1]["bpb"] == pytest.approx(val[-1]["loss"] / 0.6931472, rel=1e-6)
     assert [len(record["mean_cosine"]) for record in val] == [3] * 4
     assert set(records(folder, "train")[0]) == {
-        *("step", "split", "loss", "dispersion", "lambda_disp", "lr", "grad_norm"),
+        *("step", "split", "loss", "dispersion", "lambda_disp", "lr", "grad_norm", "bad_steps"),
         *("tokens", "tokens_per_second", "mfu", "seconds"),
     }
     said = capsys.readouterr().out
@@ -358,3 +361,71 @@ def test_a_sweep_that_was_killed_ends_with_the_table_of_one_that_was_not(corpus:
     assert len(list((tmp_path / "killed").glob("*/checkpoints"))) == 2, "killed in its second job of four"
     assert command(*sweep(tmp_path / "killed")).returncode == 0
     assert table(tmp_path / "killed") == table(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_ends_the_run_after_its_step_and_the_run_goes_on_from_there(
+    corpus: Path, tmp_path: Path, name: str
+) -> None:
+    settings = [*TINY, f"data.path={corpus}", f"out_dir={tmp_path}", "run_name=run", "train.checkpoint_interval=100000"]
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *settings, "train.steps=100000", "train.log_interval=1"],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step      3/"):
+                process.send_signal(getattr(signal, name))
+                break
+        rest = process.stdout.read()
+    assert process.returncode == EXIT_CODE
+    (step,) = re.findall(rf"{name}: saved at step (\d+); the same command goes on", rest)
+    assert checkpoint.find(tmp_path / "run").name == f"step_{int(step):08d}"
+    assert not (tmp_path / "run" / "error.txt").exists()
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before_and_nothing_else(run: Run) -> None:
+    settings = ("train.steps=20", "train.checkpoint_interval=5", "train.log_interval=1")
+    folder = run(*settings)
+    whole, lines = weights(folder), records(folder, "train")
+    (checkpoint.find(folder) / "optimizer.safetensors").write_bytes(b"not this")
+    run(*settings)
+    assert all(torch.equal(value, whole[key]) for key, value in weights(folder).items())
+    assert [{**a, "seconds": 0, "tokens_per_second": 0} for a in records(folder, "train")] == [
+        {**a, "seconds": 0, "tokens_per_second": 0} for a in lines
+    ]
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """The gradients of these steps (from 1) are not finite."""
+    calls = 0
+    clip = train.optim.clip_gradients
+
+    def poisoned(model: GPT, max_norm: float | None) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls in steps:
+            model.h[0].mlp.c_fc.weight.grad[0, 0] = float("nan")
+        return clip(model, max_norm)
+
+    monkeypatch.setattr(train.optim, "clip_gradients", poisoned)
+
+
+def test_an_update_that_is_not_finite_is_left_out_and_counted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, {2, 4})
+    folder = run("train.steps=6", "train.log_interval=1", "train.max_bad_steps=2")
+    assert losses(folder, "bad_steps") == [0, 1, 1, 2, 2, 2]
+    assert losses(folder, "grad_norm")[1] is None
+    assert all(value.isfinite().all() for value in weights(folder).values())
+
+
+def test_too_many_of_them_in_a_row_end_the_run_by_name(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    poison(monkeypatch, {4, 5, 6})
+    with pytest.raises(UserError) as error:
+        run("train.steps=9", "train.checkpoint_interval=2", "train.max_bad_steps=3")
+    for part in ("step 6", "3 times in a row", "the gradient of h.0.mlp.c_fc.weight", "step_00000004", "optim.lr"):
+        assert part in str(error.value)
+    assert "step 6" in (tmp_path / "run" / "error.txt").read_text()
