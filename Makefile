@@ -9,7 +9,7 @@ RUNS ?= out
 EXPERIMENT ?= lambda
 INSTALLED := $(VENV)/installed-$(EXTRAS)
 
-.PHONY: help install run test lint format bench bench-gpu study report constraints clean
+.PHONY: help install run test lint format bench bench-gpu verify-data audit soak study report constraints clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,16 @@ bench: install ## time the dispersion loss and a training step on this CPU; JSON
 bench-gpu: ## the same on one GPU, correctness first; needs torch, triton and numpy alone
 	$(HAVE) -m bench.kernels --device cuda
 	$(HAVE) -m bench.train_step --device cuda --model gpt2 --batch-size 16 --dtype bfloat16 --compile
+
+verify-data: install ## compare every byte of the prepared shards with their sums
+	$(BIN)/python -m nanodisp.shards $(patsubst %/manifest.json,%,$(wildcard data/*/*/manifest.json))
+
+audit: install ## known weaknesses of the pinned packages; needs a network
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/python -m pip_audit --requirement constraints.txt --no-deps
+
+soak: install ## kill, corrupt and fill up the disk, for a quarter of an hour; JSON under bench/results/
+	$(BIN)/python -m bench.soak
 
 study: install ## run an experiment and its report, or go on with it: make study EXPERIMENT=lambda
 	$(BIN)/python train.py -m experiment=$(EXPERIMENT)

@@ -108,8 +108,14 @@ class Metrics:
         """Write one record to metrics.jsonl and W&B, and show it."""
         if not self.enabled:
             return
-        self.file.write(json.dumps({key: _json_number(value) for key, value in record.items()}) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps({key: _json_number(value) for key, value in record.items()}) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self.path} can not be written: {error.strerror}. Checkpoints are whole; free some space or mend the "
+                "permissions, and run the same command again to go on"
+            ) from error
         if record["split"] != "condensation":  # too many lines to read
             self.say(describe(record, self.total_steps))
         if self.wandb is not None:
@@ -124,7 +130,8 @@ class Metrics:
             return
         if self.progress is not None:
             self.progress.stop()
-        self.file.close()
+        with contextlib.suppress(OSError):  # what could not be written has been told
+            self.file.close()
         self.lock.close()
         if self.wandb is not None:
             self._guarded("finish", lambda: self.wandb.finish())

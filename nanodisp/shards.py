@@ -19,7 +19,7 @@ import json
 import math
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -357,8 +357,8 @@ def _split_in_name(path: Path) -> str | None:
     return next((split for split in SPLITS if split in named), None)
 
 
-def verify(folder: str | Path) -> Manifest:
-    """Read every shard of a folder and compare its sha256 with the manifest's.
+def verify(folder: str | Path, show_progress: bool = False) -> Manifest:
+    """Read every shard of a folder and compare its sha256 with the manifest's; a shard a core.
 
     Raises:
         UserError: no manifest, or a shard is missing or differs; names all that do.
@@ -371,8 +371,31 @@ def verify(folder: str | Path) -> Manifest:
         return path.is_file() and file_digest(path, "sha256") == shard.sha256
 
     with ThreadPoolExecutor() as pool:
-        whole = list(pool.map(is_whole, manifest.shards))
+        checks = pool.map(is_whole, manifest.shards)
+        whole = list(_watched(checks, str(folder), len(manifest.shards)) if show_progress else checks)
     damaged = [shard.file for shard, good in zip(manifest.shards, whole, strict=True) if not good]
     if damaged:
         raise UserError(f"{folder}: {', '.join(damaged)} missing or other than when prepared; prepare the folder again")
     return manifest
+
+
+def _watched(checks: Iterable[bool], title: str, total: int) -> Iterable[bool]:
+    from rich.progress import track
+
+    return track(checks, title, total, transient=True)
+
+
+def main(argv: Sequence[str]) -> None:
+    """`python -m nanodisp.shards <folder> …` verifies each."""
+    if not argv:
+        raise UserError("give folders of prepared shards: python -m nanodisp.shards data/pystdlib/<folder>")
+    for folder in argv:
+        shards = verify(folder, show_progress=True).shards
+        n_bytes = sum(shard.bytes for shard in shards)
+        print(f"{folder}: {len(shards)} shards, {n_bytes / 1e6:,.1f} MB, as they were prepared")
+
+
+if __name__ == "__main__":
+    from nanodisp import arguments
+
+    arguments.run(main)

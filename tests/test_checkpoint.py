@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle  # noqa: TID251 - to attack with
+import resource
 from pathlib import Path
 
 import pytest
@@ -60,11 +61,11 @@ def test_a_save_in_the_background_is_of_the_moment_it_was_asked_for(tmp_path: Pa
     for step in range(4):
         saver.save(model, OPTIMIZER, {"step": step})
         for tensor in model.values():
-            tensor.add_(1)  # training goes on
+            tensor.fill_(step)  # training goes on
     saver.wait()
-    for step in range(4):
+    for step in range(1, 4):
         saved = checkpoint.load(checkpoint.path_of(tmp_path, step))
-        assert all(torch.equal(tensor, MODEL[name] + step) for name, tensor in saved.model.items())
+        assert all((tensor == step - 1).all() for tensor in saved.model.values())
 
 
 def test_an_error_in_the_background_reaches_the_run(tmp_path: Path) -> None:
@@ -97,6 +98,30 @@ def test_without_any_whole_checkpoint_nothing_is_touched(tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"no checkpoint in .* is whole; the newest: .*damaged"):
         checkpoint.load_newest(tmp_path)
     assert path.exists()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 3000))
+def test_a_disk_that_fills_up_at_any_byte_leaves_the_checkpoint_before(
+    tmp_path_factory: pytest.TempPathFactory, limit: int
+) -> None:
+    folder = tmp_path_factory.mktemp("run")
+    save(folder, 1)
+    larger = {**MODEL, "wpe.weight": torch.zeros(600)}  # model 2.6 kB, optimizer 0.3, state 0.3
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        checkpoint.save(folder, larger, OPTIMIZER, {"step": 2})
+        full = False
+    except UserError as error:
+        assert "Earlier checkpoints are whole; free some space" in str(error)
+        full = True
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [p.name for p in folder.iterdir() if full] == (["step_00000001"] if full else [])
+    newest = checkpoint.load_newest(folder)
+    assert newest is not None
+    assert newest.step == (1 if full else 2)
 
 
 def test_a_pickle_in_any_file_runs_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,248 @@
+"""What a run survives, tried for a quarter of an hour: `make soak`.
+
+    python -m bench.soak                # all of it
+    python -m bench.soak kills=5        # fewer kills: also ranks=, mutations=
+
+- kills: runs of the default model, killed with SIGKILL again and again at random moments, every third time while a
+  checkpoint is being written, and started again until they are done. Their final weights are compared
+  with those of a run that was left alone.
+- ranks: one run over 2, 1, 4 and 2 ranks, half of it with FSDP, against the loss curve of one rank; and a run of four
+  ranks under `torchrun --max-restarts` of which one is killed three times.
+- mutations: checkpoints, shards, manifests and configurations with bytes changed, cut off or doubled, each
+  read as training reads it: an error with a message, or what was written.
+
+Figures go to bench/results/soak-<machine>.json. Everything random is drawn from one seed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from bench.kernels import RESULTS
+from bench.train_step import cpu_name
+from nanodisp import arguments, checkpoint, config, shards
+from nanodisp.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+SHORT = ("train.steps=24", "train.checkpoint_interval=2", "train.eval_interval=8", "train.eval_windows=8")
+SHORT += ("train.batch_size=4", "train.sample_tokens=0", "train.dtype=float32", "device=cpu")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@dataclass
+class SoakConfig:
+    """How much of each: see the head of this file. 0 leaves a part out."""
+
+    kills: int = 50
+    ranks: int = 1
+    mutations: int = 10_000
+    seed: int = 0
+
+
+def start(folder: Path, name: str, *overrides: str, ranks: int = 1, restarts: int = 0) -> subprocess.Popen[bytes]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [sys.executable, *([*torchrun, f"--max-restarts={restarts}"] if ranks > 1 else []), "train.py"]
+    command += [*SHORT, f"out_dir={folder}", f"run_name={name}", *overrides]
+    with (folder / f"{name}.log").open("ab") as log:
+        return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log)
+
+
+def run(folder: Path, name: str, *overrides: str, ranks: int = 1) -> Path:
+    if start(folder, name, *overrides, ranks=ranks).wait() != 0:
+        raise SystemExit(f"a run that nothing happened to failed; see {folder / name}.log")
+    return folder / name
+
+
+def weights(run_folder: Path) -> str:
+    """The sha256 of the final weights."""
+    return json.loads((checkpoint.find(run_folder) / "state.json").read_text())["sha256"]["model.safetensors"]
+
+
+def curve(run_folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if line["split"] == "train"]
+    assert steps == sorted(set(steps)), f"a step twice: {steps}"
+    return [line["loss"] for line in lines if line["split"] == "train"]
+
+
+def soak_kills(folder: Path, n: int, rng: random.Random) -> dict[str, Any]:
+    whole = run(folder, "whole", "train.log_interval=1")
+    right, right_curve = weights(whole), curve(whole)
+    kills, identical, caught_saving = 0, 0, 0
+    for number in range(n):
+        name = f"killed-{number}"
+        checkpoints = folder / name / "checkpoints"
+        while True:
+            process = start(folder, name, "train.log_interval=1")
+            aim_at_save = rng.random() < 1 / 3
+            while process.poll() is None and not (folder / name / "metrics.jsonl").exists():
+                time.sleep(0.01)
+            deadline = time.monotonic() + (60 if aim_at_save else rng.uniform(0, 8))
+            while process.poll() is None and time.monotonic() < deadline:
+                if aim_at_save and any(checkpoints.glob(".step_*.tmp")):
+                    break
+                time.sleep(0.001)
+            if process.poll() is not None:
+                break
+            caught_saving += any(checkpoints.glob(".step_*.tmp"))
+            process.kill()
+            process.wait()
+            kills += 1
+        identical += process.returncode == 0 and weights(folder / name) == right and curve(folder / name) == right_curve
+        shutil.rmtree(folder / name)
+        print(f"killed runs with the weights and the losses of the unkilled: {identical} of {number + 1}", end="\r")
+    print(f"\n{kills} kills, {caught_saving} while saving")
+    return {"runs": n, "identical": identical, "kills": kills, "kills_while_saving": caught_saving}
+
+
+def soak_ranks(folder: Path) -> dict[str, Any]:
+    right = curve(run(folder, "one", "train.log_interval=1"))
+    for steps, ranks, parallel in ((6, 2, "ddp"), (12, 1, "ddp"), (18, 4, "fsdp"), (24, 2, "fsdp")):
+        settings = (f"train.steps={steps}", "optim.schedule=constant", f"train.parallel={parallel}")
+        run(folder, "moved", *settings, "train.log_interval=1", ranks=ranks)
+    steady = curve(run(folder, "steady", "optim.schedule=constant", "train.log_interval=1"))
+    error = float(np.max(np.abs(np.subtract(curve(folder / "moved"), steady)) / steady))
+    print(f"2, 1, 4, 2 ranks, DDP and FSDP: the curve of one rank to {error:.1e}")
+
+    process = start(folder, "restarted", "train.log_interval=1", ranks=4, restarts=5)
+    kills = 0
+    while process.poll() is None and kills < 3:
+        time.sleep(0.2)
+        done = checkpoint.all_checkpoints(folder / "restarted" / "checkpoints")
+        if len(done) and int(done[-1].name[5:]) >= 4 * (kills + 1):
+            victims = subprocess.run(["pgrep", "-f", "run_name=restarted"], capture_output=True, text=True).stdout
+            workers = [int(pid) for pid in victims.split() if int(pid) != process.pid]
+            os.kill(max(workers), signal.SIGKILL)
+            kills += 1
+    finished = process.wait() == 0
+    restarted = float(np.max(np.abs(np.subtract(curve(folder / "restarted"), right)) / right)) if finished else None
+    print(f"four ranks, one killed {kills} times: finished {finished}, the curve of one rank to {restarted:.1e}")
+    return {"moved_error": error, "rank_kills": kills, "finished": finished, "restarted_error": restarted}
+
+
+def mutate(content: bytes, rng: random.Random) -> bytes:
+    """Some bytes changed, cut off, doubled or replaced by others."""
+    changed = bytearray(content)
+    at = rng.randrange(len(changed)) if rng.random() < 0.5 else min(rng.randrange(64), len(changed) - 1)
+    match rng.randrange(5):
+        case 0:
+            changed[at] ^= 1 << rng.randrange(8)
+        case 1:
+            del changed[at:]
+        case 2:
+            changed[at:at] = changed[at : at + rng.randrange(1, 40)]
+        case 3:
+            changed[at : at + 8] = rng.randbytes(8)
+        case 4:
+            del changed[at : at + rng.randrange(1, 40)]
+    return bytes(changed)
+
+
+def soak_mutations(folder: Path, n: int, rng: random.Random) -> dict[str, Any]:
+    """Outcomes by kind of file. Anything but a UserError or what was written ends the soak with a traceback."""
+    torch.manual_seed(0)
+    tensors = {"wte.weight": torch.randn(7, 5), "ln_f.weight": torch.randn(5)}
+    saved = checkpoint.save(folder / "run", tensors, tensors, {"step": 3, "seconds": 1.0, "config": {"seed": 1}})
+    tokens = np.arange(3000, dtype=np.uint16) % 257
+    prepared = folder / "data"
+    prepared.mkdir()
+    entries = []
+    for split in ("train", "val"):
+        shards.write_shard(prepared / f"{split}_000000.bin", tokens)
+        entries.append(shards.describe_shard(prepared / f"{split}_000000.bin", split))
+    shards.Manifest("byte", 257, "soak", {}, entries).save(prepared)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config.Config())))
+    np.save(prepared / "other_val.npy", tokens)
+
+    def read_checkpoint() -> bool:
+        loaded = checkpoint.load(saved)
+        return all(torch.equal(loaded.model[name], tensor) for name, tensor in tensors.items())
+
+    def read_shards() -> bool:
+        split = shards.open_split(prepared, "train")
+        split.check_range(257)
+        shards.verify(prepared)
+        return bool((split.read(0, len(tokens)) == tokens).all())
+
+    def read_npy() -> bool:
+        read = shards.read_shard(prepared / "other_val.npy")  # no sum beside it: other tokens can not be told
+        return read.ndim == 1 and len(read) <= 4 * len(tokens)
+
+    def read_config() -> bool:
+        try:
+            config.check(OmegaConf.merge(OmegaConf.structured(config.Config()), OmegaConf.load(folder / "config.yaml")))
+        except (OmegaConfBaseException, YAMLError, ValueError) as error:  # as Hydra's composition gives them
+            raise UserError(config.explain(error)) from error
+        return True
+
+    files: list[tuple[Path, Callable[[], bool]]] = [
+        (saved / "model.safetensors", read_checkpoint),
+        (saved / "optimizer.safetensors", read_checkpoint),
+        (saved / "state.json", read_checkpoint),
+        (prepared / "train_000000.bin", read_shards),
+        (prepared / "manifest.json", read_shards),
+        (prepared / "other_val.npy", read_npy),
+        (folder / "config.yaml", read_config),
+    ]
+    outcomes: dict[str, Counter[str]] = {path.name: Counter() for path, _ in files}
+    slowest = 0.0
+    for number in range(n):
+        path, read = files[number % len(files)]
+        content = path.read_bytes()
+        path.write_bytes(mutate(content, rng))
+        began = time.perf_counter()
+        try:
+            outcome = "as written" if read() else "SILENTLY WRONG"
+        except UserError as error:
+            outcome = "refused" if str(error).strip() else "REFUSED WITHOUT A WORD"
+        slowest = max(slowest, time.perf_counter() - began)
+        outcomes[path.name][outcome] += 1
+        path.write_bytes(content)
+    for name, counts in outcomes.items():
+        print(f"{name:22} " + ", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+    print(f"{n} mutations, the slowest read {slowest:.2f} s")
+    return {"n": n, "outcomes": {name: dict(counts) for name, counts in outcomes.items()}, "slowest_seconds": slowest}
+
+
+def main(argv: Sequence[str]) -> None:
+    soak = arguments.parse(SoakConfig, argv)
+    rng = random.Random(soak.seed)
+    report: dict[str, Any] = {"device": cpu_name(), "torch": torch.__version__}
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if soak.mutations:
+            report["mutations"] = soak_mutations(folder, soak.mutations, rng)
+        if soak.ranks:
+            report["ranks"] = soak_ranks(folder)
+        if soak.kills:
+            report["kills"] = soak_kills(folder, soak.kills, rng)
+    report["seconds"] = time.perf_counter() - began
+    print(f"{report['seconds']:.0f} s in all")
+    path = RESULTS / f"soak-{re.sub('[^a-z0-9]+', '-', report['device'].lower()).strip('-')}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    arguments.run(main)
