@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import math
 import re
+import shutil
+import subprocess
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -195,3 +197,36 @@ def test_runs_that_all_failed_make_a_page_too(tmp_path: Path) -> None:
     (tmp_path / "run" / "error.txt").write_text("")
     report.main([str(tmp_path)])
     assert "1 runs: 1 failed" in (tmp_path / "report" / "report.md").read_text()
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+LOOK = """<script>
+addEventListener("load", () => {
+  const page = document.documentElement, pictures = [...document.images];
+  const cut = [...document.querySelectorAll("td, th, code, figcaption")].filter(e => e.scrollWidth > e.clientWidth + 1
+    && getComputedStyle(e).display != "inline");
+  document.title = [page.scrollWidth <= innerWidth, pictures.length > 0, pictures.every(p => p.naturalWidth > 0),
+    cut.length].join(" ");
+})</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [500, 1280])
+def test_in_a_browser_nothing_is_cut_off_or_missing(pages: Path, tmp_path: Path, width: int) -> None:
+    looked = tmp_path / "index.html"
+    looked.write_text((pages / "index.html").read_text().replace("</html>", LOOK + "</html>"))
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking")
+    page = subprocess.run(
+        [
+            str(CHROMIUM),
+            *options,
+            f"--user-data-dir={tmp_path}",
+            f"--window-size={width},900",
+            "--dump-dom",
+            f"{looked}",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    ).stdout
+    assert re.findall("<title>(.*?)</title>", page) == ["true true true 0"]
