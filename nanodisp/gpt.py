@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanodisp.cross_entropy import linear_cross_entropy
+
 VOCAB_MULTIPLE = 64
 
 
@@ -249,10 +251,10 @@ class GPT(nn.Module):
         collected = tuple(hidden) if return_hidden else torch.stack(hidden) if take is not None else None
         if not head:
             return GPTOutput(None, None, collected)
-        logits = F.linear(x, self.wte.weight, self.never_predicted.to(x.dtype))  # [B, T, V padded]
         if targets is None:
+            logits = F.linear(x, self.wte.weight, self.never_predicted.to(x.dtype))  # [B, T, V padded]
             return GPTOutput(logits, None, collected)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        loss = linear_cross_entropy(x.flatten(0, 1), self.wte.weight, self.never_predicted, targets.flatten())
         return GPTOutput(None, loss, collected)
 
     def num_parameters(self) -> int:

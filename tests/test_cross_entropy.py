@@ -1,0 +1,92 @@
+"""The head's loss in chunks is the loss of all logits, in value and gradient."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from nanodisp import cross_entropy
+from nanodisp.cross_entropy import linear_cross_entropy
+
+
+def case(n: int, n_features: int, vocab_size: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, n_features, generator=generator)
+    weight = torch.randn(vocab_size + 3, n_features, generator=generator)
+    bias = torch.zeros(vocab_size + 3)
+    bias[vocab_size:] = -math.inf
+    targets = torch.randint(vocab_size, (n,), generator=generator)
+    targets[1::4] = -100
+    return x, weight, bias, targets
+
+
+def gradients(loss: Tensor, *of: Tensor) -> tuple[Tensor, ...]:
+    return loss.detach(), *torch.autograd.grad(loss, of)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    n=st.integers(1, 40),
+    n_features=st.integers(1, 9),
+    vocab_size=st.integers(1, 30),
+    at_once=st.integers(1, 41),
+    seed=st.integers(0, 99),
+)
+def test_it_is_pytorchs(n: int, n_features: int, vocab_size: int, at_once: int, seed: int) -> None:
+    x, weight, bias, targets = case(n, n_features, vocab_size, seed)
+    x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
+    right = gradients(F.cross_entropy(F.linear(x, weight, bias.double()), targets), x, weight)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cross_entropy, "CHUNK_BYTES", 4 * len(weight) * at_once)
+        x, weight = x.float().detach().requires_grad_(), weight.float().detach().requires_grad_()
+        ours = gradients(linear_cross_entropy(x, weight, bias, targets), x, weight)
+    for a, b in zip(ours, right, strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_it_is_pytorchs_up_to_rounding(dtype: torch.dtype) -> None:
+    x, weight, bias, targets = case(500, 32, 60)
+    weight, x = (0.3 * weight).requires_grad_(), x.requires_grad_()
+    right = gradients(F.cross_entropy(F.linear(x, weight, bias), targets), x, weight)
+    with torch.autocast("cpu", dtype):
+        ours = gradients(linear_cross_entropy(x, weight, bias, targets), x, weight)
+    for a, b in zip(ours, right, strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).norm() <= {torch.bfloat16: 6e-3, torch.float16: 8e-4}[dtype] * b.norm()
+
+
+def test_the_incoming_gradient_is_multiplied_in_and_none_is_made_without_need() -> None:
+    x, weight, bias, targets = case(20, 5, 7)
+    x.requires_grad_()
+    once, thrice = (torch.autograd.grad(k * linear_cross_entropy(x, weight, bias, targets), x)[0] for k in (1, 3))
+    torch.testing.assert_close(thrice, 3 * once)
+    with torch.no_grad():
+        assert not linear_cross_entropy(x, weight, bias, targets).requires_grad
+
+
+def test_it_compiles_without_a_graph_break() -> None:
+    x, weight, bias, targets = case(20, 5, 7)
+    x.requires_grad_(), weight.requires_grad_()
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    for a, b in zip(
+        gradients(compiled(x, weight, bias, targets), x, weight),
+        gradients(linear_cross_entropy(x, weight, bias, targets), x, weight),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_is_kept_for_backward_is_no_larger_than_the_gradients() -> None:
+    x, weight, bias, targets = case(64, 4, 500)
+    x.requires_grad_(), weight.requires_grad_()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        linear_cross_entropy(x, weight, bias, targets)
+    assert sorted(t.shape for t in kept) == sorted([x.shape, weight.shape])
