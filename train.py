@@ -102,7 +102,12 @@ def train(config: Config) -> None:
     if config.train.compile:
         torch.compiler.reset()  # an earlier run of a sweep compiled other shapes
         objective.compile()
-    if world.size > 1:
+    if config.train.activation_checkpointing:
+        for block in model.h:
+            distributed.recompute(block, config.train.compile)
+    if world.size > 1 and config.train.parallel == "fsdp":
+        distributed.shard(model, model.h, world)
+    elif world.size > 1:
         objective = DistributedDataParallel(objective)
     optimizers = optim.build_optimizers(model, config.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -131,21 +136,23 @@ def train(config: Config) -> None:
 
     def follow() -> None:
         """Condensation alone, on a few windows: so cheap that its course can be followed closely."""
-        if world.is_main:
-            x, _ = read_windows(corpus.val, held_out[followed], block_size, model.vocab_size)
-            model.eval()
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                cosines = mean_cosine_by_layer(model, x.to(device))
-            model.train()
-            metrics.record({"step": step, "split": "condensation", "mean_cosine": cosines, **tally()})
+        x, _ = read_windows(corpus.val, held_out[followed], block_size, model.vocab_size)
+        model.eval()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            cosines = mean_cosine_by_layer(model, x.to(device))  # on every rank: FSDP needs them all
+        model.train()
+        metrics.record({"step": step, "split": "condensation", "mean_cosine": cosines, **tally()})
 
     def save(val_loss: float | None) -> None:
+        # weights first: state_dict shards again what an evaluation has put together, as the optimizers know it
+        weights = distributed.gather(model.state_dict(), world)
+        tensors = distributed.gather(optim.state_tensors(model, optimizers), world)
         if world.is_main:
             state = {
                 **{"step": step, **tally(), "val_loss": val_loss, "bad_steps": bad_steps},
                 **{"scaler": scaler.state_dict(), "config": dataclasses.asdict(config), "corpus": corpus.folder.name},
             }
-            saver.save(model.state_dict(), optim.state_tensors(model, optimizers), state)
+            saver.save(weights, tensors, state)
 
     with (
         StopSignals() as stop,
@@ -186,7 +193,7 @@ def train(config: Config) -> None:
             terms = torch.zeros(2, device=device)  # cross-entropy, dispersion
             for i, (x_i, y_i) in enumerate(zip(x.chunk(n_micro), y.chunk(n_micro), strict=True)):
                 silent = world.size > 1 and i < n_micro - 1
-                with objective.no_sync() if silent else contextlib.nullcontext():
+                with distributed.no_sync(objective) if silent else contextlib.nullcontext():
                     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                         ce, dispersion = objective(x_i, y_i, positions)
                     scaler.scale((ce + lambda_disp * dispersion) / n_micro).backward()
@@ -253,6 +260,8 @@ def train(config: Config) -> None:
                 raise SystemExit(EXIT_CODE)
 
         saver.wait()
+        if config.train.sample_tokens > 0:
+            distributed.unshard(model)  # rank 0 writes the sample alone
         conclude(folder, model, corpus, config, metrics)
 
 
@@ -299,9 +308,9 @@ def evaluate(
     n_hidden = model.config.n_layer + 1
     sums = torch.zeros(1 + n_hidden, dtype=torch.float64, device=world.device)  # loss, then every layer's cosine
     mine = windows[world.rank :: world.size]
-    for start in range(0, len(mine), rows):
-        chunk = mine[start : start + rows]
-        x, y = read_windows(corpus.val, chunk, model.config.block_size, model.vocab_size)
+    for start in range(0, math.ceil(len(windows) / world.size), rows):
+        chunk = mine[start : start + rows]  # empty on some ranks at the end, but FSDP needs them all at every call
+        x, y = read_windows(corpus.val, chunk if len(chunk) else windows[:1], model.config.block_size, model.vocab_size)
         with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
             out = model(x.to(world.device), y.to(world.device), return_hidden=True)
         assert out.hidden is not None
@@ -336,8 +345,8 @@ def restore(
     if differing:
         changes = ", ".join(f"{key}={theirs.get(key)} (now {ours[key]})" for key in differing)
         raise UserError(f"{saved.path} is of another run: {changes}; give this one another run_name")
-    model.load_state_dict(saved.model)
-    optim.load_state_tensors(model, optimizers, saved.optimizer)
+    model.load_state_dict(distributed.scatter(saved.model, model))
+    optim.load_state_tensors(model, optimizers, distributed.scatter(saved.optimizer, model))
     scaler.load_state_dict(saved.state["scaler"])
     return saved.state
 

@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nanodisp import arguments
 from nanodisp.dispersion import DispersionConfig, select_layers
+from nanodisp.distributed import PARALLEL
 from nanodisp.errors import UserError
 from nanodisp.gpt import GPTConfig
 from nanodisp.metrics import WandbConfig
@@ -52,6 +53,10 @@ class TrainConfig:
     dtype: "bfloat16" or "float16" run matrix products in it (autocast; weights stay float32,
         float16 scales the loss); "auto" is bfloat16 on a GPU or CPU that has it, else float32.
     compile: torch.compile the model and the loss; needs a compiler on the machine.
+    parallel: how torchrun's ranks share the work: "ddp" keeps the whole model on each, "fsdp" a share
+        of its weights, gradients and optimizer state. One process alone is the same under both.
+    activation_checkpointing: go through each block once more in backward in place of keeping what is inside it:
+        less memory, for one more forward pass.
     log_interval, eval_interval, checkpoint_interval: in steps.
     condensation_interval: how often, in steps, the mean cosine of every layer is measured on four validation
         windows, between validations; null for never.
@@ -69,6 +74,8 @@ class TrainConfig:
     micro_batch_size: int | None = None
     dtype: str = "auto"
     compile: bool = False
+    parallel: str = "ddp"
+    activation_checkpointing: bool = False
     log_interval: int = 20
     eval_interval: int = 200
     condensation_interval: int | None = 50
@@ -86,6 +93,8 @@ class TrainConfig:
             raise ValueError("no budget: give train.steps, train.tokens or train.tokens_per_param")
         if self.dtype not in DTYPES:
             raise ValueError(f"train.dtype={self.dtype} is unknown; choose one of {', '.join(DTYPES)}")
+        if self.parallel not in PARALLEL:
+            raise ValueError(f"train.parallel={self.parallel} is unknown; choose one of {', '.join(PARALLEL)}")
         intervals = ("log_interval", "eval_interval", "checkpoint_interval")
         for name in ("batch_size", *intervals, "keep_last", "max_bad_steps"):
             if getattr(self, name) < 1:
@@ -168,6 +177,7 @@ NOT_IDENTITY = {
     "train": (
         *("compile", "micro_batch_size", "log_interval", "eval_interval", "checkpoint_interval"),
         *("condensation_interval", "keep_last", "keep_every", "max_bad_steps", "sample_tokens"),
+        *("parallel", "activation_checkpointing"),
     ),
 }
 BUDGET = ("train.steps", "train.tokens", "train.tokens_per_param")  # may grow when a run goes on

@@ -1,7 +1,8 @@
 """Parameter groups, optimizers and the learning-rate schedule.
 
 AdamW decays matrices only. Muon (Jordan et al. 2024, torch's own) takes the matrices of the
-blocks and leaves embeddings, biases and LayerNorms to AdamW.
+blocks and leaves embeddings, biases and LayerNorms to AdamW. Where FSDP has sharded them its
+matrix products are over all ranks, so whole matrices are made orthogonal there too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -138,6 +140,7 @@ def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of FSDP's parts
     if max_norm is not None:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).nan_to_num(1.0, posinf=1.0)
         torch._foreach_mul_(gradients, factor.where(norm.isfinite(), 1.0))
@@ -151,7 +154,9 @@ def first_not_finite(model: nn.Module, idx: Tensor) -> str:
     for layer, hidden in enumerate(model(idx, return_hidden=True, head=False).hidden):
         if not hidden.isfinite().all():
             return f"hidden state {layer}"
-    bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    local = {name: grad.to_local() if isinstance(grad, DTensor) else grad for name, grad in gradients.items()}
+    bad = [name for name, grad in local.items() if not grad.isfinite().all()]
     return f"the gradient of {bad[-1]}" if bad else "the loss"
 
 

@@ -1,0 +1,108 @@
+"""Several ranks: sharded or not, saved by some and resumed by others, they walk the curve of one process."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, records
+from test_train import command, losses
+
+from nanodisp import checkpoint, distributed
+from nanodisp.gpt import GPT, GPTConfig
+
+Run = Callable[..., Path]
+COURSE = ("train.steps=12", "train.log_interval=1", "train.eval_interval=4", "train.condensation_interval=4")
+
+
+def assert_same_curve(ours: Path, theirs: Path, tolerance: float = 1e-5) -> None:
+    assert len(losses(ours)) == 12
+    for key in ("loss", "dispersion", "grad_norm"):
+        assert losses(ours, key) == pytest.approx(losses(theirs, key), rel=tolerance)
+    for split in ("val", "condensation"):
+        a, b = ([r["mean_cosine"] for r in records(folder, split)] for folder in (ours, theirs))
+        assert a == [pytest.approx(means, rel=10 * tolerance) for means in b]
+    a, b = ([r["loss"] for r in records(folder, "val")] for folder in (ours, theirs))
+    assert a == pytest.approx(b, rel=tolerance)
+
+
+@pytest.fixture(scope="module")
+def sharded(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep under FSDP on 2 ranks, in micro-batches; of 5 validation windows one rank has a chunk more."""
+    folder = tmp_path_factory.mktemp("sharded")
+    result = command(
+        *("-m", *TINY, *COURSE, f"data.path={corpus}", f"out_dir={folder}", "run_name=${optim.name}-${train.dtype}"),
+        *("train.parallel=fsdp", "train.micro_batch_size=1", "train.eval_windows=5"),
+        *("optim=adamw,muon", "train.dtype=float32,float16"),
+        ranks=2,
+    )
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "dtype", "tolerance"),
+    # Muon's iterations run in bfloat16, and sharded they add up in another order
+    [("adamw", "float32", 1e-5), ("muon", "float32", 3e-4), ("adamw", "float16", 1e-3)],
+)
+def test_sharded_ranks_walk_the_curve_of_one_process(
+    run: Run, sharded: Path, optimizer: str, dtype: str, tolerance: float
+) -> None:
+    one = run(*COURSE, "train.eval_windows=5", f"optim={optimizer}", f"train.dtype={dtype}")
+    ours = sharded / f"{optimizer}-{dtype}"
+    assert_same_curve(ours, one, tolerance)
+    if tolerance == 1e-5:
+        assert (ours / "samples.txt").read_bytes() == (one / "samples.txt").read_bytes()
+
+
+def test_a_run_of_two_ranks_goes_on_sharded_on_four_and_whole_on_one(run: Run, corpus: Path, tmp_path: Path) -> None:
+    keep = ("train.checkpoint_interval=4", "train.keep_last=3")
+    one = run(*COURSE, *keep, name="one")
+    settings = (*TINY, *COURSE, *keep, f"data.path={corpus}", f"out_dir={tmp_path}", "run_name=many")
+    checkpoints = tmp_path / "many" / "checkpoints"
+
+    result = command(*settings, ranks=2)
+    assert result.returncode == 0, result.stderr
+    shutil.rmtree(checkpoints / "step_00000008")
+    shutil.rmtree(checkpoints / "step_00000012")
+    result = command(*settings, "train.parallel=fsdp", "train.activation_checkpointing=true", ranks=4)
+    assert result.returncode == 0, result.stderr
+    assert "going on from step 4" in result.stdout
+    shutil.rmtree(checkpoints / "step_00000012")
+    many = run(*COURSE, *keep, name="many")
+
+    assert_same_curve(many, one)
+    ours, theirs = (checkpoint.load(checkpoint.find(folder)) for folder in (many, one))
+    assert ours.optimizer.keys() == theirs.optimizer.keys()
+    assert all(torch.allclose(ours.model[name], theirs.model[name], atol=1e-5) for name in theirs.model)
+
+
+def test_recomputed_blocks_give_the_same_gradients_from_less_memory() -> None:
+    config = GPTConfig(n_layer=3, n_head=2, n_embd=32, block_size=24, vocab_size=50, dropout=0.1)
+    idx = torch.randint(50, (2, 24))
+    take = ([0, 1, 3], torch.arange(12).view(3, 4))
+
+    def backward(recomputed: bool) -> tuple[list[torch.Tensor], int]:
+        torch.manual_seed(0)
+        model = GPT(config)
+        if recomputed:
+            for block in model.h:
+                distributed.recompute(block, compiled=False)
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+            out = model(idx, idx, take=take)
+        (out.loss + out.hidden.square().sum()).backward()
+        return [p.grad for p in model.parameters()], sum(kept)
+
+    (plain, plain_bytes), (again, again_bytes) = backward(False), backward(True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert again_bytes < plain_bytes / 2
+
+
+def test_recomputed_blocks_do_not_change_the_run(run: Run) -> None:
+    settings = (*COURSE, "model.dropout=0.1")
+    plain, again = run(*settings, name="a"), run(*settings, "train.activation_checkpointing=true", name="b")
+    assert_same_curve(again, plain, 1e-6)
