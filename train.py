@@ -64,7 +64,7 @@ class Objective(nn.Module):
 
 def train(config: Config) -> None:
     """One run, from data to a sample."""
-    world = distributed.start(config.device)
+    world = distributed.start(config.device, config.train.timeout_minutes)
     device, batch_size = world.device, config.train.batch_size
     if batch_size % world.size != 0:
         raise UserError(f"train.batch_size={batch_size} is not divisible by the number of ranks, {world.size}")

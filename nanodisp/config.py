@@ -57,6 +57,7 @@ class TrainConfig:
         of its weights, gradients and optimizer state. One process alone is the same under both.
     activation_checkpointing: go through each block once more in backward in place of keeping what is inside it:
         less memory, for one more forward pass.
+    timeout_minutes: how long ranks wait for one that hangs, or for rank 0 to prepare the data, before they fail.
     log_interval, eval_interval, checkpoint_interval: in steps.
     condensation_interval: how often, in steps, the mean cosine of every layer is measured on four validation
         windows, between validations; null for never.
@@ -76,6 +77,7 @@ class TrainConfig:
     compile: bool = False
     parallel: str = "ddp"
     activation_checkpointing: bool = False
+    timeout_minutes: float = 30.0
     log_interval: int = 20
     eval_interval: int = 200
     condensation_interval: int | None = 50
@@ -95,6 +97,8 @@ class TrainConfig:
             raise ValueError(f"train.dtype={self.dtype} is unknown; choose one of {', '.join(DTYPES)}")
         if self.parallel not in PARALLEL:
             raise ValueError(f"train.parallel={self.parallel} is unknown; choose one of {', '.join(PARALLEL)}")
+        if not 0 < self.timeout_minutes < math.inf:
+            raise ValueError(f"train.timeout_minutes={self.timeout_minutes} must be positive")
         intervals = ("log_interval", "eval_interval", "checkpoint_interval")
         for name in ("batch_size", *intervals, "keep_last", "max_bad_steps"):
             if getattr(self, name) < 1:
@@ -177,7 +181,7 @@ NOT_IDENTITY = {
     "train": (
         *("compile", "micro_batch_size", "log_interval", "eval_interval", "checkpoint_interval"),
         *("condensation_interval", "keep_last", "keep_every", "max_bad_steps", "sample_tokens"),
-        *("parallel", "activation_checkpointing"),
+        *("parallel", "activation_checkpointing", "timeout_minutes"),
     ),
 }
 BUDGET = ("train.steps", "train.tokens", "train.tokens_per_param")  # may grow when a run goes on

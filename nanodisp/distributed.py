@@ -14,6 +14,7 @@ and `whole`. These leave tensors that are not sharded as they are, whatever the 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,8 +70,11 @@ class World:
 _control_group: dist.ProcessGroup | None = None  # of the CPUs, where the default one is of the GPUs
 
 
-def start(device: str = "auto") -> World:
+def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
     """Join the process group that torchrun describes (gloo on CPU, NCCL on CUDA), once per process.
+
+    When a rank lets the others wait for `timeout_minutes` they fail, and torchrun ends them all. With
+    TORCH_DISTRIBUTED_DEBUG=DETAIL in the environment they name that rank.
 
     Raises UserError for an unknown or absent device.
     """
@@ -88,8 +92,9 @@ def start(device: str = "auto") -> World:
         torch.cuda.set_device(local_rank)
     if size > 1 and not dist.is_initialized():
         global _control_group
-        dist.init_process_group("nccl" if use_cuda else "gloo")
-        _control_group = dist.new_group(backend="gloo") if use_cuda else None
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timeout)
+        _control_group = dist.new_group(backend="gloo", timeout=timeout) if use_cuda else None
     return World(rank, size, torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"))
 
 

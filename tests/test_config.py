@@ -49,6 +49,7 @@ def test_every_variant_has_its_file() -> None:
         ("dispersion.layers=[7]", ["7", "0 to 6"]),
         ("train.dtype=int8", ["int8", "bfloat16"]),
         ("train.parallel=tensor", ["tensor", "ddp, fsdp"]),
+        ("train.timeout_minutes=0", ["timeout_minutes=0", "positive"]),
         ("wandb.mode=on", ["on", "offline"]),
         ("run_name=a/b", ["a/b"]),
         ("seed=-1", ["seed=-1"]),
@@ -77,7 +78,7 @@ def test_a_name_follows_from_what_decides_the_result() -> None:
     assert name.startswith("nano-pystdlib-angular0.1-s1337-")
     same = ("device=cpu", "wandb.mode=offline", "train.log_interval=7", "train.micro_batch_size=1", "out_dir=else")
     assert config.name_of(compose(*same), "nano") == name
-    ways = ("train.parallel=fsdp", "train.activation_checkpointing=true")
+    ways = ("train.parallel=fsdp", "train.activation_checkpointing=true", "train.timeout_minutes=5")
     assert config.name_of(compose(*ways), "nano") == name
     for other in ("seed=1", "optim.lr=0.1", "model.n_layer=3", "train.steps=7", "dispersion.max_tokens=8"):
         assert config.name_of(compose(other), "nano") != name

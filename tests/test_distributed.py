@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, records
+from conftest import ROOT, TINY, records
 from test_train import command, losses
 
 from nanodisp import checkpoint, distributed
@@ -106,3 +110,25 @@ def test_recomputed_blocks_do_not_change_the_run(run: Run) -> None:
     settings = (*COURSE, "model.dropout=0.1")
     plain, again = run(*settings, name="a"), run(*settings, "train.activation_checkpointing=true", name="b")
     assert_same_curve(again, plain, 1e-6)
+
+
+def test_a_rank_that_hangs_ends_the_run_and_can_be_named(tmp_path: Path) -> None:
+    script = tmp_path / "hang.py"
+    script.write_text(
+        "import time, torch\n"
+        "from nanodisp import distributed\n"
+        "world = distributed.start('cpu', timeout_minutes=0.03)\n"
+        "time.sleep(100 * world.rank)\n"
+        "world.sum(torch.ones(1))\n"
+    )
+    began = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_DISTRIBUTED_DEBUG": "DETAIL"},
+        timeout=300,
+    )
+    assert result.returncode != 0
+    assert time.monotonic() - began < 90
+    assert "Ranks 1 failed to pass" in result.stderr

@@ -234,9 +234,7 @@ def test_a_run_folder_that_is_a_file_is_told(run: Run, tmp_path: Path) -> None:
 
 def test_ranks_must_divide_the_batch(corpus: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            train.distributed, "start", lambda device: train.World(rank=0, size=3, device=torch.device("cpu"))
-        )
+        patch.setattr(train.distributed, "start", lambda *_: train.World(rank=0, size=3, device=torch.device("cpu")))
         with pytest.raises(UserError, match="not divisible by the number of ranks, 3"):
             train.train(compose(*TINY, f"data.path={corpus}", f"out_dir={tmp_path}", "run_name=x"))
 
