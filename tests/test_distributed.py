@@ -39,7 +39,7 @@ def sharded(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
     result = command(
         *("-m", *TINY, *COURSE, f"data.path={corpus}", f"out_dir={folder}", "run_name=${optim.name}-${train.dtype}"),
-        *("train.parallel=fsdp", "train.micro_batch_size=1", "train.eval_windows=5"),
+        *("train.parallel=fsdp", "train.micro_batch_size=1", "train.eval_windows=5", "train.timeout_minutes=1"),
         *("optim=adamw,muon", "train.dtype=float32,float16"),
         ranks=2,
     )
