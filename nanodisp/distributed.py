@@ -160,12 +160,15 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def gather(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
-    """`whole` of each, one after the other, on the CPU of rank 0; the others keep none. All ranks call it."""
+    """Whole tensors for rank 0, what was sharded one after the other onto its CPU; the others get none.
+
+    All ranks call it.
+    """
     gathered = {}
     for name, tensor in tensors.items():
         full = whole(tensor)
         if world.is_main:
-            gathered[name] = full.cpu()
+            gathered[name] = full if full is tensor else full.cpu()
     return gathered
 
 

@@ -132,3 +132,48 @@ def test_a_rank_that_hangs_ends_the_run_and_can_be_named(tmp_path: Path) -> None
     assert result.returncode != 0
     assert time.monotonic() - began < 90
     assert "Ranks 1 failed to pass" in result.stderr
+
+
+POISONED = """
+import os
+import train
+from nanodisp import config
+
+build = train.optim.build_optimizers
+
+def poisoned(model, settings):
+    calls = 0
+    def hook(gradient):
+        nonlocal calls
+        calls += 1
+        return gradient * float("nan") if calls == 2 and os.environ["RANK"] == "1" else gradient
+    model.ln_f.weight.register_hook(hook)
+    return build(model, settings)
+
+train.optim.build_optimizers = poisoned
+config.main(train.train)
+"""
+
+
+def test_a_gradient_poisoned_on_one_rank_is_left_out_on_both(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "poisoned.py").write_text(POISONED)
+    settings = [*TINY, f"data.path={corpus}", f"out_dir={tmp_path}", "run_name=run", "train.steps=4"]
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            str(tmp_path / "poisoned.py"),
+            *settings,
+            "train.log_interval=1",
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "run", "bad_steps") == [0, 1, 1, 1]
+    assert None not in losses(tmp_path / "run")
