@@ -30,6 +30,7 @@ class OptimConfig:
     muon_momentum: of Muon.
     schedule: after warm-up "cosine" or "linear" down to `min_lr_fraction` of the peak, or "constant".
     warmup_steps: the rate rises linearly over this many steps, at most a tenth of the run.
+    warmup_fraction: or, given in place of it, over this share of the run.
     decay_fraction: the decay takes this last share of the run, with the peak held until
         then: 1 is the usual cosine, "linear" with 0.2 is warm-up-stable-decay (WSD).
     min_lr_fraction: the rate at the end, as a share of the peak.
@@ -45,6 +46,7 @@ class OptimConfig:
     muon_momentum: float = 0.95
     schedule: str = "cosine"
     warmup_steps: int = 100
+    warmup_fraction: float | None = None
     decay_fraction: float = 1.0
     min_lr_fraction: float = 0.1
     grad_clip: float | None = 1.0
@@ -63,6 +65,8 @@ class OptimConfig:
         for name in ("decay_fraction", "min_lr_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"optim.{name}={getattr(self, name)} must lie in [0, 1]")
+        if self.warmup_fraction is not None and not 0 <= self.warmup_fraction < 1:
+            raise ValueError(f"optim.warmup_fraction={self.warmup_fraction} must lie in [0, 1); null for warmup_steps")
         if self.warmup_steps < 0 or not 0 <= self.weight_decay < math.inf:
             raise ValueError("optim.warmup_steps and optim.weight_decay must be numbers that are not negative")
         if self.grad_clip is not None and not self.grad_clip > 0:
@@ -116,7 +120,10 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
 
 def lr_scale(config: OptimConfig, step: int, total_steps: int) -> float:
     """The learning rate at `step` (from 0) of `total_steps`, as a share of its peak."""
-    warmup_steps = min(config.warmup_steps, total_steps // 10)
+    if config.warmup_fraction is not None:
+        warmup_steps = round(config.warmup_fraction * total_steps)
+    else:
+        warmup_steps = min(config.warmup_steps, total_steps // 10)
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     decay_start = max(warmup_steps, round(total_steps * (1 - config.decay_fraction)))

@@ -103,6 +103,9 @@ def test_schedules_meet_their_landmarks() -> None:
     assert lr_scale(wsd, 900, 1000) == pytest.approx(0.5)
     assert lr_scale(OptimConfig(schedule="constant"), 999, 1000) == 1.0
     assert lr_scale(OptimConfig(warmup_steps=100), 5, 50) == 1.0  # warm-up takes a tenth of a short run at most
+    fifth = OptimConfig(warmup_steps=1, warmup_fraction=0.2)
+    assert [lr_scale(fifth, step, 1000) for step in (99, 199, 200)] == pytest.approx([100 / 201, 200 / 201, 1.0])
+    assert lr_scale(fifth, 10, 50) == 1.0
 
 
 def test_set_lr_scales_every_group_from_its_own_peak() -> None:
