@@ -20,7 +20,7 @@ import torch
 from nanodisp import arguments, checkpoint, distributed
 from nanodisp.errors import UserError
 from nanodisp.gpt import GPT, GPTConfig, generate
-from nanodisp.tokenizer import load_tokenizer
+from nanodisp.tokenizer import load_tokenizer, spec_in
 
 
 @dataclass
@@ -60,8 +60,7 @@ def main(argv: Sequence[str]) -> None:
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{saved.path} is not a checkpoint of a model that this nanodisp builds: {reason}") from error
-    beside = saved.path.parent.parent / "tokenizer.tiktoken"
-    tokenizer = load_tokenizer(beside if beside.is_file() else spec)
+    tokenizer = load_tokenizer(spec_in(saved.path.parent.parent, spec))
 
     prompt = tokenizer.encode(config.prompt).tolist() or [tokenizer.eot]  # from nothing: a new document
     tokens = generate(

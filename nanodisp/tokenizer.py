@@ -127,7 +127,7 @@ def load_tokenizer(spec: str | Path, folder: Path = Path()) -> Tokenizer:
     if str(spec) == "gpt2":
         return _published_gpt2()
     if str(spec).endswith(".tiktoken"):
-        return _from_file(folder / spec)
+        return from_ranks(folder / spec, _read_ranks(folder / spec))
     raise UserError(f"tokenizer={spec} is unknown; choose byte, gpt2 or the path of a .tiktoken file")
 
 
@@ -144,10 +144,22 @@ def _published_gpt2() -> TiktokenTokenizer:
     return TiktokenTokenizer("gpt2", encoding, n_text=50_256, eot=50_256)
 
 
-def _from_file(path: Path) -> TiktokenTokenizer:
+def spec_in(run: Path, spec: str) -> str:
+    """The spec of a run's tokenizer: the copy of its file in the run's folder, if it has one."""
+    beside = run / "tokenizer.tiktoken"
+    return str(beside) if beside.is_file() else spec
+
+
+def from_ranks(path: Path, ranks: dict[bytes, int]) -> TiktokenTokenizer:
+    """A tokenizer of token bytes -> rank that came from `path`; UserError for ranks that can not encode any text."""
     import tiktoken
 
-    ranks = _read_ranks(path)
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise UserError(
+            f"{path}: the ranks of its {len(ranks)} different tokens are not 0 to {len(ranks) - 1}, each once"
+        )
+    if b"" in ranks or any(bytes([byte]) not in ranks for byte in range(256)):
+        raise UserError(f"{path} must hold each of the 256 single bytes and no empty token, to encode any text")
     pattern, eot = PUBLISHED.get(len(ranks), (GPT2_PATTERN, len(ranks)))
     encoding = tiktoken.Encoding(
         path.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": eot}
@@ -155,8 +167,14 @@ def _from_file(path: Path) -> TiktokenTokenizer:
     return TiktokenTokenizer(path.stem, encoding, n_text=len(ranks), eot=eot)
 
 
+def write_ranks(path: Path, tokenizer: TiktokenTokenizer) -> None:
+    """Write a `.tiktoken` file."""
+    tokens = map(tokenizer.encoding.decode_single_token_bytes, range(tokenizer.n_text))
+    path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)))
+
+
 def _read_ranks(path: Path) -> dict[bytes, int]:
-    """Token bytes -> rank. A file that passes can encode and decode any text."""
+    """Token bytes -> rank."""
     try:
         lines = path.read_bytes().splitlines()
     except (OSError, ValueError) as error:  # a ValueError: a name that no file can have
@@ -170,10 +188,4 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError as error:
             raise UserError(f"{path} line {number} is not a token in base64 and its rank: {line[:40]!r}") from error
-    if sorted(ranks.values()) != list(range(len(ranks))):
-        raise UserError(
-            f"{path}: the ranks of its {len(ranks)} different tokens are not 0 to {len(ranks) - 1}, each once"
-        )
-    if b"" in ranks or any(bytes([byte]) not in ranks for byte in range(256)):
-        raise UserError(f"{path} must hold each of the 256 single bytes and no empty token, to encode any text")
     return ranks
