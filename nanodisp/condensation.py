@@ -38,7 +38,7 @@ from nanodisp.gpt import GPT, GPTConfig
 from nanodisp.loader import count_windows, read_windows, spread_windows
 from nanodisp.prepare import DataConfig, prepare
 from nanodisp.shards import open_split
-from nanodisp.tokenizer import load_tokenizer
+from nanodisp.tokenizer import load_tokenizer, spec_in
 
 BINS = 128  # of the histogram, over [-1, 1]
 LONGEST_BLOCK = 512  # tokens of a window unless told otherwise
@@ -376,9 +376,8 @@ def open_checkpoint(name: str) -> Subject:
     model = GPT(GPTConfig(**config["model"]))
     model.load_state_dict(saved.model)
     run = saved.path.parent.parent
-    beside = run / "tokenizer.tiktoken"
-    spec = beside if beside.is_file() else config["data"]["tokenizer"]
-    data = DataConfig(**{**config["data"], "tokenizer": str(spec)})
+    spec = spec_in(run, config["data"]["tokenizer"])
+    data = DataConfig(**{**config["data"], "tokenizer": spec}) if saved.state["corpus"] is not None else None
     return Subject(
         model, model.config.block_size, model.vocab_size, lambda text: load_tokenizer(spec).encode(text), data, run
     )
@@ -410,7 +409,7 @@ def open_windows(config: CondensationConfig, subject: Subject) -> Iterator[Tenso
         yield from ids[: len(ids) // block * block].view(-1, block)[chosen].split(rows)
         return
     if config.data is None and subject.data is None:
-        raise UserError("a Hugging Face model brings no data: give text=<file> or data=<folder of its shards>")
+        raise UserError("a model from Hugging Face brings no data: give text=<file> or data=<folder of its shards>")
     data = subject.data if config.data is None else dataclasses.replace(DataConfig(), name="shards", path=config.data)
     assert data is not None
     tokens = open_split(prepare(data), "val")

@@ -131,6 +131,8 @@ class Config:
     """A run.
 
     run_name: null makes it from the configuration.
+    init_from: begin with the weights of a run (its folder, or one of its checkpoints) or of a Hugging Face GPT-2
+        (hf:<folder or id>), whose shape must be that of `model`; the context may be shorter. null begins anew.
     resume: "auto" goes on with a run of the same name, "never" refuses its folder.
     dry_run: tell the run's size and about how long it will take, and train nothing.
     """
@@ -141,6 +143,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1000))
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    init_from: str | None = None
     seed: int = 1337
     device: str = "auto"
     resume: str = "auto"
@@ -184,6 +187,7 @@ NOT_IDENTITY = {
         *("parallel", "activation_checkpointing", "timeout_minutes"),
     ),
 }
+LATER = ("init_from", "optim.warmup_fraction")  # count in a name only where they are given: older runs keep theirs
 BUDGET = ("train.steps", "train.tokens", "train.tokens_per_param")  # may grow when a run goes on
 
 
@@ -203,7 +207,9 @@ def name_of(config: Config, model: str) -> str:
 
     `model` is the name of the model's config.
     """
-    digest = hashlib.sha256(json.dumps(identity(dataclasses.asdict(config)), sort_keys=True).encode()).hexdigest()[:6]
+    decides = identity(dataclasses.asdict(config))
+    decides = {key: value for key, value in decides.items() if key not in LATER or value is not None}
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:6]
     d = config.dispersion
     dispersion = f"{d.variant}{d.lambda_disp:g}" if d.lambda_disp > 0 else "off"
     return f"{model}-{config.data.name}-{dispersion}-s{config.seed}-{digest}"

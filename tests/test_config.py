@@ -52,6 +52,7 @@ def test_every_variant_has_its_file() -> None:
         ("train.timeout_minutes=0", ["timeout_minutes=0", "positive"]),
         ("wandb.mode=on", ["on", "offline"]),
         ("run_name=a/b", ["a/b"]),
+        ("optim.warmup_fraction=1", ["warmup_fraction=1.0", "[0, 1)"]),
         ("seed=-1", ["seed=-1"]),
     ],
 )
@@ -80,7 +81,14 @@ def test_a_name_follows_from_what_decides_the_result() -> None:
     assert config.name_of(compose(*same), "nano") == name
     ways = ("train.parallel=fsdp", "train.activation_checkpointing=true", "train.timeout_minutes=5")
     assert config.name_of(compose(*ways), "nano") == name
-    for other in ("seed=1", "optim.lr=0.1", "model.n_layer=3", "train.steps=7", "dispersion.max_tokens=8"):
+    for other in (
+        "seed=1",
+        "optim.lr=0.1",
+        "model.n_layer=3",
+        "train.steps=7",
+        "dispersion.max_tokens=8",
+        "init_from=a",
+    ):
         assert config.name_of(compose(other), "nano") != name
     assert "-off-" in config.name_of(compose("dispersion=off"), "nano")
 

@@ -1,0 +1,425 @@
+"""Hugging Face, in and out: the same weights, the same function, the same tokens; the rest is refused in one line."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import compose, records
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import sample
+from nanodisp import checkpoint, condensation, hf, runs
+from nanodisp.errors import UserError
+from nanodisp.gpt import GPT, GPTConfig, generate
+from nanodisp.hf_tokenizer import build_tokenizer, merged_from
+from nanodisp.tokenizer import from_ranks, load_tokenizer
+
+transformers = pytest.importorskip("transformers")
+
+Run = Callable[..., Path]
+SINGLE_BYTES = [bytes([byte]) for byte in range(256)]
+MERGES = [
+    b"th",
+    b"he",
+    b"the",
+    b" the",
+    b"  ",
+    b"\n\n",
+    b"a b",
+    b"\xc3\xa9",
+    b"12",
+    b"ab",
+    b"aba",
+    b"bab",
+    b"\xc3",
+    b"xyz",
+]
+
+
+def write_ranks_file(path: Path) -> Path:
+    tokens = dict.fromkeys([*SINGLE_BYTES[::-1], *MERGES])
+    path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)))
+    return path
+
+
+def write_run(folder: Path, spec: str, **shape: Any) -> Path:
+    """A run's folder with a checkpoint of a random model, biases and LayerNorms random too."""
+    torch.manual_seed(0)
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "d_ff": 24, **shape}
+    model = GPT(GPTConfig(**shape, vocab_size=load_tokenizer(spec).vocab_size))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    config = dataclasses.asdict(compose(f"data.tokenizer={spec}"))
+    state = {"step": 3, "tokens": 96, "config": {**config, "model": dataclasses.asdict(model.config)}, "corpus": "text"}
+    checkpoint.save(folder / "checkpoints", model.state_dict(), {}, state)
+    return folder
+
+
+def ours(folder: Path) -> GPT:
+    saved = checkpoint.load(checkpoint.find(folder))
+    model = GPT(GPTConfig(**saved.state["config"]["model"]))
+    model.load_state_dict(saved.model)
+    return model.eval()
+
+
+def theirs(folder: Path) -> Any:
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(found.values()), "no weight is missing, too many or of another shape"
+    return model.eval()
+
+
+def export(run: Path, to: Path) -> Path:
+    hf.main(["export", f"checkpoint={run}", f"to={to}"])
+    return to
+
+
+def logits(model: Any, idx: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(idx).logits
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module", params=["byte", "tiny"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    spec = "byte" if request.param == "byte" else str(write_ranks_file(folder / "tiny.tiktoken"))
+    return write_run(folder / "run", spec)
+
+
+@pytest.fixture(scope="module")
+def exported(trained: Path) -> Path:
+    return export(trained, trained.parent / "exported")
+
+
+@pytest.fixture
+def gpt2(tmp_path: Path) -> Path:
+    """A GPT-2 as transformers saves it."""
+    torch.manual_seed(1)
+    config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=24, n_inner=40, vocab_size=257)
+    model = transformers.GPT2LMHeadModel(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path / "gpt2")
+    return tmp_path / "gpt2"
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+
+# --- out -------------------------------------------------------------------------------------
+
+
+def test_transformers_computes_the_same_logits_from_an_exported_folder(trained: Path, exported: Path) -> None:
+    idx = torch.randint(256, (3, 32))
+    model = theirs(exported)
+    assert model.config.vocab_size == ours(trained).vocab_size
+    assert close(logits(model, idx), logits(ours(trained), idx)[..., : model.config.vocab_size])
+
+
+def test_transformers_continues_a_prompt_as_we_do(trained: Path, exported: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+    model = theirs(exported)
+    prompt = tokenizer("the first", return_tensors="pt").input_ids
+    model.generation_config.eos_token_id = None  # ours does not stop there
+    expected = [int(token) for token in generate(ours(trained), prompt, 20, temperature=0)]
+    got = model.generate(prompt, do_sample=False, max_new_tokens=20, pad_token_id=0)[0, prompt.size(1) :]
+    assert got.tolist() == expected
+    assert len(set(expected)) > 1, "one token alone would tell little"
+
+
+def test_a_model_without_biases_is_exported_with_biases_of_zero(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", "byte", bias=False, d_ff=None)
+    folder = export(run, tmp_path / "exported")
+    idx = torch.randint(257, (2, 32))
+    assert close(logits(theirs(folder), idx), logits(ours(run), idx)[..., :257])
+    tensors = load_file(folder / "model.safetensors")
+    biases = [tensor for name, tensor in tensors.items() if name.endswith("bias")]
+    assert len(biases) == 2 * 6 + 1 and not any(bias.any() for bias in biases)
+
+
+def test_a_model_card_tells_the_run(run: Run, tmp_path: Path) -> None:
+    folder = run("train.steps=2", "train.sample_tokens=0", name="told")
+    card = (export(folder, tmp_path / "exported") / "README.md").read_text()
+    loss = records(folder, "val")[-1]["loss"]
+    for words in ("# told", "2 steps", "128 tokens", "validation at step 2", f"{loss:.4f}", "lambda_disp: 0.1"):
+        assert words in card
+    assert str(tmp_path) not in card, "nothing of the machine"
+
+
+def test_nothing_is_written_over(trained: Path, exported: Path) -> None:
+    with pytest.raises(UserError, match="is there already"):
+        export(trained, exported)
+    with pytest.raises(UserError, match="is there already"):
+        hf.main(["import", f"checkpoint={exported}", f"to={trained}"])
+
+
+# --- tokenizers ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def both(trained: Path, exported: Path) -> tuple[Any, Any]:
+    saved = checkpoint.load(checkpoint.find(trained))
+    return load_tokenizer(hf.spec_of(saved)), transformers.AutoTokenizer.from_pretrained(exported)
+
+
+PIECES = st.sampled_from(
+    [*(m.decode("utf-8", "ignore") for m in MERGES), "<|endoftext|>", " \n", "'ll", "1234567", "é"]
+)
+
+
+@given(st.lists(PIECES | st.text(max_size=8), max_size=8).map("".join))
+def test_an_exported_tokenizer_encodes_any_text_as_ours_does(both: tuple[Any, Any], text: str) -> None:
+    assert both[1](text).input_ids == both[0].encode(text).tolist()
+
+
+@given(st.lists(st.integers(0, 256), max_size=12))
+def test_an_exported_tokenizer_decodes_any_tokens_as_ours_does(both: tuple[Any, Any], tokens: list[int]) -> None:
+    expected = both[0].decode_bytes(tokens).decode("utf-8", "replace")
+    assert both[1].decode(tokens, skip_special_tokens=True) == expected
+
+
+def test_end_of_text_has_its_id(both: tuple[Any, Any]) -> None:
+    assert both[1].eos_token_id == both[1].bos_token_id == both[0].eot
+    assert len(both[1]) == both[0].vocab_size
+
+
+@given(st.lists(st.text("ab", min_size=2, max_size=7), unique=True), st.lists(st.text("ab ", max_size=20)))
+def test_any_vocabulary_merges_in_the_same_order(tokens: list[str], texts: list[str]) -> None:
+    tokens_in_order = [*SINGLE_BYTES, *(token.encode() for token in tokens)]
+    tokenizer = from_ranks(Path("any"), {token: rank for rank, token in enumerate(tokens_in_order)})
+    built = build_tokenizer(tokenizer)
+    for text in texts:
+        assert built.encode(text).ids == tokenizer.encode(text).tolist()
+
+
+def test_a_token_comes_from_the_two_that_its_bytes_merge_to() -> None:
+    ranks = {token: rank for rank, token in enumerate([*SINGLE_BYTES, b"bc", b"ab", b"abc", b"xyz"])}
+    assert merged_from(b"abc", ranks) == (b"a", b"bc")
+    assert merged_from(b"a", ranks) is None
+    assert merged_from(b"xyz", ranks) is None
+
+
+def test_a_large_published_vocabulary_keeps_its_pattern_and_end_of_text() -> None:
+    pairs = [bytes([a, b]) for a in range(256) for b in range(256)]
+    tokens = (SINGLE_BYTES + pairs + [b"\0" + pair for pair in pairs])[:100_256]
+    tokenizer = from_ranks(Path("large"), {token: rank for rank, token in enumerate(tokens)})
+    built = build_tokenizer(tokenizer)
+    for text in ("1234567", "a  \nb  \n ", "It'LL do, \r\n\r\n  x's", "naïve 東京", "a \n \n"):
+        assert built.encode(text).ids == tokenizer.encode(text).tolist()
+    assert built.token_to_id("<|endoftext|>") == tokenizer.eot == 100_257
+
+
+# --- in --------------------------------------------------------------------------------------
+
+
+def test_export_and_import_give_the_weights_and_the_tokenizer_back(
+    trained: Path, exported: Path, tmp_path: Path
+) -> None:
+    hf.main(["import", f"checkpoint={exported}", f"to={tmp_path / 'back'}"])
+    before, after = ours(trained), ours(tmp_path / "back")
+    assert after.config == before.config
+    for (name, a), b in zip(before.state_dict().items(), after.state_dict().values(), strict=True):
+        assert torch.equal(a[: before.vocab_size] if name == "wte.weight" else a, b[: len(a)][: before.vocab_size])
+    specs = [hf.spec_of(checkpoint.load(checkpoint.find(run))) for run in (trained, tmp_path / "back")]
+    text = "the bab  abaaba éa 12"
+    assert load_tokenizer(specs[0]).encode(text).tolist() == load_tokenizer(specs[1]).encode(text).tolist()
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_an_imported_gpt2_computes_the_same_logits(gpt2: Path, tmp_path: Path, prefix: str) -> None:
+    tensors = load_file(gpt2 / "model.safetensors")
+    tensors = {prefix + name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    mask = {f"{prefix}h.0.attn.bias": torch.ones(1, 1, 24, 24), f"{prefix}h.0.attn.masked_bias": torch.tensor(-1e4)}
+    expected = logits(theirs(gpt2), idx := torch.randint(257, (2, 24)))
+    save_file({**tensors, **mask}, gpt2 / "model.safetensors", metadata={"format": "pt"})
+    hf.main(["import", f"checkpoint=hf:{gpt2}", f"to={tmp_path / 'run'}", "tokenizer=byte"])
+    got = logits(ours(tmp_path / "run"), idx)
+    assert close(got[..., :257], expected)
+    assert got.size(-1) == 320 and got[..., 257:].isneginf().all()
+
+
+def test_a_gpt2_tokenizer_comes_along(gpt2: Path, tmp_path: Path) -> None:
+    """As transformers saves GPT-2's: a vocabulary, merges, and no pattern of its own."""
+    tokenizer = load_tokenizer(write_ranks_file(tmp_path / "tiny.tiktoken"))
+    built = json.loads(build_tokenizer(tokenizer).to_str())["model"]
+    reachable = {a + b for a, b in built["merges"]} | {t for t, rank in built["vocab"].items() if rank < 256}
+    vocab = {token: rank for rank, token in enumerate(t for t in built["vocab"] if t in reachable)}
+    vocab["<|endoftext|>"] = len(vocab)
+    merges = [tuple(pair) for pair in built["merges"]]
+    saved = transformers.GPT2TokenizerFast(vocab=vocab, merges=merges)
+    saved.save_pretrained(gpt2)
+    change_config(gpt2, vocab_size=len(vocab))
+    tensors = load_file(gpt2 / "model.safetensors")
+    save_file(
+        {**tensors, "transformer.wte.weight": torch.zeros(len(vocab), 16)}, gpt2 / "model.safetensors", {"format": "pt"}
+    )
+    hf.main(["import", f"checkpoint={gpt2}", f"to={tmp_path / 'run'}"])
+    ours = load_tokenizer(tmp_path / "run" / "tokenizer.tiktoken")
+    assert ours.encode("the abab 12é").tolist() == saved("the abab 12é").input_ids
+
+
+def test_an_imported_run_is_sampled_and_measured(
+    exported: Path, tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    hf.main(["import", f"checkpoint={exported}", f"to={run}"])
+    sample.main([f"checkpoint={run}", "prompt=the", "max_new_tokens=5", "device=cpu"])
+    assert "the" in capsys.readouterr().out
+    condensation.main([f"checkpoint={run}", f"data={corpus}", "windows=3", "device=cpu"])
+    assert json.loads((run / "condensation.json").read_text())["windows"] == 3
+    with pytest.raises(UserError, match="give text="):
+        condensation.main([f"checkpoint={run}", "device=cpu"])
+    assert [(found.status, found.problem) for found in runs.read_runs(tmp_path)] == [
+        ("unfinished", "at step 0 of 1000")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"model_type": "llama"}, "its model_type is llama, ours gpt2"),
+        ({"activation_function": "relu"}, "its activation_function is relu"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+        ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn is True"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06"),
+        ({"attn_pdrop": 0.2}, "one dropout"),
+        ({"n_layer": 3}, r"h\.2\.\S+ should be .*, is none"),
+        ({"n_layer": 1}, r"h\.1\.\S+ should be none"),
+        ({"n_head": 3}, "n_embd=16 is not divisible by model.n_head=3"),
+        ({"vocab_size": 300}, "has no tokenizer.json: give tokenizer="),
+    ],
+    ids=str,
+)
+def test_what_ours_can_not_be_is_refused(gpt2: Path, tmp_path: Path, values: dict[str, Any], words: str) -> None:
+    change_config(gpt2, **values)
+    if values.get("vocab_size"):
+        tensors = load_file(gpt2 / "model.safetensors")
+        tensors["transformer.wte.weight"] = torch.zeros(300, 16)
+        save_file(tensors, gpt2 / "model.safetensors")
+    with pytest.raises(UserError, match=words) as error:
+        hf.main(["import", f"checkpoint={gpt2}", f"to={tmp_path / 'run'}"])
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_head_of_its_own_is_refused(gpt2: Path, tmp_path: Path) -> None:
+    tensors = load_file(gpt2 / "model.safetensors")
+    save_file({**tensors, "lm_head.weight": torch.zeros(257, 16)}, gpt2 / "model.safetensors")
+    with pytest.raises(UserError, match="its output head is not its token embedding"):
+        hf.main(["import", f"checkpoint={gpt2}", f"to={tmp_path / 'run'}", "tokenizer=byte"])
+
+
+def test_weights_in_pickles_are_not_read(gpt2: Path, tmp_path: Path) -> None:
+    (gpt2 / "model.safetensors").rename(gpt2 / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"has no model\.safetensors"):
+        hf.main(["import", f"checkpoint={gpt2}", f"to={tmp_path / 'run'}", "tokenizer=byte"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "say which way"),
+        (["out"], "say which way"),
+        (["export", "checkpoint=nowhere", "to={tmp}/a"], "nowhere holds no checkpoint"),
+        (["export", "checkpoint=nowhere"], "to is missing"),
+        (["import", "checkpoint={tmp}", "to={tmp}/a"], "can not be read as a GPT-2"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(tmp_path: Path, arguments: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words) as error:
+        hf.main([argument.format(tmp=tmp_path) for argument in arguments])
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_not_installed_is_told_with_the_command_that_installs_it(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(UserError, match=r"needs tokenizers: pip install 'nanodisp\[eval\]'"):
+        export(trained, tmp_path / "exported")
+
+
+# --- init_from -------------------------------------------------------------------------------
+
+SHORT = ("train.steps=4", "train.checkpoint_interval=2", "train.sample_tokens=0", "train.log_interval=1")
+
+
+def test_a_run_begins_with_the_weights_of_another(run: Run, tmp_path: Path) -> None:
+    source = run(*SHORT, name="source")
+    folder = run(*SHORT, f"init_from={source}", "seed=2", name="on")
+    assert records(folder, "val")[0]["loss"] == records(source, "val")[-1]["loss"]
+    assert records(folder, "train")[0]["loss"] < records(source, "train")[0]["loss"]
+    there = export(source, tmp_path / "exported")
+    again = run(*SHORT, f"init_from=hf:{there}", "seed=2", name="again")
+    assert [r["loss"] for r in records(again, "train")] == [r["loss"] for r in records(folder, "train")]
+
+
+def test_a_resumed_run_does_not_begin_again(run: Run, tmp_path: Path) -> None:
+    source = run(*SHORT, name="source")
+    whole = run(*SHORT, f"init_from={source}", name="whole")
+    run(*SHORT, f"init_from={source}", "train.steps=2", "optim.schedule=constant", name="parts")
+    source.rename(tmp_path / "gone")
+    parts = run(*SHORT, f"init_from={source}", "optim.schedule=constant", name="parts")
+    assert [record["step"] for record in records(parts, "val")] == [0, 2, 4]
+    assert records(parts, "val")[0]["loss"] == records(whole, "val")[0]["loss"]
+    with pytest.raises(UserError, match=r"init_from=.* \(now None\)"):
+        run(*SHORT, "optim.schedule=constant", name="parts")
+
+
+def test_a_shorter_context_and_another_dropout_will_do(run: Run, gpt2: Path) -> None:
+    change_config(gpt2, n_positions=24)
+    options = ("model.d_ff=40", "model.dropout=0.2", "train.steps=1", "train.sample_tokens=0")
+    folder = run(*options, f"init_from={gpt2}")
+    assert checkpoint.load(checkpoint.find(folder)).model["wpe.weight"].shape == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), "another shape: give model.d_ff=40$"),
+        (("model.d_ff=40", "model.n_layer=3"), "give model.n_layer=2$"),
+        (("model.d_ff=40", "model.block_size=32"), "give model.block_size=24$"),
+        (("model.d_ff=40", "model.bias=false"), "give model.bias=true$"),
+        (("model.d_ff=40", "model.vocab_size=300"), r"model.vocab_size=257; another vocabulary is another data.tokeni"),
+        (("init_from=nowhere",), "nowhere holds no checkpoint"),
+    ],
+    ids=str,
+)
+def test_another_shape_is_refused_with_the_keys_to_give(
+    run: Run, gpt2: Path, tmp_path: Path, options: tuple[str, ...], words: str
+) -> None:
+    with pytest.raises(UserError, match=words) as error:
+        run(f"init_from={gpt2}", *options)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_tokenizer_of_the_same_size_is_refused(tmp_path: Path) -> None:
+    spec = str(write_ranks_file(tmp_path / "tiny.tiktoken"))
+    shuffled = tmp_path / "other.tiktoken"
+    lines = (tmp_path / "tiny.tiktoken").read_bytes().splitlines()
+    tokens = [line.split()[0] for line in lines][::-1]
+    shuffled.write_bytes(b"".join(b"%s %d\n" % (token, rank) for rank, token in enumerate(tokens)))
+    run = write_run(tmp_path / "run", spec)
+    config = ours(run).config
+    assert hf.initial_weights(str(run), config, spec).keys() == ours(run).state_dict().keys()
+    assert hf.initial_weights(str(run), config, "nowhere.tiktoken"), "taken at its word"
+    with pytest.raises(UserError, match=r"another tokenizer than data.tokenizer=.*other\.tiktoken"):
+        hf.initial_weights(str(run), config, str(shuffled))
