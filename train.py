@@ -27,7 +27,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nanodisp import checkpoint, config, distributed, optim
+from nanodisp import checkpoint, config, distributed, hf, optim
 from nanodisp.condensation import mean_cosine, mean_cosine_by_layer
 from nanodisp.config import BUDGET, Config, count_steps, identity
 from nanodisp.dispersion import DispersionLoss, lambda_at, sample_positions, select_layers
@@ -331,12 +331,14 @@ def restore(
     optimizers: list[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler,
 ) -> dict[str, Any] | None:
-    """Put the newest whole checkpoint of the run back, if there is one; its state."""
+    """Put the newest whole checkpoint of the run back, if there is one; its state. Else put in what it begins with."""
     if config.resume == "never" and (folder / "config.yaml").exists():
         raise UserError(f"{folder} holds a run: resume=auto goes on with it, run_name=<another> starts afresh")
     saved = checkpoint.load_newest(folder / "checkpoints") if world.is_main else None
     found = int(world.sum(torch.tensor(saved.step + 1 if saved else 0, device=world.device))) - 1  # rank 0 tells
     if found < 0:
+        if config.init_from is not None:
+            model.load_state_dict(hf.initial_weights(config.init_from, config.model, config.data.tokenizer))
         return None
     saved = saved or checkpoint.load(checkpoint.path_of(folder / "checkpoints", found))
     theirs = {**identity(saved.state["config"]), "corpus": saved.state["corpus"]}
