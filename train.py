@@ -338,7 +338,8 @@ def restore(
     found = int(world.sum(torch.tensor(saved.step + 1 if saved else 0, device=world.device))) - 1  # rank 0 tells
     if found < 0:
         if config.init_from is not None:
-            model.load_state_dict(hf.initial_weights(config.init_from, config.model, config.data.tokenizer))
+            weights = hf.initial_weights(config.init_from, config.model, config.data.tokenizer)
+            model.load_state_dict(distributed.scatter(weights, model))
         return None
     saved = saved or checkpoint.load(checkpoint.path_of(folder / "checkpoints", found))
     theirs = {**identity(saved.state["config"]), "corpus": saved.state["corpus"]}

@@ -46,6 +46,7 @@ from nanodisp.errors import UserError
 ROOT = Path(__file__).parent.parent
 SHORT = ("train.steps=24", "train.checkpoint_interval=2", "train.eval_interval=8", "train.eval_windows=8")
 SHORT += ("train.batch_size=4", "train.sample_tokens=0", "train.dtype=float32", "device=cpu")
+STEADY = ("optim.schedule=constant", "optim.warmup_steps=0")  # whatever the number of steps
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -118,9 +119,9 @@ def soak_kills(folder: Path, n: int, rng: random.Random) -> dict[str, Any]:
 def soak_ranks(folder: Path) -> dict[str, Any]:
     right = curve(run(folder, "one", "train.log_interval=1"))
     for steps, ranks, parallel in ((6, 2, "ddp"), (12, 1, "ddp"), (18, 4, "fsdp"), (24, 2, "fsdp")):
-        settings = (f"train.steps={steps}", "optim.schedule=constant", f"train.parallel={parallel}")
+        settings = (f"train.steps={steps}", f"train.parallel={parallel}", *STEADY)
         run(folder, "moved", *settings, "train.log_interval=1", ranks=ranks)
-    steady = curve(run(folder, "steady", "optim.schedule=constant", "train.log_interval=1"))
+    steady = curve(run(folder, "steady", "train.log_interval=1", *STEADY))
     error = float(np.max(np.abs(np.subtract(curve(folder / "moved"), steady)) / steady))
     print(f"2, 1, 4, 2 ranks, DDP and FSDP: the curve of one rank to {error:.1e}")
 

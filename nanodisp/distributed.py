@@ -93,9 +93,23 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
     if size > 1 and not dist.is_initialized():
         global _control_group
         timeout = datetime.timedelta(minutes=timeout_minutes)
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timeout)
+        backend, store = "nccl" if use_cuda else "gloo", _store_of_attempt(timeout)
+        ranks = (rank, size) if store is not None else (-1, -1)  # -1: as torchrun's environment says
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=ranks[0], world_size=ranks[1])
         _control_group = dist.new_group(backend="gloo", timeout=timeout) if use_cuda else None
     return World(rank, size, torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"))
+
+
+def _store_of_attempt(timeout: datetime.timedelta) -> dist.Store | None:
+    """Where ranks leave their addresses, if torchrun's own store serves for that.
+
+    That store outlives `--max-restarts`, and with it the addresses of dead ranks: each attempt needs names of its own.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
+    return dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def stop() -> None:

@@ -177,3 +177,41 @@ def test_a_gradient_poisoned_on_one_rank_is_left_out_on_both(corpus: Path, tmp_p
     assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "run", "bad_steps") == [0, 1, 1, 1]
     assert None not in losses(tmp_path / "run")
+
+
+KILLED = """
+import os
+import signal
+import train
+from nanodisp import config
+
+clip = train.optim.clip_gradients
+
+def killing(model, max_norm):
+    killing.calls += 1
+    if killing.calls == 7 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return clip(model, max_norm)
+
+killing.calls = 0
+train.optim.clip_gradients = killing
+config.main(train.train)
+"""
+
+
+def test_a_killed_rank_is_brought_back_by_torchrun(run: Run, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "killed.py").write_text(KILLED)
+    settings = [*TINY, *COURSE, f"data.path={corpus}", f"out_dir={tmp_path}", "train.checkpoint_interval=5"]
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"),
+            *(str(tmp_path / "killed.py"), *settings, "run_name=killed"),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "going on from step 5" in result.stdout
+    assert_same_curve(tmp_path / "killed", run(*COURSE))
