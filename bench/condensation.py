@@ -1,0 +1,98 @@
+"""Times measuring condensation against the PyPI package `embedding-condensation`, on the same model and windows.
+
+    python -m bench.condensation                # GPT-2's shape (124M), 100 windows of 512 tokens
+
+Needs transformers and, to compare with, `pip install embedding-condensation nltk`. The model is transformers' GPT-2
+without its head, with random weights: what is timed does not depend on them. Halves of the windows alternate;
+the figures are the sums, and how much the process grew by keeping what it measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import resource
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.kernels import RESULTS
+from bench.train_step import cpu_name
+from nanodisp.condensation import measure
+
+CHUNK = 50
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="benchmark of measuring condensation")
+    parser.add_argument("--windows", type=int, default=100)
+    parser.add_argument("--block", type=int, default=512)
+    arguments = parser.parse_args()
+
+    from transformers import GPT2Config, GPT2Model
+
+    torch.manual_seed(0)
+    model = GPT2Model(GPT2Config()).eval()
+    windows = torch.randint(50257, (arguments.windows, arguments.block))
+    theirs = package_on(model)
+    report: dict[str, Any] = {"device": cpu_name(), "torch": torch.__version__, **vars(arguments)}
+    seconds = {"nanodisp": 0.0, "embedding-condensation": 0.0}
+    means: dict[str, list[Tensor]] = {name: [] for name in seconds}
+    measure(model, windows[:1])
+    for chunk in windows.split(CHUNK):
+        began = time.perf_counter()
+        ours = measure(model, chunk.split(4), include_diagonal=True)
+        seconds["nanodisp"] += time.perf_counter() - began
+        means["nanodisp"].append(torch.from_numpy(ours.mean))
+        if theirs is not None:
+            began = time.perf_counter()
+            means["embedding-condensation"].append(theirs(chunk))
+            seconds["embedding-condensation"] += time.perf_counter() - began
+    report["seconds_per_window"] = {name: total / len(windows) for name, total in seconds.items()}
+    for name, each in report["seconds_per_window"].items():
+        print(f"{name:24}{each:8.3f} s a window")
+    if theirs is not None:
+        report["faster"] = seconds["embedding-condensation"] / seconds["nanodisp"]
+        a, b = (torch.stack(values).mean(dim=0) for values in means.values())
+        print(f"{report['faster']:.2f} times faster; layer means differ by {(a - b).abs().max():.1e} at most")
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    measure(model, windows.split(4))
+    report["growth_mib"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    print(f"all {len(windows)} windows in one go: {report['growth_mib']:.0f} MiB more at the peak")
+    path = RESULTS / f"condensation-{re.sub('[^a-z0-9]+', '-', report['device'].lower()).strip('-')}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"written to {path}")
+
+
+def package_on(model: torch.nn.Module) -> Any:
+    """windows [n, T] -> layer means [L + 1] by the package; None where it is not installed."""
+    try:
+        import nltk
+
+        nltk.download = lambda *_, **__: None  # the package asks for data that this does without
+        from embedding_condensation import measure_embedding_condensation
+    except ImportError:
+        print("embedding-condensation is not installed: nothing to compare with")
+        return None
+
+    def run(windows: Tensor) -> Tensor:
+        found = measure_embedding_condensation(
+            model,
+            lambda text, **_: {"input_ids": windows[int(text)][None]},
+            texts=[str(row) for row in range(len(windows))],
+            repetitions=len(windows),
+            plot=False,
+            save_path=None,
+            show_progress=False,
+        )
+        return torch.as_tensor(found.cossim_by_layer.mean(axis=(1, 2)))
+
+    return run
+
+
+if __name__ == "__main__":
+    main()
