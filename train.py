@@ -93,6 +93,7 @@ def train(config: Config) -> None:
 
     # --- model, loss, optimizers
     dtype = resolve_dtype(config.train.dtype, device)
+    config.train.dtype = str(dtype).removeprefix("torch.")
     torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")  # "high" allows TF32
     torch.manual_seed(config.seed)
     model = GPT(config.model).to(device)
@@ -118,12 +119,8 @@ def train(config: Config) -> None:
 
     # --- the run so far
     folder = Path(config.out_dir) / str(config.run_name)
+    step, run_began, bad_steps, bad_in_a_row = 0, time.perf_counter(), 0, 0
     saver = checkpoint.Saver(folder / "checkpoints", config.train.keep_last, config.train.keep_every)
-    saved = restore(folder, config, corpus, world, model, optimizers, scaler)
-    step, seconds, bad_steps = (saved["step"], saved["seconds"], saved.get("bad_steps", 0)) if saved else (0, 0.0, 0)
-    if world.is_main and step < total_steps:
-        write_config(folder, config, corpus)
-    run_began = time.perf_counter() - seconds
 
     def tally() -> dict[str, float]:
         return {"tokens": step * tokens_per_step, "seconds": round(time.perf_counter() - run_began, 3)}
@@ -149,21 +146,26 @@ def train(config: Config) -> None:
         tensors = distributed.gather(optim.state_tensors(model, optimizers), world)
         if world.is_main:
             state = {
-                **{"step": step, **tally(), "val_loss": val_loss, "bad_steps": bad_steps},
+                **{"step": step, **tally(), "val_loss": val_loss},
+                **{"bad_steps": bad_steps, "bad_in_a_row": bad_in_a_row},
                 **{"scaler": scaler.state_dict(), "config": dataclasses.asdict(config), "corpus": corpus.folder.name},
             }
+            metrics.flush()
             saver.save(weights, tensors, state)
 
-    with (
-        StopSignals() as stop,
-        Metrics(
-            folder if world.is_main else None,
+    with StopSignals() as stop, Metrics(folder if world.is_main else None) as metrics, saver:
+        saved = restore(folder, config, corpus, world, model, optimizers, scaler)
+        if saved:
+            step, bad_steps, bad_in_a_row = saved["step"], saved["bad_steps"], saved["bad_in_a_row"]
+            run_began -= saved["seconds"]
+        if world.is_main and step < total_steps:
+            write_config(folder, config, corpus)
+        metrics.begin(
             config=dataclasses.asdict(config),
             wandb_config=config.wandb,
             step=step if saved else -1,
             total_steps=total_steps,
-        ) as metrics,
-    ):
+        )
         metrics.say(
             f"{folder}: {model.num_parameters():,} parameters, {total_steps} steps of {tokens_per_step:,} tokens, "
             f"{world.size} x {device.type} in {str(dtype).removeprefix('torch.')}"
@@ -177,7 +179,6 @@ def train(config: Config) -> None:
 
         batches = prefetch(data, range(step, total_steps), device, world.rank, world.size)
         lap_seconds, lap_steps = 0.0, 0  # since the last line of training figures
-        bad_in_a_row = 0
         while step < total_steps:
             step_began = time.perf_counter()
             x, y = next(batches)
@@ -205,11 +206,12 @@ def train(config: Config) -> None:
             grad_norm = optim.clip_gradients(model, config.optim.grad_clip)
             optim.set_lr(optimizers, scale)
             finite = bool(grad_norm.isfinite())  # the same on all ranks; if not, this update is left out
-            if finite or scaler.is_enabled():  # float16's overflow is normal: the scaler scales less from now on
+            if finite or scaler.get_scale() > 1:  # float16's overflow is normal: the scaler scales less from now on
                 bad_in_a_row = 0
             else:
                 bad_steps, bad_in_a_row = bad_steps + 1, bad_in_a_row + 1
-                if bad_in_a_row == config.train.max_bad_steps:
+                if bad_in_a_row >= config.train.max_bad_steps:
+                    saver.wait()
                     raise UserError(explain_bad_steps(model, x, step + 1, bad_in_a_row, folder))
             for optimizer in optimizers:
                 if finite:
@@ -256,6 +258,7 @@ def train(config: Config) -> None:
             metrics.advance(step)
             if stopping:
                 saver.wait()
+                world.barrier()  # until rank 0 has written: torchrun ends them all when one leaves
                 metrics.say(f"{stop.received or 'another rank stops'}: saved at step {step}; the same command goes on")
                 raise SystemExit(EXIT_CODE)
 
@@ -263,6 +266,8 @@ def train(config: Config) -> None:
         if config.train.sample_tokens > 0:
             distributed.unshard(model)  # rank 0 writes the sample alone
         conclude(folder, model, corpus, config, metrics)
+        if world.any(stop.received is not None):  # too late for this run: a sweep ends here
+            raise SystemExit(EXIT_CODE)
 
 
 def plan(
@@ -364,10 +369,11 @@ def explain_bad_steps(model: GPT, x: Tensor, step: int, n: int, folder: Path) ->
 
 
 def write_config(folder: Path, config: Config, corpus: Corpus) -> None:
-    """Make the run's folder: the resolved configuration, and the tokenizer if it is a file."""
+    """Leave the resolved configuration in the run's folder, and the tokenizer if it is a file."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
+        temporary = folder / "config.tmp"
+        OmegaConf.save(OmegaConf.structured(config), temporary)
+        temporary.replace(folder / "config.yaml")
         if Path(corpus.tokenizer).is_file():
             shutil.copyfile(corpus.tokenizer, folder / "tokenizer.tiktoken")
     except OSError as error:

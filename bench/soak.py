@@ -133,8 +133,9 @@ def soak_ranks(folder: Path) -> dict[str, Any]:
         if len(done) and int(done[-1].name[5:]) >= 4 * (kills + 1):
             victims = subprocess.run(["pgrep", "-f", "run_name=restarted"], capture_output=True, text=True).stdout
             workers = [int(pid) for pid in victims.split() if int(pid) != process.pid]
-            os.kill(max(workers), signal.SIGKILL)
-            kills += 1
+            if workers:
+                os.kill(max(workers), signal.SIGKILL)
+                kills += 1
     finished = process.wait() == 0
     restarted = float(np.max(np.abs(np.subtract(curve(folder / "restarted"), right)) / right)) if finished else None
     print(f"four ranks, one killed {kills} times: finished {finished}, the curve of one rank to {restarted:.1e}")
@@ -177,7 +178,8 @@ def soak_mutations(folder: Path, n: int, rng: random.Random) -> dict[str, Any]:
 
     def read_checkpoint() -> bool:
         loaded = checkpoint.load(saved)
-        return all(torch.equal(loaded.model[name], tensor) for name, tensor in tensors.items())
+        same = [torch.equal(part[name], tensors[name]) for part in (loaded.model, loaded.optimizer) for name in tensors]
+        return all(same) and (loaded.step, loaded.state["seconds"], loaded.state["config"]) == (3, 1.0, {"seed": 1})
 
     def read_shards() -> bool:
         split = shards.open_split(prepared, "train")
@@ -240,9 +242,18 @@ def main(argv: Sequence[str]) -> None:
             report["kills"] = soak_kills(folder, soak.kills, rng)
     report["seconds"] = time.perf_counter() - began
     print(f"{report['seconds']:.0f} s in all")
+    missed = soak.kills and report["kills"]["identical"] < soak.kills
+    if soak.ranks:
+        errors = [report["ranks"][key] for key in ("moved_error", "restarted_error")]
+        missed = missed or not report["ranks"]["finished"] or max(errors) > 1e-5
+    if soak.mutations:
+        outcomes = report["mutations"]["outcomes"].values()
+        missed = missed or any(name not in ("refused", "as written") for counts in outcomes for name in counts)
     path = RESULTS / f"soak-{re.sub('[^a-z0-9]+', '-', report['device'].lower()).strip('-')}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
     print(f"written to {path}")
+    if missed:
+        raise SystemExit("something did not survive: see above")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `step_00000500` of three files: `model.safetensors`,
 `optimizer.safetensors` and `state.json` (format version, step, whatever the run adds, and
-the sha256 of the other two). It is written under a temporary name, flushed to disk and
+the sha256 of all three). It is written under a temporary name, flushed to disk and
 renamed, so that a folder of the right name is whole. Loading one runs no code of its author.
 
 There is no random state in it: everything random in a run is drawn from (seed, step).
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from nanodisp.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
 REMEDY = "training goes back to the one before; elsewhere name an older one"
 
@@ -65,7 +66,9 @@ def save(folder: Path, model: dict[str, Tensor], optimizer: dict[str, Tensor], s
             contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
             safetensors.torch.save_file(contiguous, temporary / name)
             sha256[name] = _sha256(temporary / name)
-        text = json.dumps({"format_version": FORMAT_VERSION, **state, "sha256": sha256}, indent=2)
+        state = {"format_version": FORMAT_VERSION, **state}
+        sha256["state.json"] = _digest(state)
+        text = json.dumps({**state, "sha256": sha256}, indent=2)
         (temporary / "state.json").write_text(text)
         for file in [*temporary.iterdir(), temporary]:
             _flush(file)
@@ -106,6 +109,20 @@ class Saver:
             torch.cuda.current_stream().synchronize()
         self._pending = self._thread.submit(self._write, *copies, state)
 
+    def __enter__(self) -> Saver:
+        for rest in self.folder.glob(".step_*.tmp"):  # of a save that was killed
+            shutil.rmtree(rest, ignore_errors=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: object) -> None:
+        if kind is None:
+            self.wait()
+        elif issubclass(kind, Exception):
+            try:
+                self.wait()
+            except UserError as failed:
+                print(f"error: {failed}", file=sys.stderr)
+
     def wait(self) -> None:
         """Until nothing is being written. Raises UserError when the last save failed."""
         if self._pending is not None:
@@ -124,7 +141,10 @@ class Saver:
 
     def _write(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
         save(self.folder, model, optimizer, state)
-        prune(self.folder, self.keep_last, self.keep_every)
+        try:
+            prune(self.folder, self.keep_last, self.keep_every)
+        except OSError as error:
+            print(f"{self.folder}: old checkpoints can not be deleted: {error}", file=sys.stderr)
 
 
 def load(path: Path) -> Checkpoint:
@@ -136,7 +156,7 @@ def load(path: Path) -> Checkpoint:
     tensors = []
     for name in TENSOR_FILES:
         try:
-            if _sha256(path / name) != state["sha256"][name]:
+            if _sha256(path / name) != state["sha256"].get(name):
                 raise Damaged(f"{path / name} is damaged: its sha256 is not the one in state.json; {REMEDY}")
             tensors.append(safetensors.torch.load_file(path / name))
         except (OSError, SafetensorError) as error:
@@ -202,7 +222,7 @@ def prune(folder: Path, keep_last: int, keep_every: int | None = None) -> None:
             loss = _read_state(path).get("val_loss")
         except UserError:
             continue
-        if isinstance(loss, float):
+        if isinstance(loss, float) and math.isfinite(loss):
             losses[path] = loss
     best = min(losses, key=losses.__getitem__, default=None)
     for path in all_checkpoints(folder)[:-keep_last]:
@@ -215,12 +235,21 @@ def _read_state(path: Path) -> dict[str, Any]:
         state = json.loads((path / "state.json").read_text())
     except (OSError, ValueError) as error:
         raise Damaged(f"{path / 'state.json'} can not be read: {error}; {REMEDY}") from error
-    if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{path} is not a checkpoint of format version {FORMAT_VERSION}")
-    sums = state.get("sha256")
-    if not isinstance(state.get("step"), int) or not isinstance(sums, dict) or set(sums) != set(TENSOR_FILES):
-        raise Damaged(f"{path / 'state.json'} lacks a step or the sums of {' and '.join(TENSOR_FILES)}")
+    version = state.get("format_version") if isinstance(state, dict) else None
+    if isinstance(version, int) and version != FORMAT_VERSION:
+        raise UserError(
+            f"{path} is a checkpoint of format version {version}; this is of format version {FORMAT_VERSION}"
+        )
+    sums = state.get("sha256") if isinstance(state, dict) else None
+    rest = {key: value for key, value in state.items() if key != "sha256"} if isinstance(sums, dict) else {}
+    if not isinstance(sums, dict) or sums.get("state.json") != _digest(rest) or not isinstance(rest.get("step"), int):
+        raise Damaged(f"{path / 'state.json'} is damaged: its sha256 is not the one in it; {REMEDY}")
     return state
+
+
+def _digest(state: dict[str, Any]) -> str:
+    """sha256 of a state, by its values and not by how they are written."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

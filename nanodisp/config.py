@@ -134,7 +134,7 @@ class Config:
     init_from: begin with the weights of a run (its folder, or one of its checkpoints) or of a Hugging Face GPT-2
         (hf:<folder or id>), whose shape must be that of `model`; the context may be shorter. null begins anew.
     resume: "auto" goes on with a run of the same name, "never" refuses its folder.
-    dry_run: tell the run's size and about how long it will take, and train nothing.
+    dry_run: tell the run's size and about how long it will take, and train nothing (data is prepared if need be).
     """
 
     model: GPTConfig = field(default_factory=GPTConfig)
@@ -244,7 +244,8 @@ def main(task: Callable[[Config], None]) -> None:
                 traceback.print_exc()
             if ranks > 1:  # the others may not know: torchrun must end them
                 sys.exit(arguments.fail(UserError(failures[-1])))
-            if os.getpid() != main_process:  # another launcher's worker: Hydra takes it to the main process
+            if os.getpid() != main_process:  # another launcher's worker: Hydra tells the main process of the first one
+                arguments.fail(UserError(failures[-1]))
                 raise UserError(failures[-1]) from error
 
     try:
@@ -254,8 +255,8 @@ def main(task: Callable[[Config], None]) -> None:
     except UserError as error:
         failures.append(str(error))
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        os._exit(130)  # at once: a checkpoint that is being written is not waited for
     for failure in failures:
         arguments.fail(UserError(failure))
     if failures:

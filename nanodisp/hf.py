@@ -293,6 +293,15 @@ def import_run(config: ImportConfig, folder: Path) -> None:
     checkpoint.save(folder / "checkpoints", source.weights, {}, {**state, "config": dataclasses.asdict(run)})
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the parts that its index names."""
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    return [folder / Path(name).name for name in sorted(names)]
+
+
 def read_folder(folder: Path) -> Source:
     """The model of a folder with config.json and model.safetensors, whole or in parts.
 
@@ -316,9 +325,9 @@ def read_folder(folder: Path) -> Source:
             dropout=dropouts["resid_pdrop"],
         )
         theirs: dict[str, Tensor] = {}
-        for file in sorted(folder.glob("model*.safetensors")):
+        for file in weight_files(folder):
             theirs |= safetensors.torch.load_file(file)
-    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise UserError(f"{folder} can not be read as a GPT-2: {first_line(error)}") from error
     if not theirs:
         raise UserError(f"{folder} has no model.safetensors, and weights in other formats are not read")
@@ -362,7 +371,11 @@ def download(name: str) -> Path:
         return Path(name)
     hub = optional("huggingface_hub")
     try:
-        return Path(hub.snapshot_download(name, allow_patterns=["config.json", "tokenizer.json", "model*.safetensors"]))
+        return Path(
+            hub.snapshot_download(
+                name, allow_patterns=["config.json", "tokenizer.json", "model*.safetensors", "*.index.json"]
+            )
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"{name} is no folder and can not be had from the hub: {first_line(error)}") from error
 

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import json
 import math
+import os
 import secrets
 import traceback
 from dataclasses import dataclass
@@ -47,36 +48,50 @@ class WandbConfig:
 class Metrics:
     """The numbers of one run.
 
-    Args:
-        folder: the run's folder; None on ranks other than 0.
-        config: the whole configuration as plain containers, for W&B.
-        wandb_config: see `WandbConfig`.
-        step, total_steps: where the run begins and ends. Records of later steps than `step`,
-            left by an interrupted run, are dropped: they are about to be made again.
+    As a context it holds the run's folder for itself, and leaves what ended the run in `error.txt`.
 
-    Raises UserError when another process has the run's folder open.
+    Args:
+        folder: the run's folder, made if need be; None on ranks other than 0.
+
+    Raises UserError when another process has the folder, or it can not be written.
     """
 
-    def __init__(
-        self, folder: Path | None, *, config: dict[str, Any], wandb_config: WandbConfig, step: int, total_steps: int
-    ) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self.enabled = folder is not None
         self.progress: Progress | None = None
         self.wandb: Any = None
+        self.file: Any = None
         if folder is None:
             return
-        self.lock = (folder / ".lock").open("w")
+        self.folder, self.path, self.error_file = folder, folder / "metrics.jsonl", folder / "error.txt"
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.lock = (folder / ".lock").open("w")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process ends
         except BlockingIOError:
             raise UserError(
                 f"another process is training into {folder}; wait for it, or give another run_name"
             ) from None
-        self.error_file = folder / "error.txt"
-        self.error_file.unlink(missing_ok=True)  # of an earlier attempt
-        self.path = folder / "metrics.jsonl"
-        drop_records_after(self.path, step)
-        self.file = self.path.open("a")
+        except OSError as error:
+            raise UserError(f"the run's folder {folder} can not be written: {error}; choose another out_dir") from error
+
+    def begin(self, *, config: dict[str, Any], wandb_config: WandbConfig, step: int, total_steps: int) -> None:
+        """Open the records.
+
+        Args:
+            config: the whole configuration as plain containers, for W&B.
+            wandb_config: see `WandbConfig`.
+            step, total_steps: where the run begins and ends. Records of later steps than `step`,
+                left by an interrupted run, are dropped: they are about to be made again.
+        """
+        if not self.enabled:
+            return
+        try:
+            self.error_file.unlink(missing_ok=True)  # of an earlier attempt
+            drop_records_after(self.path, step)
+            self.file = self.path.open("a")
+        except OSError as error:
+            raise self._not_written(error) from error
         self.total_steps = total_steps
         self.console = Console(highlight=False, soft_wrap=True, emoji=False)
         if self.console.is_terminal:
@@ -92,7 +107,7 @@ class Metrics:
             self.bar = self.progress.add_task("training", total=total_steps, completed=max(step, 0))
             self.progress.start()
         if wandb_config.mode != "disabled":
-            self._start_wandb(folder, config, wandb_config)
+            self._start_wandb(self.folder, config, wandb_config)
 
     def say(self, text: str) -> None:
         """A line for the reader, above the progress line."""
@@ -112,10 +127,7 @@ class Metrics:
             self.file.write(json.dumps({key: _json_number(value) for key, value in record.items()}) + "\n")
             self.file.flush()
         except OSError as error:
-            raise UserError(
-                f"{self.path} can not be written: {error.strerror}. Checkpoints are whole; free some space or mend the "
-                "permissions, and run the same command again to go on"
-            ) from error
+            raise self._not_written(error) from error
         if record["split"] != "condensation":  # too many lines to read
             self.say(describe(record, self.total_steps))
         if self.wandb is not None:
@@ -125,13 +137,25 @@ class Metrics:
                 values[f"{split}/mean_cosine/layer_{layer:02d}"] = value
             self._guarded("log", lambda: self.wandb.log({"step": record["step"], **values}))
 
+    def flush(self) -> None:
+        """What was recorded survives a power cut."""
+        if self.enabled:
+            os.fsync(self.file.fileno())
+
+    def _not_written(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self.path} can not be written: {error.strerror}. Checkpoints are whole; free some space or mend the "
+            "permissions, and run the same command again to go on"
+        )
+
     def close(self) -> None:
         if not self.enabled:
             return
         if self.progress is not None:
             self.progress.stop()
         with contextlib.suppress(OSError):  # what could not be written has been told
-            self.file.close()
+            if self.file is not None:
+                self.file.close()
         self.lock.close()
         if self.wandb is not None:
             self._guarded("finish", lambda: self.wandb.finish())
@@ -140,7 +164,9 @@ class Metrics:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, where: object) -> None:
-        if self.enabled and isinstance(error, Exception):  # not an interruption: that run is unfinished, not failed
+        if self.file is not None and isinstance(
+            error, Exception
+        ):  # not an interruption: that run is unfinished, not failed
             with contextlib.suppress(OSError):
                 self.error_file.write_text("".join(traceback.format_exception(error)))
         self.close()
@@ -214,7 +240,10 @@ def drop_records_after(path: Path, step: int) -> None:
         if record["step"] <= step:
             kept.append(line + "\n")
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
+    with temporary.open("w") as file:
+        file.write("".join(kept))
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 

@@ -103,9 +103,10 @@ def read_metrics(run: Run) -> None:
             continue
     saved = [int(path.name[5:]) for path in checkpoint.all_checkpoints(run.folder / "checkpoints")]
     run.step = max([*saved, *(step for _, step, _ in records)], default=0)
-    bad = [step for split, step, record in records if split != "condensation" and record.get("loss") is None]
-    validations = [(step, record) for split, step, record in records if split == "val" and step not in bad]
-    if bad:
+    all_validations = [(step, record) for split, step, record in records if split == "val"]
+    bad = [step for step, record in all_validations if not isinstance(record.get("loss"), (int, float))]
+    validations = [(step, record) for step, record in all_validations if step not in bad]
+    if bad and bad[-1] == all_validations[-1][0]:  # an update that was left out on the way is no failure
         run.status, run.problem = "failed", f"the loss is not a number at step {bad[0]}"
     elif validations and validations[-1][0] >= run.total_steps:
         run.status = "finished"

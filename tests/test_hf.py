@@ -316,7 +316,7 @@ def test_what_ours_can_not_be_is_refused(gpt2: Path, tmp_path: Path, values: dic
     with pytest.raises(UserError, match=words) as error:
         hf.main(["import", f"checkpoint={gpt2}", f"to={tmp_path / 'run'}"])
     assert "\n" not in str(error.value)
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_an_output_head_of_its_own_is_refused(gpt2: Path, tmp_path: Path) -> None:
@@ -408,7 +408,7 @@ def test_another_shape_is_refused_with_the_keys_to_give(
     with pytest.raises(UserError, match=words) as error:
         run(f"init_from={gpt2}", *options)
     assert "\n" not in str(error.value)
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_another_tokenizer_of_the_same_size_is_refused(tmp_path: Path) -> None:

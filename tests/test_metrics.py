@@ -12,7 +12,10 @@ from nanodisp.metrics import Metrics, WandbConfig, describe, drop_records_after
 
 
 def metrics(folder: Path | None, step: int = -1) -> Metrics:
-    return Metrics(folder, config={}, wandb_config=WandbConfig(), step=step, total_steps=9)
+    """As a context: an open one, about to go on from `step`."""
+    opened = Metrics(folder)
+    opened.begin(config={}, wandb_config=WandbConfig(), step=step, total_steps=9)
+    return opened
 
 
 def test_a_record_is_a_line_of_json_without_nan(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from nanodisp import checkpoint, report
 from nanodisp.dispersion import DispersionLoss, sample_positions
 from nanodisp.errors import UserError
 from nanodisp.gpt import GPT, GPTConfig
-from nanodisp.metrics import Metrics, WandbConfig
+from nanodisp.metrics import Metrics
 from nanodisp.signals import EXIT_CODE
 
 Run = Callable[..., Path]
@@ -258,10 +258,11 @@ def test_a_run_may_be_given_more_steps_and_a_smaller_budget_leaves_it_as_it_is(r
 def test_a_second_process_in_the_same_folder_is_refused(run: Run, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with (
-        Metrics(tmp_path / "run", config={}, wandb_config=WandbConfig(), step=-1, total_steps=1),
+        Metrics(tmp_path / "run"),
         pytest.raises(UserError, match="another process is training into"),
     ):
         run("train.steps=1")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
     run("train.steps=1")
 
 
@@ -416,6 +417,14 @@ def test_an_update_that_is_not_finite_is_left_out_and_counted(run: Run, monkeypa
     assert losses(folder, "bad_steps") == [0, 1, 1, 2, 2, 2]
     assert losses(folder, "grad_norm")[1] is None
     assert all(value.isfinite().all() for value in weights(folder).values())
+
+
+def test_float16_bears_overflow_but_not_a_nan_that_stays(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ("train.steps=60", "train.dtype=float16", "train.max_bad_steps=3")
+    assert losses(run(*settings, name="overflows"), "bad_steps")[-1] == 0
+    poison(monkeypatch, set(range(1, 61)))
+    with pytest.raises(UserError, match="not finite at step 19, 3 times in a row"):  # 2**16 is halved 16 times first
+        run(*settings, name="poisoned")
 
 
 def test_too_many_of_them_in_a_row_end_the_run_by_name(

@@ -1,0 +1,88 @@
+"""Times and weighs the output head with its cross-entropy: in chunks, against plain PyTorch.
+
+    python -m bench.head                        # GPT-2's head on 16 x 1024 tokens, under bfloat16 autocast
+    python -m bench.head --tokens 2048 --dtype float32
+
+Forward and backward; the two alternate. Each is weighed in a process of its own: how much that grew at its peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import re
+import resource
+import statistics
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.kernels import RESULTS, wall_clock
+from bench.train_step import cpu_name
+from nanodisp.cross_entropy import linear_cross_entropy
+
+
+def plain(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, weight, bias.to(x.dtype)).float(), targets)
+
+
+LOSSES = {"plain": plain, "chunked": linear_cross_entropy}
+
+
+def step_of(name: str, n_tokens: int, dtype: str) -> Any:
+    torch.manual_seed(0)
+    x, weight = torch.randn(n_tokens, 768, requires_grad=True), (0.02 * torch.randn(50304, 768)).requires_grad_()
+    bias = torch.zeros(50304)
+    bias[50257:] = -math.inf
+    targets = torch.randint(50257, (n_tokens,))
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = LOSSES[name](x, weight, bias, targets)
+        torch.autograd.grad(loss, (x, weight))
+
+    return step
+
+
+def peak_mib(name: str, n_tokens: int, dtype: str) -> float:
+    step_of(name, 64, dtype)()  # what loading and warming up take
+    step = step_of(name, n_tokens, dtype)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="benchmark of the output head with its cross-entropy")
+    parser.add_argument("--tokens", type=int, default=16 * 1024)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    report: dict[str, Any] = {**vars(arguments), "device": cpu_name(), "torch": torch.__version__, "heads": {}}
+
+    peaks = {}
+    for name in LOSSES:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            peaks[name] = pool.apply(peak_mib, (name, arguments.tokens, arguments.dtype))
+    times: dict[str, list[float]] = {name: [] for name in LOSSES}
+    for _ in range(arguments.rounds):
+        for name in LOSSES:
+            times[name].append(wall_clock(step_of(name, arguments.tokens, arguments.dtype)))
+    print(f"{report['device']}: {arguments.tokens} tokens, {arguments.dtype}")
+    for name in LOSSES:
+        median = statistics.median(times[name])
+        report["heads"][name] = {"median_ms": median, "peak_mib": peaks[name]}
+        print(f"{name:8}{median:10.0f} ms{peaks[name]:10.0f} MiB at the peak")
+    ratio = statistics.median(times["chunked"]) / statistics.median(times["plain"])
+    print(f"memory {peaks['chunked'] / peaks['plain']:.0%} and time {ratio:.0%} of plain")
+    path = RESULTS / f"head-{arguments.dtype}-{re.sub('[^a-z0-9]+', '-', report['device'].lower()).strip('-')}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()
