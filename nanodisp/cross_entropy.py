@@ -46,7 +46,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             operand = weight.to(dtype)
             size = -(-x.size(0) // n_chunks)
             product_scratch = operand.new_empty(size, weight.size(0))
-            logits_scratch = product_scratch if dtype == torch.float32 else product_scratch.float()
+            logits_scratch = (
+                product_scratch
+                if dtype == torch.float32
+                else product_scratch.new_empty(product_scratch.shape, dtype=torch.float32)
+            )
             loss = x.new_zeros((), dtype=torch.float32)
             dx = torch.empty_like(x) if with_grad else x.new_empty(0)
             dweight = torch.zeros_like(weight) if with_grad else weight.new_empty(0)
@@ -55,13 +59,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 chunk, count = x[rows].to(dtype), counts[rows, None]
                 product, logits = product_scratch[: len(chunk)], logits_scratch[: len(chunk)]
                 torch.mm(chunk, operand.T, out=product)
-                torch.add(product, bias, out=logits)
+                logits.copy_(product).add_(bias)
                 target = targets[rows, None].where(count, 0)
-                log_total = logits.logsumexp(dim=1, keepdim=True)
-                loss += (log_total - logits.gather(1, target)).where(count, 0.0).sum()
+                logit, largest = logits.gather(1, target), logits.amax(dim=1, keepdim=True)
+                total = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
+                loss += (largest + total.log() - logit).where(count, 0.0).sum()
                 if with_grad:  # dlogits = softmax - one-hot, times 1 / n in the end: 16 bits would not hold it
-                    dlogits = logits.sub_(log_total).exp_().scatter_add_(1, target, -torch.ones_like(log_total))
-                    dlogits.mul_(count)
+                    dlogits = logits.mul_(count / total).scatter_add_(1, target, -count.float())
                     product = product.copy_(dlogits) if dtype != torch.float32 else dlogits
                     dx[rows] = product @ operand
                     if dtype == torch.float32:
