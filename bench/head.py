@@ -79,10 +79,8 @@ def main() -> None:
         print(f"{name:8}{median:10.0f} ms{peaks[name]:10.0f} MiB at the peak")
     ratio = statistics.median(times["chunked"]) / statistics.median(times["plain"])
     print(f"memory {peaks['chunked'] / peaks['plain']:.0%} and time {ratio:.0%} of plain")
-    path = (
-        RESULTS
-        / f"head-{arguments.tokens}-{arguments.dtype}-{re.sub('[^a-z0-9]+', '-', report['device'].lower()).strip('-')}.json"
-    )
+    device = re.sub("[^a-z0-9]+", "-", report["device"].lower()).strip("-")
+    path = RESULTS / f"head-{arguments.tokens}-{arguments.dtype}-{device}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
     print(f"written to {path}")
 
