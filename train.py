@@ -14,16 +14,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import json
 import math
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -33,12 +30,13 @@ from nanodisp.config import BUDGET, Config, count_steps, identity
 from nanodisp.dispersion import DispersionLoss, lambda_at, sample_positions, select_layers
 from nanodisp.distributed import World
 from nanodisp.errors import UserError
-from nanodisp.gpt import GPT, generate
+from nanodisp.gpt import GPT
 from nanodisp.loader import Corpus, Loader, count_windows, open_corpus, prefetch, read_windows, spread_windows
 from nanodisp.metrics import Metrics
 from nanodisp.prepare import prepare
+from nanodisp.runs import conclude, write_config
 from nanodisp.signals import EXIT_CODE, StopSignals
-from nanodisp.tokenizer import load_tokenizer, vocab_size_of
+from nanodisp.tokenizer import vocab_size_of
 
 CONDENSATION_WINDOWS = 4  # validation windows of a "condensation" record
 
@@ -92,7 +90,7 @@ def train(config: Config) -> None:
     followed = spread_windows(len(held_out), CONDENSATION_WINDOWS)  # of those, the few that are looked at often
 
     # --- model, loss, optimizers
-    dtype = resolve_dtype(config.train.dtype, device)
+    dtype = distributed.matmul_dtype(config.train.dtype, device)
     config.train.dtype = str(dtype).removeprefix("torch.")
     torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")  # "high" allows TF32
     torch.manual_seed(config.seed)
@@ -114,8 +112,35 @@ def train(config: Config) -> None:
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     total_steps = count_steps(config.train, model.num_parameters(), tokens_per_step)
+
+    def accumulate(step: int, x: Tensor, y: Tensor) -> Tensor:
+        """Forward and backward, in micro-batches; returns cross-entropy and dispersion of this rank's rows, [2]."""
+        lambda_disp, positions = lambda_at(config.dispersion, step, total_steps), None
+        if config.dispersion.lambda_disp > 0:
+            positions = sample_positions(config.seed, step, layers, block_size, config.dispersion.max_tokens)
+            positions = positions.to(device, non_blocking=True)
+        torch.manual_seed(seed_for(config.seed, step, world.rank))  # dropout's
+        terms = torch.zeros(2, device=device)
+        for i, (x_i, y_i) in enumerate(zip(x.chunk(n_micro), y.chunk(n_micro), strict=True)):
+            silent = world.size > 1 and i < n_micro - 1  # ranks share their gradients with the last micro-batch
+            with distributed.no_sync(objective) if silent else contextlib.nullcontext():
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    ce, dispersion = objective(x_i, y_i, positions)
+                scaler.scale((ce + lambda_disp * dispersion) / n_micro).backward()
+            terms += torch.stack([ce.detach(), dispersion.detach()]) / n_micro
+        return terms
+
     if config.dry_run:
-        return plan(config, model, objective, data, n_micro, total_steps, world, dtype)
+        x, y = next(prefetch(data, range(1), device, world.rank, world.size))
+        for _ in range(2):  # the first one warms up
+            step_began = time.perf_counter()
+            accumulate(0, x, y)[0].item()  # waits for the device
+        duration = datetime.timedelta(seconds=round(total_steps * (time.perf_counter() - step_began)))
+        if world.is_main:
+            tokens = total_steps * tokens_per_step
+            size = f"{model.num_parameters():,} parameters, {total_steps:,} steps, {tokens:,} tokens"
+            print(f"{config.run_name}: {size}, about {duration} without evaluation")
+        return
 
     # --- the run so far
     folder = Path(config.out_dir) / str(config.run_name)
@@ -182,37 +207,24 @@ def train(config: Config) -> None:
         while step < total_steps:
             step_began = time.perf_counter()
             x, y = next(batches)
-            scale = optim.lr_scale(config.optim, step, total_steps)
-            lambda_disp = lambda_at(config.dispersion, step, total_steps)
-            positions = None
-            if config.dispersion.lambda_disp > 0:
-                positions = sample_positions(config.seed, step, layers, block_size, config.dispersion.max_tokens)
-                positions = positions.to(device, non_blocking=True)
-            torch.manual_seed(seed_for(config.seed, step, world.rank))  # dropout's
-
-            # --- forward and backward; ranks share their gradients with the last micro-batch
-            terms = torch.zeros(2, device=device)  # cross-entropy, dispersion
-            for i, (x_i, y_i) in enumerate(zip(x.chunk(n_micro), y.chunk(n_micro), strict=True)):
-                silent = world.size > 1 and i < n_micro - 1
-                with distributed.no_sync(objective) if silent else contextlib.nullcontext():
-                    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                        ce, dispersion = objective(x_i, y_i, positions)
-                    scaler.scale((ce + lambda_disp * dispersion) / n_micro).backward()
-                terms += torch.stack([ce.detach(), dispersion.detach()]) / n_micro
+            terms = accumulate(step, x, y)
 
             # --- clip, update
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
             grad_norm = optim.clip_gradients(model, config.optim.grad_clip)
-            optim.set_lr(optimizers, scale)
+            optim.set_lr(optimizers, optim.lr_scale(config.optim, step, total_steps))
             finite = bool(grad_norm.isfinite())  # the same on all ranks; if not, this update is left out
             if finite or scaler.get_scale() > 1:  # float16's overflow is normal: the scaler scales less from now on
                 bad_in_a_row = 0
             else:
                 bad_steps, bad_in_a_row = bad_steps + 1, bad_in_a_row + 1
                 if bad_in_a_row >= config.train.max_bad_steps:
-                    saver.wait()
-                    raise UserError(explain_bad_steps(model, x, step + 1, bad_in_a_row, folder))
+                    raise UserError(
+                        f"the gradient is not finite at step {step + 1}, {bad_in_a_row} times in a row "
+                        f"(train.max_bad_steps), first in {optim.first_not_finite(model, x)}; {saver.last()}; "
+                        "a lower optim.lr or optim.grad_clip may help"
+                    )
             for optimizer in optimizers:
                 if finite:
                     scaler.step(optimizer)
@@ -239,8 +251,8 @@ def train(config: Config) -> None:
                         "step": step,
                         "split": "train",
                         "loss": ce_mean,
-                        "dispersion": dispersion_mean if positions is not None else None,
-                        "lambda_disp": lambda_disp,
+                        "dispersion": dispersion_mean if config.dispersion.lambda_disp > 0 else None,
+                        "lambda_disp": lambda_at(config.dispersion, step - 1, total_steps),
                         "lr": optimizers[0].param_groups[0]["lr"],
                         "grad_norm": grad_norm.item(),
                         "bad_steps": bad_steps,
@@ -268,40 +280,6 @@ def train(config: Config) -> None:
         conclude(folder, model, corpus, config, metrics)
         if world.any(stop.received is not None):  # too late for this run: a sweep ends here
             raise SystemExit(EXIT_CODE)
-
-
-def plan(
-    config: Config,
-    model: GPT,
-    objective: Any,
-    data: Loader,
-    n_micro: int,
-    total_steps: int,
-    world: World,
-    dtype: torch.dtype,
-) -> None:
-    """Tell what a run would be, its duration from a step's forward and backward (the second: the first warms up)."""
-    layers = select_layers(config.dispersion.layers, config.model.n_layer)
-    positions = None
-    if config.dispersion.lambda_disp > 0:
-        positions = sample_positions(config.seed, 0, layers, data.block_size, config.dispersion.max_tokens)
-        positions = positions.to(world.device)
-    x, y = next(prefetch(data, range(1), world.device, world.rank, world.size))
-    for _ in range(2):
-        began = time.perf_counter()
-        with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
-            ce, dispersion = objective(x.chunk(n_micro)[0], y.chunk(n_micro)[0], positions)
-        (ce + dispersion).backward()
-        if world.device.type == "cuda":
-            torch.cuda.synchronize()
-    seconds = total_steps * n_micro * (time.perf_counter() - began)
-    if world.is_main:
-        tokens = total_steps * data.batch_size * data.block_size
-        duration = str(datetime.timedelta(seconds=round(seconds)))
-        print(
-            f"{config.run_name}: {model.num_parameters():,} parameters, {total_steps:,} steps, {tokens:,} tokens, "
-            f"about {duration} without evaluation"
-        )
 
 
 @torch.no_grad()
@@ -357,71 +335,6 @@ def restore(
     optim.load_state_tensors(model, optimizers, distributed.scatter(saved.optimizer, model))
     scaler.load_state_dict(saved.state["scaler"])
     return saved.state
-
-
-def explain_bad_steps(model: GPT, x: Tensor, step: int, n: int, folder: Path) -> str:
-    saved = checkpoint.all_checkpoints(folder / "checkpoints")
-    remedy = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
-    return (
-        f"the gradient is not finite at step {step}, {n} times in a row (train.max_bad_steps), first in "
-        f"{optim.first_not_finite(model, x)}; {remedy}; a lower optim.lr or optim.grad_clip may help"
-    )
-
-
-def write_config(folder: Path, config: Config, corpus: Corpus) -> None:
-    """Leave the resolved configuration in the run's folder, and the tokenizer if it is a file."""
-    try:
-        temporary = folder / "config.tmp"
-        OmegaConf.save(OmegaConf.structured(config), temporary)
-        temporary.replace(folder / "config.yaml")
-        if Path(corpus.tokenizer).is_file():
-            shutil.copyfile(corpus.tokenizer, folder / "tokenizer.tiktoken")
-    except OSError as error:
-        raise UserError(f"the run's folder {folder} can not be written: {error}; choose another out_dir") from error
-
-
-def conclude(folder: Path, model: GPT, corpus: Corpus, config: Config, metrics: Metrics) -> None:
-    """Say how it went: loss, condensation before and after, a sample, and where everything lies."""
-    if not metrics.enabled:
-        return
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    validations = [record for record in records if record["split"] == "val"]
-    for when, record in (("before", validations[0]), ("after", validations[-1])) if validations else ():
-        cosines = " ".join("nan" if value is None else f"{value:.3f}" for value in record["mean_cosine"])
-        metrics.say(f"mean cosine by layer {when:>6} training: {cosines}")
-    if not validations or validations[-1]["loss"] is None:
-        metrics.say(f"the loss is not finite: a lower optim.lr or a smaller optim.grad_clip may help; see {folder}")
-        return
-    if config.train.sample_tokens > 0:
-        metrics.say(f"--- sample\n{write_sample(folder, model, corpus, config)}\n---")
-    last = validations[-1]
-    bpb = f", {last['bpb']:.4f} bits per byte" if last["bpb"] else ""
-    metrics.say(f"validation loss {last['loss']:.4f} nats per token{bpb} after {last['step']} steps")
-    metrics.say(f"config.yaml, metrics.jsonl, samples.txt and checkpoints/ lie in {folder}")
-    metrics.say(f'more text: python sample.py checkpoint={folder} prompt="…"')
-
-
-def write_sample(folder: Path, model: GPT, corpus: Corpus, config: Config) -> str:
-    """Text that the model makes up from nothing; also written to samples.txt."""
-    try:
-        tokenizer = load_tokenizer(corpus.tokenizer)
-    except UserError as error:  # training does not need the tokenizer's file, so a finished run is not lost by it
-        return f"(no sample: {error})"
-    device = model.wte.weight.device
-    generator = torch.Generator(device).manual_seed(config.seed)
-    start = torch.full((1, 1), tokenizer.eot, device=device)
-    model.eval()
-    tokens = generate(model, start, config.train.sample_tokens, temperature=0.8, top_k=50, generator=generator)
-    text = tokenizer.decode_bytes(int(token) for token in tokens).decode("utf-8", errors="replace")
-    (folder / "samples.txt").write_text(text, encoding="utf-8")
-    return text
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products: "auto" is bfloat16 where the hardware has it, else float32."""
-    if name == "auto":
-        name = "bfloat16" if distributed.has_bfloat16(device) else "float32"
-    return getattr(torch, name)
 
 
 def count_micro_batches(rows: int, largest: int | None) -> int:

@@ -129,6 +129,12 @@ class Saver:
             pending, self._pending = self._pending, None
             pending.result()
 
+    def last(self) -> str:
+        """In words, which checkpoint a run can go on from."""
+        self.wait()
+        whole = all_checkpoints(self.folder)
+        return f"the last checkpoint is {whole[-1]}" if whole else "there is no checkpoint yet"
+
     def _copy(self, kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         copies = {}
         for name, tensor in tensors.items():

@@ -187,7 +187,6 @@ NOT_IDENTITY = {
         *("parallel", "activation_checkpointing", "timeout_minutes"),
     ),
 }
-LATER = ("init_from", "optim.warmup_fraction")  # count in a name only where they are given: older runs keep theirs
 BUDGET = ("train.steps", "train.tokens", "train.tokens_per_param")  # may grow when a run goes on
 
 
@@ -205,10 +204,10 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
 def name_of(config: Config, model: str) -> str:
     """The run's name: readable, and told apart from other runs by a hash of what decides its result.
 
-    `model` is the name of the model's config.
+    `model` is the name of the model's config. What is null, not given, has no part in it, so that a new key
+    of that kind leaves the names of older runs as they are.
     """
-    decides = identity(dataclasses.asdict(config))
-    decides = {key: value for key, value in decides.items() if key not in LATER or value is not None}
+    decides = {key: value for key, value in identity(dataclasses.asdict(config)).items() if value is not None}
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:6]
     d = config.dispersion
     dispersion = f"{d.variant}{d.lambda_disp:g}" if d.lambda_disp > 0 else "off"

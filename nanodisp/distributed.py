@@ -213,11 +213,18 @@ def unshard(model: nn.Module) -> None:
 # --- what devices can do ---------------------------------------------------------------------
 
 
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices in hardware: NVIDIA's from Ampere on, CPUs with AVX512-BF16."""
+def matmul_dtype(name: str, device: torch.device) -> torch.dtype:
+    """A dtype by its name; for "auto" bfloat16 where the hardware multiplies matrices of it, else float32.
+
+    NVIDIA's do from Ampere on, CPUs with AVX512-BF16 (those with AMX have that too).
+    """
+    if name != "auto":
+        return getattr(torch, name)
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported()  # those with AMX have it too
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bfloat16 = torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
 # Dense matrix products in 16 bits, FLOP/s by the maker's data sheets; found by part of the device's name.

@@ -287,6 +287,7 @@ def import_run(config: ImportConfig, folder: Path) -> None:
         "seconds": 0.0,
         "val_loss": None,
         "bad_steps": 0,
+        "bad_in_a_row": 0,
         "scaler": {},
         "corpus": None,
     }

@@ -1,6 +1,6 @@
-"""Runs, read back from their folders: what they were told, how far they came, what came out.
+"""Runs and their folders: what a run leaves there, and how it is read back.
 
-A run may be in any state, written by a process that was killed in the middle of a line, by another
+When it is read, a run may be in any state, written by a process that was killed in the middle of a line, by another
 version, or not by us: whatever is wrong with it is told of that run, and no other run suffers.
 """
 
@@ -10,6 +10,7 @@ import dataclasses
 import json
 import re
 import shlex
+import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,9 +30,67 @@ from nanodisp import checkpoint
 from nanodisp.condensation import trend
 from nanodisp.config import CONF, NOT_IDENTITY, Config, TrainConfig, count_steps
 from nanodisp.errors import UserError
-from nanodisp.gpt import GPT, GPTConfig
+from nanodisp.gpt import GPT, GPTConfig, generate
+from nanodisp.loader import Corpus
+from nanodisp.metrics import Metrics
+from nanodisp.tokenizer import load_tokenizer
 
 LAMBDA = "dispersion.lambda_disp"
+
+
+# --- what a run leaves -----------------------------------------------------------------------
+
+
+def write_config(folder: Path, config: Config, corpus: Corpus) -> None:
+    """Leave the resolved configuration in the run's folder, and the tokenizer if it is a file."""
+    try:
+        temporary = folder / "config.tmp"
+        OmegaConf.save(OmegaConf.structured(config), temporary)
+        temporary.replace(folder / "config.yaml")
+        if Path(corpus.tokenizer).is_file():
+            shutil.copyfile(corpus.tokenizer, folder / "tokenizer.tiktoken")
+    except OSError as error:
+        raise UserError(f"the run's folder {folder} can not be written: {error}; choose another out_dir") from error
+
+
+def conclude(folder: Path, model: GPT, corpus: Corpus, config: Config, metrics: Metrics) -> None:
+    """Say how it went: loss, condensation before and after, a sample, and where everything lies."""
+    if not metrics.enabled:
+        return
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    validations = [record for record in records if record["split"] == "val"]
+    for when, record in (("before", validations[0]), ("after", validations[-1])) if validations else ():
+        cosines = " ".join("nan" if value is None else f"{value:.3f}" for value in record["mean_cosine"])
+        metrics.say(f"mean cosine by layer {when:>6} training: {cosines}")
+    if not validations or validations[-1]["loss"] is None:
+        metrics.say(f"the loss is not finite: a lower optim.lr or a smaller optim.grad_clip may help; see {folder}")
+        return
+    if config.train.sample_tokens > 0:
+        metrics.say(f"--- sample\n{write_sample(folder, model, corpus, config)}\n---")
+    last = validations[-1]
+    bpb = f", {last['bpb']:.4f} bits per byte" if last["bpb"] else ""
+    metrics.say(f"validation loss {last['loss']:.4f} nats per token{bpb} after {last['step']} steps")
+    metrics.say(f"config.yaml, metrics.jsonl, samples.txt and checkpoints/ lie in {folder}")
+    metrics.say(f'more text: python sample.py checkpoint={folder} prompt="…"')
+
+
+def write_sample(folder: Path, model: GPT, corpus: Corpus, config: Config) -> str:
+    """Text that the model makes up from nothing; also written to samples.txt."""
+    try:
+        tokenizer = load_tokenizer(corpus.tokenizer)
+    except UserError as error:  # training does not need the tokenizer's file, so a finished run is not lost by it
+        return f"(no sample: {error})"
+    device = model.wte.weight.device
+    generator = torch.Generator(device).manual_seed(config.seed)
+    start = torch.full((1, 1), tokenizer.eot, device=device)
+    model.eval()
+    tokens = generate(model, start, config.train.sample_tokens, temperature=0.8, top_k=50, generator=generator)
+    text = tokenizer.decode_bytes(int(token) for token in tokens).decode("utf-8", errors="replace")
+    (folder / "samples.txt").write_text(text, encoding="utf-8")
+    return text
+
+
+# --- reading it back -------------------------------------------------------------------------
 
 
 @dataclass
