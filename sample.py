@@ -17,10 +17,9 @@ from pathlib import Path
 
 import torch
 
-from nanodisp import arguments, checkpoint, distributed
-from nanodisp.errors import UserError
-from nanodisp.gpt import GPT, GPTConfig, generate
-from nanodisp.tokenizer import load_tokenizer, spec_in
+from nanodisp import arguments, checkpoint, distributed, hf
+from nanodisp.gpt import generate
+from nanodisp.tokenizer import load_tokenizer
 
 
 @dataclass
@@ -53,14 +52,8 @@ def main(argv: Sequence[str]) -> None:
     config = arguments.parse(SampleConfig, argv)
     device = distributed.start(config.device).device
     saved = checkpoint.load(checkpoint.find(Path(config.checkpoint)))
-    try:
-        model = GPT(GPTConfig(**saved.state["config"]["model"])).to(device).eval()
-        model.load_state_dict(saved.model)
-        spec = saved.state["config"]["data"]["tokenizer"]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{saved.path} is not a checkpoint of a model that this nanodisp builds: {reason}") from error
-    tokenizer = load_tokenizer(spec_in(saved.path.parent.parent, spec))
+    model = hf.build(hf.read_checkpoint(saved)).to(device).eval()
+    tokenizer = load_tokenizer(hf.spec_of(saved))
 
     prompt = tokenizer.encode(config.prompt).tolist() or [tokenizer.eot]  # from nothing: a new document
     tokens = generate(

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import safetensors.torch
 import torch
 from omegaconf import OmegaConf
@@ -96,27 +95,6 @@ def open_source(name: str) -> Source:
         return read_folder(folder)._replace(tokenizer=_at_hand(read_tokenizer, folder))
     saved = checkpoint.load(checkpoint.find(Path(name)))
     return read_checkpoint(saved)._replace(tokenizer=_at_hand(load_tokenizer, spec_of(saved)))
-
-
-def load_body(name: str) -> tuple[nn.Module, Callable[[str], np.ndarray]]:
-    """A model without its head, in float32, and how its tokenizer encodes text (int64 [n]).
-
-    Args:
-        name: a folder, or an id on the hub.
-
-    Raises UserError when transformers is missing, or the model is not there or not in safetensors.
-    """
-    transformers = optional("transformers")
-    try:
-        model = transformers.AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False).float()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name} can not be loaded: " + first_line(error)) from error
-
-    def encode(text: str) -> np.ndarray:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        return np.asarray(tokenizer(text).input_ids, dtype=np.int64)
-
-    return model, encode
 
 
 # --- the command line ----------------------------------------------------------------------------
@@ -349,9 +327,17 @@ def read_folder(folder: Path) -> Source:
 def read_checkpoint(saved: checkpoint.Checkpoint) -> Source:
     """The model of one of our checkpoints; UserError when this nanodisp does not build it."""
     try:
+        spec_of(saved)
         return checked(saved.path, Source(GPTConfig(**saved.state["config"]["model"]), saved.model, None))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{saved.path} is not of a model that this nanodisp builds: {first_line(error)}") from error
+
+
+def build(source: Source) -> GPT:
+    """The model itself, on the CPU."""
+    model = GPT(source.config)
+    model.load_state_dict(source.weights)
+    return model
 
 
 def checked(path: Path, source: Source) -> Source:

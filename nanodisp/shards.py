@@ -371,18 +371,16 @@ def verify(folder: str | Path, show_progress: bool = False) -> Manifest:
         return path.is_file() and file_digest(path, "sha256") == shard.sha256
 
     with ThreadPoolExecutor() as pool:
-        checks = pool.map(is_whole, manifest.shards)
-        whole = list(_watched(checks, str(folder), len(manifest.shards)) if show_progress else checks)
+        checks: Iterable[bool] = pool.map(is_whole, manifest.shards)
+        if show_progress:
+            from rich.progress import track
+
+            checks = track(checks, str(folder), len(manifest.shards), transient=True)
+        whole = list(checks)
     damaged = [shard.file for shard, good in zip(manifest.shards, whole, strict=True) if not good]
     if damaged:
         raise UserError(f"{folder}: {', '.join(damaged)} missing or other than when prepared; prepare the folder again")
     return manifest
-
-
-def _watched(checks: Iterable[bool], title: str, total: int) -> Iterable[bool]:
-    from rich.progress import track
-
-    return track(checks, title, total, transient=True)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from nanodisp import config, shards
+from nanodisp import checkpoint, config, shards
 from nanodisp.config import Config
 
 torch.set_num_threads(2)
@@ -73,6 +75,14 @@ def records(folder: Path, split: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["split"] == split]
 
 
+def losses(folder: Path, key: str = "loss") -> list[float]:
+    return [record[key] for record in records(folder, "train")]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(checkpoint.find(folder)).model
+
+
 @pytest.fixture
 def run(corpus: Path, tmp_path: Path) -> Callable[..., Path]:
     """Train a tiny model as `python train.py <overrides>` would; gives the run's folder."""
@@ -83,6 +93,18 @@ def run(corpus: Path, tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return go
+
+
+def command(*arguments: str, ranks: int | None = None) -> subprocess.CompletedProcess[str]:
+    """`python train.py …`, or torchrun with that many ranks."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    return subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "train.py"), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
 
 
 STEPS = 40

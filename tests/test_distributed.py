@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, records
-from test_train import command, losses
+from conftest import ROOT, TINY, command, losses, records
 
 from nanodisp import checkpoint, distributed
 from nanodisp.gpt import GPT, GPTConfig

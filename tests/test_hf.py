@@ -22,8 +22,8 @@ import sample
 from nanodisp import checkpoint, condensation, hf, runs
 from nanodisp.errors import UserError
 from nanodisp.gpt import GPT, GPTConfig, generate
-from nanodisp.hf_tokenizer import build_tokenizer, merged_from
-from nanodisp.tokenizer import from_ranks, load_tokenizer
+from nanodisp.hf_tokenizer import build_tokenizer
+from nanodisp.tokenizer import load_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -197,32 +197,6 @@ def test_an_exported_tokenizer_decodes_any_tokens_as_ours_does(both: tuple[Any, 
 def test_end_of_text_has_its_id(both: tuple[Any, Any]) -> None:
     assert both[1].eos_token_id == both[1].bos_token_id == both[0].eot
     assert len(both[1]) == both[0].vocab_size
-
-
-@given(st.lists(st.text("ab", min_size=2, max_size=7), unique=True), st.lists(st.text("ab ", max_size=20)))
-def test_any_vocabulary_merges_in_the_same_order(tokens: list[str], texts: list[str]) -> None:
-    tokens_in_order = [*SINGLE_BYTES, *(token.encode() for token in tokens)]
-    tokenizer = from_ranks(Path("any"), {token: rank for rank, token in enumerate(tokens_in_order)})
-    built = build_tokenizer(tokenizer)
-    for text in texts:
-        assert built.encode(text).ids == tokenizer.encode(text).tolist()
-
-
-def test_a_token_comes_from_the_two_that_its_bytes_merge_to() -> None:
-    ranks = {token: rank for rank, token in enumerate([*SINGLE_BYTES, b"bc", b"ab", b"abc", b"xyz"])}
-    assert merged_from(b"abc", ranks) == (b"a", b"bc")
-    assert merged_from(b"a", ranks) is None
-    assert merged_from(b"xyz", ranks) is None
-
-
-def test_a_large_published_vocabulary_keeps_its_pattern_and_end_of_text() -> None:
-    pairs = [bytes([a, b]) for a in range(256) for b in range(256)]
-    tokens = (SINGLE_BYTES + pairs + [b"\0" + pair for pair in pairs])[:100_256]
-    tokenizer = from_ranks(Path("large"), {token: rank for rank, token in enumerate(tokens)})
-    built = build_tokenizer(tokenizer)
-    for text in ("1234567", "a  \nb  \n ", "It'LL do, \r\n\r\n  x's", "naïve 東京", "a \n \n"):
-        assert built.encode(text).ids == tokenizer.encode(text).tolist()
-    assert built.token_to_id("<|endoftext|>") == tokenizer.eot == 100_257
 
 
 # --- in --------------------------------------------------------------------------------------

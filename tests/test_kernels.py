@@ -6,10 +6,6 @@ real GPUs is checked in a process of its own, tests/aot_compile.py.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -360,52 +356,5 @@ def test_triton_refuses_the_cpu_outside_the_interpreter(monkeypatch: pytest.Monk
         DispersionLoss(backend="triton")(tokens(1, 4, 3))
 
 
-def run_python(*arguments: str, **environment: str) -> str:
-    clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    result = subprocess.run(
-        [sys.executable, *arguments], env=clean | environment | {"PYTHONPATH": paths}, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def test_without_triton_the_package_works_and_the_triton_backend_says_so() -> None:
-    program = """
-import sys
-sys.modules["triton"] = None
-import torch
-from nanodisp import DispersionLoss
-print(DispersionLoss()(torch.randn(1, 4, 3)).isfinite().item())
-try:
-    DispersionLoss(backend="triton")
-except ValueError as error:
-    print(error)
-"""
-    finite, message = run_python("-c", program).splitlines()
-    assert finite == "True"
-    assert "without triton: install it" in message
-
-
 def test_the_kernels_use_the_same_constants_as_the_formulas() -> None:
     assert (pairwise.NORM_EPS, pairwise.COSINE_MARGIN) == (NORM_EPS, COSINE_MARGIN)
-
-
-# --- for GPUs that are not there -----------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("capability", "tensor_core_instruction", "shared_memory"),
-    [(80, "mma.sync", 163 * 1024), (90, "wgmma.mma_async", 227 * 1024), (100, "tcgen05.mma", 227 * 1024)],
-)
-def test_the_kernels_compile_for_the_gpu(
-    capability: int, tensor_core_instruction: str, shared_memory: int, tmp_path: Path
-) -> None:
-    output = run_python(str(ROOT / "tests/aot_compile.py"), str(capability), TRITON_CACHE_DIR=str(tmp_path))
-    reports = [json.loads(line) for line in output.splitlines()]
-    assert len(reports) == 10
-    for report in reports:
-        assert report["stack"] == report["local"] == 0, f"registers are spilled: {report}"
-        assert report["shared"] <= shared_memory
-        if report["kernel"].startswith(("float32", "bfloat16")):
-            assert report["matmuls"] == [tensor_core_instruction]

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import csv
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, compose, records, write_corpus
+from conftest import ROOT, TINY, command, compose, losses, records, weights, write_corpus
 
 import train
-from nanodisp import checkpoint, report
+from nanodisp import checkpoint
 from nanodisp.dispersion import DispersionLoss, sample_positions
 from nanodisp.errors import UserError
 from nanodisp.gpt import GPT, GPTConfig
@@ -26,26 +23,6 @@ from nanodisp.metrics import Metrics
 from nanodisp.signals import EXIT_CODE
 
 Run = Callable[..., Path]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.load(checkpoint.find(folder)).model
-
-
-def losses(folder: Path, key: str = "loss") -> list[float]:
-    return [record[key] for record in records(folder, "train")]
-
-
-def command(*arguments: str, ranks: int | None = None) -> subprocess.CompletedProcess[str]:
-    """`python train.py …`, or torchrun with that many ranks."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
-    return subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "train.py"), *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
 
 
 def test_a_run_learns_and_leaves_all_that_it_promises(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,18 +137,6 @@ def test_two_ranks_walk_the_loss_curve_of_one(run: Run, corpus: Path, tmp_path: 
         assert losses(two, key) == pytest.approx(losses(one, key), rel=1e-5)
     for ours, theirs in zip(records(two, "val"), records(one, "val"), strict=True):
         assert [ours["loss"], *ours["mean_cosine"]] == pytest.approx([theirs["loss"], *theirs["mean_cosine"]], rel=1e-4)
-
-
-def test_a_sweep_runs_every_job_it_can_and_fails_in_one_line_for_the_rest(corpus: Path, tmp_path: Path) -> None:
-    result = command("-m", *TINY, f"data.path={corpus}", f"out_dir={tmp_path}", "train.steps=2", "model.n_head=2,3,4")
-    assert result.returncode == 2
-    errors = result.stderr.strip().splitlines()
-    assert len(errors) == 1
-    assert "model.n_head=3" in errors[0]
-    assert "n_embd=16 is not divisible" in errors[0]
-    runs = [folder for folder in tmp_path.iterdir() if folder.is_dir()]
-    assert len(runs) == 2
-    assert all(checkpoint.find(folder).name == "step_00000002" for folder in runs)
 
 
 @pytest.mark.parametrize("budget", ["train.tokens=640", "train.tokens_per_param=0.0583"])
@@ -291,15 +256,6 @@ def test_a_run_that_diverges_says_so_and_still_ends(run: Run, capsys: pytest.Cap
     assert capsys.readouterr().out.count("the loss is not finite") == 2
 
 
-def test_a_mistake_of_one_rank_ends_a_sweep_on_all(corpus: Path, tmp_path: Path) -> None:
-    (tmp_path / "x").touch()  # rank 0 alone writes into the run's folder, here a file
-    result = command(
-        *("-m", *TINY, f"data.path={corpus}", f"out_dir={tmp_path}", "run_name=x", "train.steps=2", "seed=1,2"), ranks=2
-    )
-    assert result.returncode != 0
-    assert "can not be written" in result.stderr
-
-
 @pytest.mark.parametrize(
     ("backend", "dtype", "tolerance", "options"),
     [
@@ -318,48 +274,6 @@ def test_every_backend_of_the_loss_walks_the_same_curve(
     fused = run(*settings, f"dispersion.backend={backend}", name=backend)
     for key in ("loss", "dispersion"):
         assert losses(fused, key) == pytest.approx(losses(plain, key), rel=tolerance)
-
-
-def test_a_dry_run_tells_the_size_of_every_job_and_leaves_nothing(corpus: Path, tmp_path: Path) -> None:
-    settings = (f"data.path={corpus}", f"out_dir={tmp_path / 'out'}", "train.tokens=6400", "dry_run=true")
-    result = command("-m", *TINY, *settings, "dispersion.lambda_disp=0,0.1")
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
-    assert len(lines) == 2
-    assert all("10,960 parameters, 100 steps, 6,400 tokens, about 0:00:0" in line for line in lines)
-    assert not list((tmp_path / "out").rglob("metrics.jsonl"))
-
-
-def test_jobs_side_by_side_fail_and_finish_as_they_do_in_a_row(corpus: Path, tmp_path: Path) -> None:
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    settings = (f"data.path={corpus}", f"out_dir={tmp_path}", "train.steps=2", "hydra/launcher=local")
-    result = command("-m", *TINY, *settings, "model.n_head=2,3")
-    assert result.returncode == 2
-    assert "model.n_embd=16 is not divisible by model.n_head=3" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert len(list(tmp_path.glob("*/checkpoints/step_00000002"))) == 1
-
-
-def test_a_sweep_that_was_killed_ends_with_the_table_of_one_that_was_not(corpus: Path, tmp_path: Path) -> None:
-    def sweep(folder: Path) -> list[str]:
-        settings = (f"data.path={corpus}", f"out_dir={folder}", "train.steps=200", "train.checkpoint_interval=20")
-        return ["-m", *TINY, *settings, "dispersion.lambda_disp=0,0.5", "seed=1,2"]
-
-    def table(folder: Path) -> list[dict[str, str]]:
-        report.main([str(folder)])
-        with (folder / "report" / "runs.csv").open() as file:
-            return [{**row, "tokens_per_second": "", "command": ""} for row in csv.DictReader(file)]
-
-    assert command(*sweep(tmp_path / "whole")).returncode == 0
-    with subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *sweep(tmp_path / "killed")], stdout=subprocess.DEVNULL
-    ) as process:
-        while len(list((tmp_path / "killed").glob("*/checkpoints"))) < 2 and process.poll() is None:
-            time.sleep(0.01)
-        process.kill()
-    assert len(list((tmp_path / "killed").glob("*/checkpoints"))) == 2, "killed in its second job of four"
-    assert command(*sweep(tmp_path / "killed")).returncode == 0
-    assert table(tmp_path / "killed") == table(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])

@@ -1,0 +1,56 @@
+"""The kernels where this machine differs from the one they run on: for GPUs that are not there, and without Triton."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+
+def run_python(*arguments: str, **environment: str) -> str:
+    clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    result = subprocess.run(
+        [sys.executable, *arguments], env=clean | environment | {"PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize(
+    ("capability", "tensor_core_instruction", "shared_memory"),
+    [(80, "mma.sync", 163 * 1024), (90, "wgmma.mma_async", 227 * 1024), (100, "tcgen05.mma", 227 * 1024)],
+)
+def test_the_kernels_compile_for_the_gpu(
+    capability: int, tensor_core_instruction: str, shared_memory: int, tmp_path: Path
+) -> None:
+    output = run_python(str(ROOT / "tests/aot_compile.py"), str(capability), TRITON_CACHE_DIR=str(tmp_path))
+    reports = [json.loads(line) for line in output.splitlines()]
+    assert len(reports) == 10
+    for report in reports:
+        assert report["stack"] == report["local"] == 0, f"registers are spilled: {report}"
+        assert report["shared"] <= shared_memory
+        if report["kernel"].startswith(("float32", "bfloat16")):
+            assert report["matmuls"] == [tensor_core_instruction]
+
+
+def test_without_triton_the_package_works_and_the_triton_backend_says_so() -> None:
+    program = """
+import sys
+sys.modules["triton"] = None
+import torch
+from nanodisp import DispersionLoss
+print(DispersionLoss()(torch.randn(1, 4, 3)).isfinite().item())
+try:
+    DispersionLoss(backend="triton")
+except ValueError as error:
+    print(error)
+"""
+    finite, message = run_python("-c", program).splitlines()
+    assert finite == "True"
+    assert "without triton: install it" in message

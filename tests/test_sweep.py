@@ -1,0 +1,78 @@
+"""Many runs by one command: `python train.py -m …`."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY, command
+
+from nanodisp import checkpoint, report
+
+
+def test_a_sweep_runs_every_job_it_can_and_fails_in_one_line_for_the_rest(corpus: Path, tmp_path: Path) -> None:
+    result = command("-m", *TINY, f"data.path={corpus}", f"out_dir={tmp_path}", "train.steps=2", "model.n_head=2,3,4")
+    assert result.returncode == 2
+    errors = result.stderr.strip().splitlines()
+    assert len(errors) == 1
+    assert "model.n_head=3" in errors[0]
+    assert "n_embd=16 is not divisible" in errors[0]
+    runs = [folder for folder in tmp_path.iterdir() if folder.is_dir()]
+    assert len(runs) == 2
+    assert all(checkpoint.find(folder).name == "step_00000002" for folder in runs)
+
+
+def test_a_mistake_of_one_rank_ends_a_sweep_on_all(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "x").touch()  # rank 0 alone writes into the run's folder, here a file
+    result = command(
+        *("-m", *TINY, f"data.path={corpus}", f"out_dir={tmp_path}", "run_name=x", "train.steps=2", "seed=1,2"), ranks=2
+    )
+    assert result.returncode != 0
+    assert "can not be written" in result.stderr
+
+
+def test_a_dry_run_tells_the_size_of_every_job_and_leaves_nothing(corpus: Path, tmp_path: Path) -> None:
+    settings = (f"data.path={corpus}", f"out_dir={tmp_path / 'out'}", "train.tokens=6400", "dry_run=true")
+    result = command("-m", *TINY, *settings, "dispersion.lambda_disp=0,0.1")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) == 2
+    assert all("10,960 parameters, 100 steps, 6,400 tokens, about 0:00:0" in line for line in lines)
+    left = [path.name for path in (tmp_path / "out").rglob("*")] if (tmp_path / "out").exists() else []
+    assert left in ([], ["multirun.yaml"]), "Hydra's own record of the sweep, and no run"
+
+
+def test_jobs_side_by_side_fail_and_finish_as_they_do_in_a_row(corpus: Path, tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    settings = (f"data.path={corpus}", f"out_dir={tmp_path}", "train.steps=2", "hydra/launcher=local")
+    result = command("-m", *TINY, *settings, "model.n_head=2,3")
+    assert result.returncode == 2
+    assert "model.n_embd=16 is not divisible by model.n_head=3" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(list(tmp_path.glob("*/checkpoints/step_00000002"))) == 1
+
+
+def test_a_sweep_that_was_killed_ends_with_the_table_of_one_that_was_not(corpus: Path, tmp_path: Path) -> None:
+    def sweep(folder: Path) -> list[str]:
+        settings = (f"data.path={corpus}", f"out_dir={folder}", "train.steps=200", "train.checkpoint_interval=20")
+        return ["-m", *TINY, *settings, "dispersion.lambda_disp=0,0.5", "seed=1,2"]
+
+    def table(folder: Path) -> list[dict[str, str]]:
+        report.main([str(folder)])
+        with (folder / "report" / "runs.csv").open() as file:
+            return [{**row, "tokens_per_second": "", "command": ""} for row in csv.DictReader(file)]
+
+    assert command(*sweep(tmp_path / "whole")).returncode == 0
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *sweep(tmp_path / "killed")], stdout=subprocess.DEVNULL
+    ) as process:
+        while len(list((tmp_path / "killed").glob("*/checkpoints"))) < 2 and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+    assert len(list((tmp_path / "killed").glob("*/checkpoints"))) == 2, "killed in its second job of four"
+    assert command(*sweep(tmp_path / "killed")).returncode == 0
+    assert table(tmp_path / "killed") == table(tmp_path / "whole")
