@@ -9,7 +9,7 @@ RUNS ?= out
 EXPERIMENT ?= lambda
 INSTALLED := $(VENV)/installed-$(EXTRAS)
 
-.PHONY: help install run test lint format bench bench-gpu verify-data audit soak study report constraints clean
+.PHONY: help install run test lint format bench bench-train bench-gpu verify-data audit soak study report constraints clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,13 +36,16 @@ format: install ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: install ## time the dispersion loss and a training step on this CPU; JSON under bench/results/
+bench: install ## time the dispersion loss and the output head on this CPU; JSON under bench/results/
 	$(BIN)/python -m bench.kernels
-	$(BIN)/python -m bench.train_step --model micro --vocab-size 257
+	$(BIN)/python -m bench.head
 
-bench-gpu: ## the same on one GPU, correctness first; needs torch, triton and numpy alone
+bench-train: install ## time whole training steps; BASELINE=<folder of a nanoGPT checkout> beside nanoGPT's
+	$(BIN)/python -m bench.train_step $(if $(BASELINE),--baseline $(BASELINE))
+
+bench-gpu: ## kernels and steps on one GPU, correctness first; needs torch, triton and numpy alone
 	$(HAVE) -m bench.kernels --device cuda
-	$(HAVE) -m bench.train_step --device cuda --model gpt2 --batch-size 16 --dtype bfloat16 --compile
+	$(HAVE) -m bench.train_step --device cuda --recipe gpt2 $(if $(BASELINE),--baseline $(BASELINE))
 
 verify-data: install ## compare every byte of the prepared shards with their sums
 	$(BIN)/python -m nanodisp.shards $(patsubst %/manifest.json,%,$(wildcard data/*/*/manifest.json))
@@ -51,7 +54,7 @@ audit: install ## known weaknesses of the pinned packages; needs a network
 	$(BIN)/python -m pip install --quiet pip-audit
 	$(BIN)/python -m pip_audit --requirement constraints.txt --no-deps
 
-soak: install ## kill, corrupt and fill up the disk, for a quarter of an hour; JSON under bench/results/
+soak: install ## kill runs, move them between ranks and corrupt their files, for a quarter of an hour; JSON under bench/results/
 	$(BIN)/python -m bench.soak
 
 study: install ## run an experiment and its report, or go on with it: make study EXPERIMENT=lambda

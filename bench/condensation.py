@@ -9,9 +9,6 @@ the figures are the sums, and how much the process grew by keeping what it measu
 
 from __future__ import annotations
 
-import argparse
-import json
-import re
 import resource
 import time
 from typing import Any
@@ -19,15 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.kernels import RESULTS
-from bench.train_step import cpu_name
-from nanodisp.condensation import measure
+from bench import measure
+from nanodisp import condensation
 
 CHUNK = 50
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="benchmark of measuring condensation")
+    parser = measure.parser_of(__doc__)
     parser.add_argument("--windows", type=int, default=100)
     parser.add_argument("--block", type=int, default=512)
     arguments = parser.parse_args()
@@ -38,13 +34,13 @@ def main() -> None:
     model = GPT2Model(GPT2Config()).eval()
     windows = torch.randint(50257, (arguments.windows, arguments.block))
     theirs = package_on(model)
-    report: dict[str, Any] = {"device": cpu_name(), "torch": torch.__version__, **vars(arguments)}
+    report: dict[str, Any] = {"device": measure.device_name(), **vars(arguments)}
     seconds = {"nanodisp": 0.0, "embedding-condensation": 0.0}
     means: dict[str, list[Tensor]] = {name: [] for name in seconds}
-    measure(model, windows[:1])
+    condensation.measure(model, windows[:1])
     for chunk in windows.split(CHUNK):
         began = time.perf_counter()
-        ours = measure(model, chunk.split(4), include_diagonal=True)
+        ours = condensation.measure(model, chunk.split(4), include_diagonal=True)
         seconds["nanodisp"] += time.perf_counter() - began
         means["nanodisp"].append(torch.from_numpy(ours.mean))
         if theirs is not None:
@@ -60,12 +56,10 @@ def main() -> None:
         print(f"{report['faster']:.2f} times faster; layer means differ by {(a - b).abs().max():.1e} at most")
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    measure(model, windows.split(4))
+    condensation.measure(model, windows.split(4))
     report["growth_mib"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     print(f"all {len(windows)} windows in one go: {report['growth_mib']:.0f} MiB more at the peak")
-    path = RESULTS / f"condensation-{re.sub('[^a-z0-9]+', '-', report['device'].lower()).strip('-')}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"written to {path}")
+    measure.write("condensation", report)
 
 
 def package_on(model: torch.nn.Module) -> Any:

@@ -8,11 +8,8 @@ Forward and backward; the two alternate. Each is weighed in a process of its own
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import multiprocessing
-import re
 import resource
 import statistics
 from typing import Any
@@ -21,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.kernels import RESULTS, wall_clock
-from bench.train_step import cpu_name
+from bench import measure
 from nanodisp.cross_entropy import linear_cross_entropy
 
 
@@ -57,32 +53,26 @@ def peak_mib(name: str, n_tokens: int, dtype: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="benchmark of the output head with its cross-entropy")
+    parser = measure.parser_of(__doc__)
     parser.add_argument("--tokens", type=int, default=16 * 1024)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    report: dict[str, Any] = {**vars(arguments), "device": cpu_name(), "torch": torch.__version__, "heads": {}}
+    report: dict[str, Any] = {**vars(arguments), "device": measure.device_name(), "heads": {}}
 
     peaks = {}
     for name in LOSSES:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             peaks[name] = pool.apply(peak_mib, (name, arguments.tokens, arguments.dtype))
-    times: dict[str, list[float]] = {name: [] for name in LOSSES}
-    for _ in range(arguments.rounds):
-        for name in LOSSES:
-            times[name].append(wall_clock(step_of(name, arguments.tokens, arguments.dtype)))
+    steps = {name: step_of(name, arguments.tokens, arguments.dtype) for name in LOSSES}
+    times = measure.alternate(steps, measure.wall_clock, arguments.rounds, warmup=1)
     print(f"{report['device']}: {arguments.tokens} tokens, {arguments.dtype}")
     for name in LOSSES:
-        median = statistics.median(times[name])
-        report["heads"][name] = {"median_ms": median, "peak_mib": peaks[name]}
-        print(f"{name:8}{median:10.0f} ms{peaks[name]:10.0f} MiB at the peak")
-    ratio = statistics.median(times["chunked"]) / statistics.median(times["plain"])
+        report["heads"][name] = {**measure.summary(times[name]), "peak_mib": peaks[name]}
+        print(f"{name:8}{statistics.median(times[name]):10.0f} ms{peaks[name]:10.0f} MiB at the peak")
+    ratio = 1 + measure.overhead(times["chunked"], times["plain"])
     print(f"memory {peaks['chunked'] / peaks['plain']:.0%} and time {ratio:.0%} of plain")
-    device = re.sub("[^a-z0-9]+", "-", report["device"].lower()).strip("-")
-    path = RESULTS / f"head-{arguments.tokens}-{arguments.dtype}-{device}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"written to {path}")
+    measure.write(f"head-{arguments.tokens}-{arguments.dtype}", report)
 
 
 if __name__ == "__main__":

@@ -13,33 +13,38 @@ Needs torch, numpy, triton (for --device cuda) and nanodisp.dispersion with its 
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
-import re
-import statistics
 import time
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results"
+from bench import measure
+from bench.measure import (
+    Step,
+    alternate,
+    device_name,
+    matmul_rate,
+    show,
+    summary,
+    time_by_operator,
+    undisturbed,
+    wall_clock,
+)
+
 FAMILY = ("angular", "orthogonalization", "cosine")
 ERROR_LIMIT = {"float32": 1e-5, "bfloat16": 4e-3}
 INTERPRETED_LIMIT = 1e-2  # of bfloat16 in Triton's interpreter, which cuts off where a GPU rounds
+MATMULS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
 GPU_SHAPES = [(16, 256, 768), (16, 1024, 768), (8, 1024, 1600), (4, 2048, 1024)]
 TIME_LIMIT = 240.0  # seconds after which no further row is begun
 
-Step = Callable[[], Any]
-
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="benchmark of the fused dispersion loss")
+    parser = measure.parser_of(__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dry-run", action="store_true", help="run the code of --device cuda on the CPU, tiny")
     arguments = parser.parse_args()
@@ -48,20 +53,16 @@ def main() -> None:
     elif arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch sees no GPU here; leave --device cuda out, or try --dry-run")
 
-    report: dict[str, Any] = {"torch": torch.__version__, "python": platform.python_version()}
+    report: dict[str, Any] = {}
     if arguments.dry_run:
         gpu_report(report, Interpreter(), [(2, 70, 24)], rounds=1)
         print("dry run: nothing was written")
         return
     if arguments.device == "cuda":
-        gpu_report(report, Cuda(), GPU_SHAPES, rounds=15)
+        gpu_report(report, Gpu(), GPU_SHAPES, rounds=15)
     else:
         cpu_report(report)
-    folder = Path(os.environ.get("OUT") or RESULTS)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"kernels-{re.sub('[^a-z0-9]+', '-', report['device'].lower()).strip('-')}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"written to {path}")
+    measure.write("kernels", report)
 
 
 # --- what is measured ---------------------------------------------------------------------
@@ -124,56 +125,16 @@ def saved_bytes(loss: Callable[[Tensor], Tensor], z: Tensor) -> dict[str, int]:
     return {"added_up": total, "distinct": sum(storages.values())}
 
 
-def alternate(steps: dict[str, Step], timer: Callable[[Step], float], rounds: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of each step: median and interquartile range of `rounds`, one of each in every round."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        timer(step)
-        timer(step)
-    for _ in range(rounds):
-        for name, step in steps.items():
-            times[name].append(timer(step))
-    return {name: {"median_ms": statistics.median(t), "iqr_ms": interquartile(t)} for name, t in times.items()}
-
-
-def interquartile(values: list[float]) -> float:
-    if len(values) < 2:
-        return 0.0
-    first, _, third = statistics.quantiles(values, n=4)
-    return third - first
-
-
-def wall_clock(step: Step) -> float:
-    start = time.perf_counter()
-    step()
-    return (time.perf_counter() - start) * 1e3
-
-
-def undisturbed(step: Step) -> float:
-    """The wall clock, read again (5 times at most) where other programs held the cores for over 2 % of it."""
-    for _ in range(5):
-        before = waited_for_a_core()
-        milliseconds = wall_clock(step)
-        if waited_for_a_core() - before < 0.02 * milliseconds:
-            break
-    return milliseconds
-
-
-def waited_for_a_core() -> float:
-    """Milliseconds that the threads of this process were ready and not running (Linux; 0 elsewhere)."""
-    return sum(int(file.read_text().split()[1]) for file in Path("/proc/self/task").glob("*/schedstat")) / 1e6
-
-
 # --- the CPU ----------------------------------------------------------------------------------
 
 
 def cpu_report(report: dict[str, Any]) -> None:
-    model = next(iter(re.findall(r"model name\s*:\s*(.*)", read_if_there("/proc/cpuinfo"))), platform.machine())
-    report["device"] = f"{model}, {torch.get_num_threads()} threads"
+    report["device"] = device_name()
     report["rows"] = []
     print(f"{report['device']}, PyTorch {torch.__version__}: forward + backward against the formula in PyTorch")
-    titles = ("formula, ms", "fused, ms", "faster", "kept, MiB", "fused", "error")
-    print(" " * 44 + "".join(f"{title:>{width}}" for title, width in zip(titles, (16, 17, 8, 14, 10, 10), strict=True)))
+    titles = ("formula, ms", "fused, ms", "faster", "matmuls", "kept, MiB", "fused", "error")
+    widths = (16, 17, 8, 9, 13, 10, 10)
+    print(" " * 44 + "".join(f"{title:>{width}}" for title, width in zip(titles, widths, strict=True)))
     rows = [
         ("angular", (8, 1024, 768), "float32", 9),
         ("angular", (8, 1024, 768), "bfloat16", 9),  # autocast
@@ -192,14 +153,15 @@ def cpu_row(variant: str, shape: tuple[int, int, int], dtype: str, rounds: int) 
     reference, fused = loss_of(variant, "reference"), loss_of(variant, "cpu")
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
         steps = {"reference": forward_and_backward(reference, z), "fused": forward_and_backward(fused, z)}
-        times = alternate(steps, undisturbed, rounds)
+        times = {name: summary(t) for name, t in alternate(steps, undisturbed, rounds).items()}
         kept = {"reference": saved_bytes(reference, z), "fused": saved_bytes(fused, z)}
         error = gradient_error(steps["fused"](), variant, z)
+        matmuls = sum(share for name, share in time_by_operator(steps["fused"]).items() if name in MATMULS)
     ratio = times["reference"]["median_ms"] / times["fused"]["median_ms"]
     print(
         f"{variant:18}{'x'.join(map(str, shape)):>14}{dtype:>11} "
-        f"{show(times['reference'])}{show(times['fused'])}{ratio:7.2f}x"
-        f"{mebibytes(kept['reference']):>14}{mebibytes(kept['fused']):>10}{error:10.1e}",
+        f"{show(times['reference'])}{show(times['fused'])}{ratio:7.2f}x{matmuls:9.0%}"
+        f"{mebibytes(kept['reference']):>13}{mebibytes(kept['fused']):>10}{error:10.1e}",
         flush=True,
     )
     return {
@@ -208,6 +170,7 @@ def cpu_row(variant: str, shape: tuple[int, int, int], dtype: str, rounds: int) 
         "dtype": dtype,
         "times": times,
         "faster": ratio,
+        "share_of_matmuls": matmuls,
         "saved_bytes": kept,
         "gradient_error": error,
     }
@@ -218,72 +181,21 @@ def mebibytes(kept: dict[str, int]) -> str:
     return f"{kept['added_up'] / 2**20:.0f} ({kept['distinct'] / 2**20:.0f})"
 
 
-def show(figures: dict[str, float]) -> str:
-    return f"{figures['median_ms']:9.3f} ±{figures['iqr_ms'] / 2:5.2f} "
-
-
-def read_if_there(path: str) -> str:
-    return Path(path).read_text() if Path(path).exists() else ""
-
-
 # --- the GPU ------------------------------------------------------------------------------------
 
 
-class Cuda:
-    """How to time and to weigh on a GPU."""
-
+class Gpu(measure.Cuda):
     device = "cuda"
     compiler = "inductor"
     matmul_size = 8192
 
-    def __init__(self) -> None:
-        self.name = torch.cuda.get_device_name()
-
-    def timer(self, step: Step) -> float:
-        """Milliseconds of a call, of five in a row: the queue hides what Python takes, as in training."""
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(5):
-            step()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 5
-
-    def peak_bytes(self, step: Step) -> int:
-        """The most that the step holds at once beyond what was there before."""
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-
-    def graph(self, step: Step) -> Step:
-        """The step's kernels without Python between them."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            kept = step()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return kept
-
-        return replay
-
 
 class Interpreter:
-    """The same for the dry run on the CPU."""
+    """What takes its place in the dry run on the CPU."""
 
     device = "cpu"
     compiler = "aot_eager"
     matmul_size = 64
-    name = "Triton's interpreter"
 
     def timer(self, step: Step) -> float:
         return wall_clock(step)
@@ -296,15 +208,16 @@ class Interpreter:
 
 
 def gpu_report(
-    report: dict[str, Any], machine: Cuda | Interpreter, shapes: list[tuple[int, int, int]], rounds: int
+    report: dict[str, Any], machine: Gpu | Interpreter, shapes: list[tuple[int, int, int]], rounds: int
 ) -> None:
     import triton
 
     start = time.perf_counter()
-    report |= {"device": machine.name, "triton": triton.__version__}
-    print(f"{machine.name}, PyTorch {torch.__version__}, Triton {triton.__version__}")
+    report |= {"device": device_name(machine.device), "triton": triton.__version__}
+    print(f"{report['device']}, PyTorch {torch.__version__}, Triton {triton.__version__}")
     report["checks"] = check_gradients(machine)
-    report["matmul_tflops"] = matmul_rate(machine, rounds)
+    rate = matmul_rate(machine.device, torch.bfloat16, machine.matmul_size, machine.timer, rounds)
+    report["matmul_tflops"] = rate / 1e12
     print(f"bfloat16 matmul of {machine.matmul_size}^3: {report['matmul_tflops']:.0f} TFLOP/s")
     print("forward + backward, ms; the fused one also without Python between kernels (graph)")
     print(f"{'':46}{'eager':>16}{'compiled':>17}{'fused':>17}{'graph':>17}   against   peak MiB   of matmul")
@@ -322,12 +235,12 @@ def gpu_report(
     print(f"{report['seconds']:.0f} s in all")
 
 
-def random_tokens(machine: Cuda | Interpreter, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def random_tokens(machine: Gpu | Interpreter, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     z = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
     return z.to(machine.device, dtype).requires_grad_()
 
 
-def check_gradients(machine: Cuda | Interpreter) -> list[dict[str, Any]]:
+def check_gradients(machine: Gpu | Interpreter) -> list[dict[str, Any]]:
     """Before anything is timed: the gradient against float64, and that it comes out the same twice."""
     checks = []
     on_gpu = machine.device == "cuda"
@@ -353,16 +266,8 @@ def check_gradients(machine: Cuda | Interpreter) -> list[dict[str, Any]]:
     return checks
 
 
-def matmul_rate(machine: Cuda | Interpreter, rounds: int) -> float:
-    """TFLOP/s of the library's bfloat16 matmul on random numbers."""
-    size = machine.matmul_size
-    a, b = (torch.randn(size, size, device=machine.device, dtype=torch.bfloat16) for _ in range(2))
-    milliseconds = alternate({"matmul": lambda: a @ b}, machine.timer, rounds)["matmul"]["median_ms"]
-    return 2 * size**3 / milliseconds / 1e9
-
-
 def gpu_row(
-    machine: Cuda | Interpreter,
+    machine: Gpu | Interpreter,
     variant: str,
     shape: tuple[int, int, int],
     dtype: torch.dtype,
@@ -379,7 +284,7 @@ def gpu_row(
         "fused": fused,
         "fused_graph": machine.graph(fused),
     }
-    times = alternate(steps, machine.timer, rounds)
+    times = {name: summary(t) for name, t in alternate(steps, machine.timer, rounds).items()}
     peak = {name: machine.peak_bytes(steps[name]) for name in ("reference", "compiled", "fused")}
     n_sequences, n_tokens, n_features = shape
     needed = 3 * n_sequences * n_tokens**2 * n_features  # FLOPs: N^2 F of the symmetric cosines, 2 N^2 F of H u

@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -38,8 +37,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from bench.kernels import RESULTS
-from bench.train_step import cpu_name
+from bench import measure
 from nanodisp import arguments, checkpoint, config, shards
 from nanodisp.errors import UserError
 
@@ -230,7 +228,7 @@ def soak_mutations(folder: Path, n: int, rng: random.Random) -> dict[str, Any]:
 def main(argv: Sequence[str]) -> None:
     soak = arguments.parse(SoakConfig, argv)
     rng = random.Random(soak.seed)
-    report: dict[str, Any] = {"device": cpu_name(), "torch": torch.__version__}
+    report: dict[str, Any] = {"device": measure.device_name()}
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -249,9 +247,7 @@ def main(argv: Sequence[str]) -> None:
     if soak.mutations:
         outcomes = report["mutations"]["outcomes"].values()
         missed = missed or any(name not in ("refused", "as written") for counts in outcomes for name in counts)
-    path = RESULTS / f"soak-{re.sub('[^a-z0-9]+', '-', report['device'].lower()).strip('-')}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"written to {path}")
+    measure.write("soak", report)
     if missed:
         raise SystemExit("something did not survive: see above")
 

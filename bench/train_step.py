@@ -1,13 +1,15 @@
-"""Times whole training steps: dispersion off, over 256 tokens and over all tokens of every layer.
+"""Times whole training steps: dispersion off, over 256 tokens and over all tokens of every layer; and nanoGPT's.
 
-    python -m bench.train_step --model micro --batch-size 4
-    python -m bench.train_step --model gpt2 --batch-size 2
-    python -m bench.train_step --device cuda --model gpt2 --batch-size 16 --dtype bfloat16 --compile
+    python -m bench.train_step                                # all recipes, each in a process of its own
+    python -m bench.train_step --recipe gpt2 --baseline <folder of a nanoGPT checkout>
+    python -m bench.train_step --recipe gpt2 --device cuda    # the largest batch that fits
 
-A step is forward, backward, clipping and AdamW on random tokens. The kinds of step alternate; of the
-rounds the median, and as overhead the median of the rounds' own ratios to the step without dispersion.
-"indexed" is 256 tokens too, but taken from whole hidden states by plain indexing, layer by layer: what
-`GPT.forward(take=…)` and one launch for all layers save.
+A step is forward, backward, clipping and AdamW on random tokens. Each kind runs in what `train.dtype=auto`
+and `train.compile=auto` choose here, or in --dtype and --compile; nanoGPT's model and step, from its own
+files, as its train.py runs them on this device, and under bfloat16 and torch.compile. The kinds alternate;
+of the rounds the median, and as overhead the median of the rounds' own ratios to the step without
+dispersion. MFU is against the matmul rate measured here, in the same dtype. Memory is what a process that
+makes two steps holds at its peak (on a GPU: what PyTorch does), weights and optimizer included.
 
 Needs torch, numpy, triton (on a GPU) and nanodisp's model, loss and optimizers, nothing else.
 """
@@ -15,128 +17,224 @@ Needs torch, numpy, triton (on a GPU) and nanodisp's model, loss and optimizers,
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import re
-import statistics
+import contextlib
+import importlib.util
+import multiprocessing
+import resource
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench.kernels import RESULTS, Cuda, interquartile, read_if_there, wall_clock
+from bench import measure
+from bench.measure import Step
+from nanodisp import distributed, optim
 from nanodisp.dispersion import DispersionLoss, sample_positions
 from nanodisp.gpt import GPT, GPTConfig
-from nanodisp.optim import OptimConfig, build_optimizers
 
-CONF = Path(__file__).parent.parent / "conf" / "model"
-KINDS = ("off", "256 tokens", "all tokens", "indexed")
 LAMBDA = 0.1
+DISPERSED = {"off": 0, "256 tokens": 256, "all tokens": None}
+BASELINES = ("nanoGPT", "nanoGPT bf16", "nanoGPT bf16 compiled")
+
+
+@dataclass
+class Recipe:
+    """A model, its batch in sequences, and how many rounds of steps are timed."""
+
+    model: GPTConfig
+    batch_size: int
+    rounds: int
+    nanogpt_vocab_size: int  # of the same recipe there
+
+
+RECIPES = {
+    # nanoGPT's published CPU recipe: 65 characters there, 256 bytes and end-of-text here
+    "nanogpt_cpu": Recipe(GPTConfig(4, 4, 128, 64, vocab_size=257, bias=False), 12, 200, 65),
+    "micro": Recipe(GPTConfig(6, 6, 384, 256, vocab_size=257), 4, 40, 257),
+    "gpt2": Recipe(GPTConfig(12, 12, 768, 1024, vocab_size=50257), 2, 7, 50304),
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="benchmark of a training step with and without dispersion")
+    parser = measure.parser_of(__doc__)
+    parser.add_argument("--recipe", choices=RECIPES)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--model", choices=sorted(path.stem for path in CONF.glob("*.yaml")), default="micro")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--vocab-size", type=int, default=50257)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    parser.add_argument("--compile", choices=["auto", "true", "false"], default="auto")
+    parser.add_argument("--batch-size", type=int, help="sequences; on a GPU the largest that fits, unless given")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--baseline", type=Path, help="folder of a nanoGPT checkout")
     arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("PyTorch sees no GPU here; leave --device cuda out")
+    if arguments.baseline and not (arguments.baseline / "model.py").is_file():
+        parser.error(f"--baseline {arguments.baseline} holds no model.py: give the folder of a nanoGPT checkout")
+    for name in [arguments.recipe] if arguments.recipe else RECIPES:
+        in_new_process(bench, name, arguments)
 
-    config = model_config(arguments.model, arguments.vocab_size)
-    timer: Callable[[Callable[[], Any]], float] = Cuda().timer if arguments.device == "cuda" else wall_clock
-    kinds = KINDS[:-1] if arguments.compile else KINDS  # a compiler would have to be waited for once more
-    steps = {kind: training_step(kind, config, arguments) for kind in kinds}
-    times: dict[str, list[float]] = {kind: [] for kind in kinds}
-    for kind in kinds:
-        timer(steps[kind])
-    for _ in range(arguments.rounds):
-        for kind in kinds:
-            times[kind].append(timer(steps[kind]))
 
-    name = torch.cuda.get_device_name() if arguments.device == "cuda" else cpu_name()
-    report: dict[str, Any] = {**vars(arguments), "device": name, "torch": torch.__version__, "steps": {}}
-    tokens = arguments.batch_size * config.block_size
-    print(f"{name}: {arguments.model}, {arguments.batch_size} x {config.block_size} tokens, {arguments.dtype}")
+def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def bench(name: str, arguments: argparse.Namespace) -> None:
+    recipe, device = RECIPES[name], torch.device(arguments.device)
+    dtype = distributed.matmul_dtype(arguments.dtype, device)
+    compiled = distributed.compile_pays(device) if arguments.compile == "auto" else arguments.compile == "true"
+    kinds = [*DISPERSED, *(BASELINES if arguments.baseline else ())]
+    build = lambda kind, rows: training_step(kind, recipe, rows, device, dtype, compiled, arguments.baseline)  # noqa: E731
+    timer = measure.Cuda().timer if arguments.device == "cuda" else measure.wall_clock
+    rows = arguments.batch_size or (largest_batch(build) if arguments.device == "cuda" else recipe.batch_size)
+
+    matmul_size = 8192 if arguments.device == "cuda" else 2048
+    peak = measure.matmul_rate(arguments.device, dtype, matmul_size, timer, rounds=9)
+    steps = {kind: build(kind, rows) for kind in kinds}
+    times = measure.alternate(steps, timer, arguments.rounds or recipe.rounds, warmup=3)
+
+    with torch.device("meta"):
+        model = GPT(recipe.model)
+    tokens = rows * recipe.model.block_size
+    report: dict[str, Any] = {**vars(arguments), "device": measure.device_name(arguments.device)}
+    report |= {"recipe": name, "dtype": str(dtype), "compiled": compiled, "batch_size": rows, "matmul_flops": peak}
+    shape = f"{model.num_parameters() / 1e6:.1f}M parameters, {rows} x {recipe.model.block_size} tokens"
+    how = f"{str(dtype).removeprefix('torch.')}{', compiled' if compiled else ''}"
+    print(f"{report['device']}: {name}, {shape}, {how}; matmul of {matmul_size}^3 {peak / 1e9:,.0f} GFLOP/s")
+    print(f"{'':24}{'step, ms':>18}{'tokens/s':>12}{'MFU':>8}{'overhead':>10}{'peak MiB':>10}")
+    report["steps"] = {}
     for kind in kinds:
-        median = statistics.median(times[kind])
-        over = [time / off for time, off in zip(times[kind], times["off"], strict=True)]
-        overhead = statistics.median(over) - 1
-        report["steps"][kind] = {"median_ms": median, "iqr_ms": interquartile(times[kind]), "overhead": overhead}
-        rate = tokens / median * 1e3
+        figures: dict[str, Any] = measure.summary(times[kind])
+        figures["tokens_per_second"] = tokens / figures["median_ms"] * 1e3
+        figures["mfu"] = figures["tokens_per_second"] * model.flops_per_token() / peak
+        figures["overhead"] = measure.overhead(times[kind], times["off"])
+        figures["peak_mib"] = in_new_process(peak_mib, kind, name, rows, device, dtype, compiled, arguments.baseline)
+        report["steps"][kind] = figures
         print(
-            f"{kind:12}{median:10.2f} ms ±{interquartile(times[kind]) / 2:6.2f}{rate:12,.0f} tokens/s{overhead:+8.1%}"
+            f"{kind:24}{measure.show(figures):>18}{figures['tokens_per_second']:12,.0f}"
+            f"{figures['mfu']:8.1%}{figures['overhead']:+10.1%}{figures['peak_mib']:10,.0f}"
         )
-    folder = Path(os.environ.get("OUT") or RESULTS)
-    folder.mkdir(parents=True, exist_ok=True)
-    device = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
-    path = folder / f"train-step-{arguments.model}-{arguments.dtype}-{device}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"written to {path}")
+    for kind in BASELINES if arguments.baseline else ():
+        ratio = 1 + measure.overhead(times[kind], times["256 tokens"])
+        report["steps"][kind]["slower_than_256_tokens"] = ratio
+        print(f"256 tokens against {kind}: {ratio:.2f} times as fast")
+    report["operators"] = dict(list(measure.time_by_operator(steps["256 tokens"], arguments.device).items())[:10])
+    print("where the time of a step over 256 tokens goes:")
+    for operator, share in report["operators"].items():
+        print(f"  {share:6.1%} {operator}")
+    measure.write(f"train-step-{name}-{str(dtype).removeprefix('torch.')}", report)
 
 
-def model_config(name: str, vocab_size: int) -> GPTConfig:
-    """The numbers of conf/model/<name>.yaml, read without Hydra."""
-    pairs = re.findall(r"^(\w+): (\d+)$", (CONF / f"{name}.yaml").read_text(), flags=re.MULTILINE)
-    return GPTConfig(**{key: int(value) for key, value in pairs}, vocab_size=vocab_size)
+def peak_mib(kind: str, name: str, rows: int, device: torch.device, *how: Any) -> float:
+    step = training_step(kind, RECIPES[name], rows, device, *how)
+    for _ in range(2):
+        step()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def cpu_name() -> str:
-    model = next(iter(re.findall(r"model name\s*:\s*(.*)", read_if_there("/proc/cpuinfo"))), platform.machine())
-    return f"{model}, {torch.get_num_threads()} threads"
+def largest_batch(build: Callable[[str, int], Step]) -> int:
+    """Of the powers of two and the numbers halfway between them, the largest with which two steps fit."""
+    fits = 1
+    for rows in sorted(2**k * half // 2 for k in range(1, 9) for half in (2, 3)):
+        try:
+            step = build("all tokens", rows)
+            step(), step()
+        except torch.OutOfMemoryError:
+            break
+        finally:
+            step = None
+            torch.cuda.empty_cache()
+        fits = rows
+    return fits
 
 
 class Objective(nn.Module):
-    """Cross-entropy and dispersion of one kind of step, as train.py has them."""
+    """Cross-entropy and dispersion, as train.py has them."""
 
-    def __init__(self, kind: str, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.kind, self.model, self.disperse = kind, GPT(config), DispersionLoss()
+        self.model, self.disperse = GPT(config), DispersionLoss()
         self.layers = list(range(1, config.n_layer + 1))
 
-    def forward(self, x: Tensor, positions: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, positions: Tensor | None) -> Tensor:
         if positions is None:
-            return self.model(x, x).loss
-        if self.kind == "indexed":
-            out = self.model(x, x, return_hidden=True)
-            losses = [
-                self.disperse(out.hidden[layer][:, row]) for layer, row in zip(self.layers, positions, strict=True)
-            ]
-            return out.loss + LAMBDA * torch.stack(losses).mean()
-        out = self.model(x, x, take=(self.layers, positions))
+            return self.model(x, y).loss
+        out = self.model(x, y, take=(self.layers, positions))
         return out.loss + LAMBDA * self.disperse(out.hidden.flatten(0, 1))
 
 
-def training_step(kind: str, config: GPTConfig, arguments: argparse.Namespace) -> Callable[[], None]:
-    device = torch.device(arguments.device)
-    objective = Objective(kind, config).to(device)
-    if arguments.compile:
+def training_step(
+    kind: str,
+    recipe: Recipe,
+    rows: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    compiled: bool,
+    baseline: Path | None,
+) -> Step:
+    if kind in BASELINES:
+        assert baseline is not None
+        return nanogpt_step(kind, recipe, rows, device, baseline)
+    objective = Objective(recipe.model).to(device)
+    optimizers = optim.build_optimizers(objective.model, optim.OptimConfig(lr=1e-3))
+    if compiled:
         objective.compile(dynamic=False)
-    optimizers = build_optimizers(objective.model, OptimConfig(lr=6e-4))
-    x = torch.randint(arguments.vocab_size, (arguments.batch_size, config.block_size)).to(device)
-    n_tokens = None if kind == "all tokens" else 256
+    x, y = torch.randint(recipe.model.vocab_size, (2, rows, recipe.model.block_size), device=device)
     step = 0
 
     def run() -> None:
         nonlocal step
         positions = None
         if kind != "off":
-            positions = sample_positions(0, step, objective.layers, config.block_size, n_tokens)
+            positions = sample_positions(0, step, objective.layers, recipe.model.block_size, DISPERSED[kind])
             positions = positions.to(device, non_blocking=True)
         step += 1
-        with torch.autocast(device.type, torch.bfloat16, enabled=arguments.dtype == "bfloat16"):
-            loss = objective(x, positions)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = objective(x, y, positions)
         loss.backward()
-        nn.utils.clip_grad_norm_(objective.model.parameters(), 1.0)
+        if optim.clip_gradients(objective.model, 1.0).isfinite():
+            for optimizer in optimizers:
+                optimizer.step()
         for optimizer in optimizers:
-            optimizer.step()
             optimizer.zero_grad()
+
+    return run
+
+
+def nanogpt_step(kind: str, recipe: Recipe, rows: int, device: torch.device, folder: Path) -> Step:
+    """One step of nanoGPT's train.py, with its own model and optimizer, in float32 on a CPU unless `kind` says more."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
+    assert spec is not None and spec.loader is not None
+    nanogpt = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(nanogpt)
+    c = recipe.model
+    torch.manual_seed(0)
+    with contextlib.redirect_stdout(None):
+        model = nanogpt.GPT(
+            nanogpt.GPTConfig(
+                **{"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "block_size": c.block_size},
+                **{"vocab_size": recipe.nanogpt_vocab_size, "bias": c.bias, "dropout": 0.0},
+            )
+        ).to(device)
+        optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)
+    half = device.type == "cuda" or "bf16" in kind
+    if device.type == "cuda" or "compiled" in kind:
+        model.compile()
+    x, y = torch.randint(recipe.nanogpt_vocab_size, (2, rows, c.block_size), device=device)
+
+    def run() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            _, loss = model(x, y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     return run
 

@@ -227,6 +227,10 @@ def matmul_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
+def compile_pays(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 # Dense matrix products in 16 bits, FLOP/s by the maker's data sheets; found by part of the device's name.
 PEAK_FLOPS = {
     "B200": 2.25e15,
