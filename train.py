@@ -16,6 +16,7 @@ import dataclasses
 import datetime
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,20 +99,24 @@ def train(config: Config) -> None:
     layers = select_layers(config.dispersion.layers, config.model.n_layer)
     dispersion_loss = DispersionLoss(config.dispersion.variant, config.dispersion.tau, config.dispersion.backend)
     objective: Any = Objective(model, dispersion_loss, layers)
+    total_steps = count_steps(config.train, model.num_parameters(), tokens_per_step)
+    if config.train.compile == "auto":
+        flops = total_steps * tokens_per_step * model.flops_per_token()
+        config.train.compile = distributed.compile_pays(device, flops)
+    look: Callable[..., Tensor] = loss_and_cosines
     if config.train.compile:
         torch.compiler.reset()  # an earlier run of a sweep compiled other shapes
-        objective.compile()
+        objective.compile(dynamic=False)
+        look = torch.compile(look, dynamic=False)
     if config.train.activation_checkpointing:
         for block in model.h:
-            distributed.recompute(block, config.train.compile)
+            distributed.recompute(block, bool(config.train.compile))
     if world.size > 1 and config.train.parallel == "fsdp":
         distributed.shard(model, model.h, world)
     elif world.size > 1:
         objective = DistributedDataParallel(objective)
     optimizers = optim.build_optimizers(model, config.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-
-    total_steps = count_steps(config.train, model.num_parameters(), tokens_per_step)
 
     def accumulate(step: int, x: Tensor, y: Tensor) -> Tensor:
         """Forward and backward, in micro-batches; returns cross-entropy and dispersion of this rank's rows, [2]."""
@@ -144,7 +149,8 @@ def train(config: Config) -> None:
 
     # --- the run so far
     folder = Path(config.out_dir) / str(config.run_name)
-    step, run_began, bad_steps, bad_in_a_row = 0, time.perf_counter(), 0, 0
+    step, run_began = 0, time.perf_counter()
+    bad_steps, bad_in_a_row = torch.zeros(2, dtype=torch.int64, device=device)  # updates that were left out
     saver = checkpoint.Saver(folder / "checkpoints", config.train.keep_last, config.train.keep_every)
 
     def tally() -> dict[str, float]:
@@ -152,7 +158,7 @@ def train(config: Config) -> None:
 
     def validate() -> float:
         rows = batch_size // world.size // n_micro
-        figures = evaluate(model, corpus, held_out, rows, world, dtype)
+        figures = evaluate(model, look, corpus, held_out, rows, world, dtype)
         metrics.record({"step": step, "split": "val", **figures, **tally()})
         return figures["loss"]
 
@@ -172,7 +178,7 @@ def train(config: Config) -> None:
         if world.is_main:
             state = {
                 **{"step": step, **tally(), "val_loss": val_loss},
-                **{"bad_steps": bad_steps, "bad_in_a_row": bad_in_a_row},
+                **{"bad_steps": int(bad_steps), "bad_in_a_row": int(bad_in_a_row)},
                 **{"scaler": scaler.state_dict(), "config": dataclasses.asdict(config), "corpus": corpus.folder.name},
             }
             metrics.flush()
@@ -181,7 +187,8 @@ def train(config: Config) -> None:
     with StopSignals() as stop, Metrics(folder if world.is_main else None) as metrics, saver:
         saved = restore(folder, config, corpus, world, model, optimizers, scaler)
         if saved:
-            step, bad_steps, bad_in_a_row = saved["step"], saved["bad_steps"], saved["bad_in_a_row"]
+            step = saved["step"]
+            bad_steps, bad_in_a_row = torch.tensor([saved["bad_steps"], saved["bad_in_a_row"]], device=device)
             run_began -= saved["seconds"]
         if world.is_main and step < total_steps:
             write_config(folder, config, corpus)
@@ -214,21 +221,12 @@ def train(config: Config) -> None:
                 scaler.unscale_(optimizer)
             grad_norm = optim.clip_gradients(model, config.optim.grad_clip)
             optim.set_lr(optimizers, optim.lr_scale(config.optim, step, total_steps))
-            finite = bool(grad_norm.isfinite())  # the same on all ranks; if not, this update is left out
-            if finite or scaler.get_scale() > 1:  # float16's overflow is normal: the scaler scales less from now on
-                bad_in_a_row = 0
-            else:
-                bad_steps, bad_in_a_row = bad_steps + 1, bad_in_a_row + 1
-                if bad_in_a_row >= config.train.max_bad_steps:
-                    raise UserError(
-                        f"the gradient is not finite at step {step + 1}, {bad_in_a_row} times in a row "
-                        f"(train.max_bad_steps), first in {optim.first_not_finite(model, x)}; {saver.last()}; "
-                        "a lower optim.lr or optim.grad_clip may help"
-                    )
-            for optimizer in optimizers:
-                if finite:
-                    scaler.step(optimizer)
-                optimizer.zero_grad()
+            bad = ~grad_norm.isfinite()  # a tensor, the same on all ranks: no step waits for the device to tell
+            optim.update(optimizers, scaler, leave_out=bad)
+            if scaler.is_enabled() and scaler.get_scale() > 1:
+                bad = torch.zeros_like(bad)  # float16's overflow is normal: the scaler scales less from now on
+            bad_steps += bad
+            bad_in_a_row = (bad_in_a_row + 1) * bad
             scaler.update()
             step += 1
 
@@ -237,6 +235,14 @@ def train(config: Config) -> None:
             log = done or step == 1 or step % config.train.log_interval == 0
             evaluation = done or step % config.train.eval_interval == 0
             following = config.train.condensation_interval
+            if (log or device.type == "cpu") and bad_in_a_row >= config.train.max_bad_steps:  # a GPU would have to wait
+                raise UserError(
+                    f"the gradient is not finite at step {step}, {int(bad_in_a_row)} times in a row "
+                    f"(train.max_bad_steps), first in {optim.first_not_finite(model, x)}; {saver.last()}; "
+                    "a lower optim.lr or optim.grad_clip may help"
+                )
+            for optimizer in optimizers:
+                optimizer.zero_grad()
             if log:
                 ce_mean, dispersion_mean = (world.sum(terms) / world.size).tolist()
             if device.type == "cuda" and (log or evaluation):
@@ -255,7 +261,7 @@ def train(config: Config) -> None:
                         "lambda_disp": lambda_at(config.dispersion, step - 1, total_steps),
                         "lr": optimizers[0].param_groups[0]["lr"],
                         "grad_norm": grad_norm.item(),
-                        "bad_steps": bad_steps,
+                        "bad_steps": int(bad_steps),
                         "tokens_per_second": tokens_per_second,
                         "mfu": tokens_per_second * model.flops_per_token() / (peak * world.size) if peak else None,
                         **tally(),
@@ -282,11 +288,24 @@ def train(config: Config) -> None:
             raise SystemExit(EXIT_CODE)
 
 
+def loss_and_cosines(model: GPT, x: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy, then the mean cosine of every hidden state: [L + 2]."""
+    out = model(x, y, return_hidden=True)
+    assert out.hidden is not None
+    return torch.stack([out.loss, *map(mean_cosine, out.hidden)])
+
+
 @torch.no_grad()
 def evaluate(
-    model: GPT, corpus: Corpus, windows: np.ndarray, rows: int, world: World, dtype: torch.dtype
+    model: GPT,
+    look: Callable[..., Tensor],
+    corpus: Corpus,
+    windows: np.ndarray,
+    rows: int,
+    world: World,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """Loss, bits per byte and mean cosine by layer on validation windows, `rows` at a time, shared among ranks."""
+    """What `look` sees on validation windows, `rows` at a time, shared among ranks: loss, bits per byte, cosines."""
     model.eval()
     n_hidden = model.config.n_layer + 1
     sums = torch.zeros(1 + n_hidden, dtype=torch.float64, device=world.device)  # loss, then every layer's cosine
@@ -295,9 +314,7 @@ def evaluate(
         chunk = mine[start : start + rows]  # empty on some ranks at the end, but FSDP needs them all at every call
         x, y = read_windows(corpus.val, chunk if len(chunk) else windows[:1], model.config.block_size, model.vocab_size)
         with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
-            out = model(x.to(world.device), y.to(world.device), return_hidden=True)
-        assert out.hidden is not None
-        figures = torch.stack([out.loss, *map(mean_cosine, out.hidden)])
+            figures = look(model, x.to(world.device), y.to(world.device))
         sums += len(chunk) * figures.double()
     model.train()
     loss, *cosines = (world.sum(sums) / len(windows)).tolist()

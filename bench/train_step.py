@@ -43,19 +43,20 @@ BASELINES = ("nanoGPT", "nanoGPT bf16", "nanoGPT bf16 compiled")
 
 @dataclass
 class Recipe:
-    """A model, its batch in sequences, and how many rounds of steps are timed."""
+    """A model, its batch in sequences, the steps of a whole run of it, and how many rounds of them are timed."""
 
     model: GPTConfig
     batch_size: int
+    steps: int
     rounds: int
     nanogpt_vocab_size: int  # of the same recipe there
 
 
 RECIPES = {
     # nanoGPT's published CPU recipe: 65 characters there, 256 bytes and end-of-text here
-    "nanogpt_cpu": Recipe(GPTConfig(4, 4, 128, 64, vocab_size=257, bias=False), 12, 200, 65),
-    "micro": Recipe(GPTConfig(6, 6, 384, 256, vocab_size=257), 4, 40, 257),
-    "gpt2": Recipe(GPTConfig(12, 12, 768, 1024, vocab_size=50257), 2, 7, 50304),
+    "nanogpt_cpu": Recipe(GPTConfig(4, 4, 128, 64, vocab_size=257, bias=False), 12, 2_000, 200, 65),
+    "micro": Recipe(GPTConfig(6, 6, 384, 256, vocab_size=257), 4, 10_000, 40, 257),
+    "gpt2": Recipe(GPTConfig(12, 12, 768, 1024, vocab_size=50257), 2, 100_000, 7, 50304),
 }
 
 
@@ -85,7 +86,10 @@ def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
 def bench(name: str, arguments: argparse.Namespace) -> None:
     recipe, device = RECIPES[name], torch.device(arguments.device)
     dtype = distributed.matmul_dtype(arguments.dtype, device)
-    compiled = distributed.compile_pays(device) if arguments.compile == "auto" else arguments.compile == "true"
+    with torch.device("meta"):
+        model = GPT(recipe.model)
+    flops = recipe.steps * recipe.batch_size * recipe.model.block_size * model.flops_per_token()
+    compiled = distributed.compile_pays(device, flops) if arguments.compile == "auto" else arguments.compile == "true"
     kinds = [*DISPERSED, *(BASELINES if arguments.baseline else ())]
     build = lambda kind, rows: training_step(kind, recipe, rows, device, dtype, compiled, arguments.baseline)  # noqa: E731
     timer = measure.Cuda().timer if arguments.device == "cuda" else measure.wall_clock
@@ -96,8 +100,6 @@ def bench(name: str, arguments: argparse.Namespace) -> None:
     steps = {kind: build(kind, rows) for kind in kinds}
     times = measure.alternate(steps, timer, arguments.rounds or recipe.rounds, warmup=3)
 
-    with torch.device("meta"):
-        model = GPT(recipe.model)
     tokens = rows * recipe.model.block_size
     report: dict[str, Any] = {**vars(arguments), "device": measure.device_name(arguments.device)}
     report |= {"recipe": name, "dtype": str(dtype), "compiled": compiled, "batch_size": rows, "matmul_flops": peak}

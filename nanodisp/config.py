@@ -38,6 +38,7 @@ from nanodisp.prepare import DataConfig
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+COMPILE = ("auto", True, False)
 RESUME = ("auto", "never")
 
 
@@ -52,7 +53,8 @@ class TrainConfig:
     micro_batch_size: most sequences of one forward pass on a rank; null takes all at once.
     dtype: "bfloat16" or "float16" run matrix products in it (autocast; weights stay float32,
         float16 scales the loss); "auto" is bfloat16 on a GPU or CPU that has it, else float32.
-    compile: torch.compile the model and the loss; needs a compiler on the machine.
+    compile: torch.compile the model and the loss; needs a compiler on the machine. "auto" does it where the run is so
+        long that it pays.
     parallel: how torchrun's ranks share the work: "ddp" keeps the whole model on each, "fsdp" a share
         of its weights, gradients and optimizer state. One process alone is the same under both.
     activation_checkpointing: go through each block once more in backward in place of keeping what is inside it:
@@ -74,7 +76,7 @@ class TrainConfig:
     batch_size: int = 32
     micro_batch_size: int | None = None
     dtype: str = "auto"
-    compile: bool = False
+    compile: bool | str = "auto"
     parallel: str = "ddp"
     activation_checkpointing: bool = False
     timeout_minutes: float = 30.0
@@ -95,6 +97,8 @@ class TrainConfig:
             raise ValueError("no budget: give train.steps, train.tokens or train.tokens_per_param")
         if self.dtype not in DTYPES:
             raise ValueError(f"train.dtype={self.dtype} is unknown; choose one of {', '.join(DTYPES)}")
+        if self.compile not in COMPILE:
+            raise ValueError(f"train.compile={self.compile} is unknown; choose one of auto, true, false")
         if self.parallel not in PARALLEL:
             raise ValueError(f"train.parallel={self.parallel} is unknown; choose one of {', '.join(PARALLEL)}")
         if not 0 < self.timeout_minutes < math.inf:

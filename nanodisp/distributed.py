@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib.util
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -227,8 +229,13 @@ def matmul_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
-def compile_pays(device: torch.device) -> bool:
-    return device.type == "cuda"
+COMPILE_FROM = {"cuda": 2e16, "cpu": 1e15}  # FLOPs, some minutes of work: ten times what compiling takes
+
+
+def compile_pays(device: torch.device, flops: float) -> bool:
+    """Whether torch.compile gives back within a run of so many FLOPs what it takes, and can be had here."""
+    compiler = importlib.util.find_spec("triton") if device.type == "cuda" else shutil.which("g++")
+    return compiler is not None and flops >= COMPILE_FROM[device.type]
 
 
 # Dense matrix products in 16 bits, FLOP/s by the maker's data sheets; found by part of the device's name.

@@ -154,6 +154,20 @@ def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
     return norm
 
 
+def update(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler, leave_out: Tensor) -> None:
+    """One step of each optimizer, or none where `leave_out`, a bool scalar on the device, is true.
+
+    Fused optimizers read it themselves, by the attribute that PyTorch's scaler sets for them; for the
+    others, and in float16, the device is waited for.
+    """
+    for optimizer in optimizers:
+        if optimizer.defaults.get("fused") and not scaler.is_enabled():
+            optimizer.found_inf = leave_out.float()  # type: ignore[attr-defined]
+            optimizer.step()
+        elif not leave_out:
+            scaler.step(optimizer)
+
+
 @torch.no_grad()
 def first_not_finite(model: nn.Module, idx: Tensor) -> str:
     """Where a NaN or an infinity comes from: the first such hidden state of our model on int64 [B, T], or, if all

@@ -158,6 +158,36 @@ def test_compiled_walks_the_same_curve(run: Run) -> None:
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_a_compiled_run_breaks_no_graph_and_compiles_nothing_after_its_first_steps(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    compiled_by_step = []
+    update = train.optim.update
+
+    def counting(*arguments: object, **named: object) -> None:
+        compiled_by_step.append(counters["stats"]["unique_graphs"])
+        update(*arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(train.optim, "update", counting)
+    run("train.steps=6", "train.eval_interval=2", "train.eval_windows=6", "train.compile=true")  # 4 windows, then 2
+    assert not counters["graph_break"]
+    assert compiled_by_step == [3] * 6, "the step, and the evaluation of a whole and of a part of a batch"
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(800, False), (400_000, True)])
+def test_a_run_is_compiled_where_it_pays(steps: int, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train.distributed.shutil, "which", lambda _: "/usr/bin/g++")
+    with torch.device("meta"):
+        flops_per_token = GPT(GPTConfig(6, 4, 128, 256, vocab_size=257)).flops_per_token()
+    assert train.distributed.compile_pays(torch.device("cpu"), steps * 2048 * flops_per_token) is expected
+    monkeypatch.setattr(train.distributed.shutil, "which", lambda _: None)
+    assert not train.distributed.compile_pays(torch.device("cpu"), 1e30)
+
+
 def test_wandb_offline_keeps_its_id_over_a_resume(run: Run) -> None:
     pytest.importorskip("wandb")
     folder = run("train.steps=4", "train.checkpoint_interval=2", "wandb.mode=offline")
