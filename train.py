@@ -32,12 +32,20 @@ from nanodisp.dispersion import DispersionLoss, lambda_at, sample_positions, sel
 from nanodisp.distributed import World
 from nanodisp.errors import UserError
 from nanodisp.gpt import GPT
-from nanodisp.loader import Corpus, Loader, count_windows, open_corpus, prefetch, read_windows, spread_windows
+from nanodisp.loader import (
+    Corpus,
+    Loader,
+    count_vocabulary,
+    count_windows,
+    open_corpus,
+    prefetch,
+    read_windows,
+    spread_windows,
+)
 from nanodisp.metrics import Metrics
 from nanodisp.prepare import prepare
 from nanodisp.runs import conclude, write_config
 from nanodisp.signals import EXIT_CODE, StopSignals
-from nanodisp.tokenizer import vocab_size_of
 
 CONDENSATION_WINDOWS = 4  # validation windows of a "condensation" record
 
@@ -75,7 +83,7 @@ def train(config: Config) -> None:
     if world.is_main:
         world.barrier()
     config.data.tokenizer = corpus.tokenizer
-    config.model.vocab_size = config.model.vocab_size or corpus.vocab_size or vocab_size_of(corpus.tokenizer)
+    config.model.vocab_size = config.model.vocab_size or count_vocabulary(corpus)
     config.optim.lr = config.optim.lr or optim.lr_for_width(config.model.n_embd)
     corpus.train.check_range(config.model.vocab_size)
     block_size, tokens_per_step = config.model.block_size, batch_size * config.model.block_size

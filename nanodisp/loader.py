@@ -22,16 +22,19 @@ from torch import Tensor
 
 from nanodisp.errors import UserError
 from nanodisp.shards import MANIFEST, Manifest, Tokens, check_tokens, open_split
+from nanodisp.tokenizer import vocab_size_of
 
 FEISTEL_ROUNDS = 6
+CHUNK = 1 << 20  # tokens read at a time where all of them are looked at
+CHARACTERS = "meta.pkl"  # lies beside nanoGPT's shards of characters
 
 
 @dataclass(frozen=True)
 class Corpus:
     """A folder of shards, opened.
 
-    tokenizer: a spec for `load_tokenizer`.
-    vocab_size: None when nothing but the tokenizer itself tells.
+    tokenizer: a spec for `load_tokenizer`, "none" where the tokens have no text that we know.
+    vocab_size: None when nothing but the tokenizer itself, or the tokens, tells.
     bytes_per_token: of the validation split, None when nothing tells.
     """
 
@@ -46,15 +49,32 @@ class Corpus:
 def open_corpus(folder: Path, tokenizer: str) -> Corpus:
     """Open both splits; `tokenizer` is the spec for shards that come without a manifest.
 
+    nanoGPT's `meta.pkl` beside them says that they are characters, not GPT-2's tokens. It is a pickle: never opened.
+
     Raises UserError as `open_split` does.
     """
     train, val = open_split(folder, "train"), open_split(folder, "val")
     if not (folder / MANIFEST).exists():
-        return Corpus(folder, train, val, tokenizer, None, None)
+        characters = tokenizer == "gpt2" and (folder / CHARACTERS).exists()
+        return Corpus(folder, train, val, "none" if characters else tokenizer, None, None)
     manifest = Manifest.load(folder)
     beside = folder / manifest.tokenizer  # a .tiktoken file, if it is one
     spec = str(beside) if beside.is_file() else manifest.tokenizer
     return Corpus(folder, train, val, spec, manifest.vocab_size, manifest.bytes_per_token.get("val"))
+
+
+def count_vocabulary(corpus: Corpus) -> int:
+    """The vocabulary size: the manifest's or the tokenizer's; without either one more than the highest token there is.
+
+    The last reads all tokens. Raises UserError for a tokenizer that is not there.
+    """
+    if corpus.vocab_size is not None:
+        return corpus.vocab_size
+    if corpus.tokenizer != "none":
+        return vocab_size_of(corpus.tokenizer)
+    splits = (corpus.train, corpus.val)
+    chunks = (s.read(start, min(start + CHUNK, len(s))) for s in splits for start in range(0, len(s), CHUNK))
+    return 1 + max(int(chunk.max()) for chunk in chunks)
 
 
 class Loader:

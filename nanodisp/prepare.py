@@ -62,7 +62,7 @@ class DataConfig:
     name: a folder of `data/` with a `prepare.py`; "shards" reads those in `path` as they lie.
     path: the file or folder of text ("text"), or of shards ("shards").
     tokenizer: "byte", "gpt2" or the path of a `.tiktoken` file. For "shards" without a
-        manifest: what they were made with.
+        manifest: what they were made with, "none" for tokens whose text nobody needs.
     val_fraction: share of the text that is for validation, up to a half: the end of a
         corpus that is one text file, else every k-th document, k = round(1 / val_fraction).
     field: the key of jsonl, or the column of parquet, that holds the text.

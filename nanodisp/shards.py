@@ -156,7 +156,7 @@ def check_tokens(tokens: np.ndarray, vocab_size: int, where: object) -> None:
     if highest >= vocab_size:
         raise UserError(
             f"{where} holds token {highest}, but the vocabulary ends at {vocab_size - 1}; "
-            "the shards were made with another tokenizer or are damaged"
+            "the shards were made with another tokenizer (data.tokenizer, model.vocab_size) or are damaged"
         )
 
 
@@ -331,7 +331,7 @@ def open_split(folder: str | Path, split: str) -> Tokens:
     """The tokens of one split, "train" or "val", of a folder of shards.
 
     With a manifest, as the manifest says. Without, every `.bin` and `.npy` file with the
-    split in its name, sorted by name: the folders of llm.c, modded-nanogpt and nanoGPT.
+    split last in its name, sorted by name: the folders of llm.c, modded-nanogpt and nanoGPT.
 
     Raises:
         UserError: no such folder, an unfinished preparation, no shard of the split, or a bad one.
@@ -353,8 +353,8 @@ def open_split(folder: str | Path, split: str) -> Tokens:
 
 
 def _split_in_name(path: Path) -> str | None:
-    named = path.name if path.suffix in (".bin", ".npy") else ""
-    return next((split for split in SPLITS if split in named), None)
+    stem = path.stem if path.suffix in (".bin", ".npy") else ""
+    return max((split for split in SPLITS if split in stem), key=stem.rfind, default=None)  # constrained_val_000000
 
 
 def verify(folder: str | Path, show_progress: bool = False) -> Manifest:

@@ -2,7 +2,8 @@
 
 A tokenizer is named by a spec, the same string in the config, in a manifest and in a
 checkpoint: "byte", "gpt2", or the path of a `.tiktoken` file (one token a line: its bytes
-in base64, a space, its rank). tiktoken is imported only when a spec asks for it.
+in base64, a space, its rank). tiktoken is imported only when a spec asks for it. "none" is
+the spec of shards whose tokens nobody can turn into text: they are trained on all the same.
 
 No text encodes to the end-of-text token, not even its name: what a document says is text.
 """
@@ -120,7 +121,7 @@ def load_tokenizer(spec: str | Path, folder: Path = Path()) -> Tokenizer:
         folder: of the shards, if the spec comes from their manifest.
 
     Raises:
-        UserError: unknown spec, missing or broken file, or GPT-2's ranks cannot be had.
+        UserError: unknown spec or "none", missing or broken file, or GPT-2's ranks cannot be had.
     """
     if str(spec) == "byte":
         return ByteTokenizer()
@@ -128,6 +129,8 @@ def load_tokenizer(spec: str | Path, folder: Path = Path()) -> Tokenizer:
         return _published_gpt2()
     if str(spec).endswith(".tiktoken"):
         return from_ranks(folder / spec, _read_ranks(folder / spec))
+    if str(spec) == "none":
+        raise UserError("tokenizer=none knows no text; choose byte, gpt2 or the path of a .tiktoken file")
     raise UserError(f"tokenizer={spec} is unknown; choose byte, gpt2 or the path of a .tiktoken file")
 
 
