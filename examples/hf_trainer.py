@@ -1,0 +1,124 @@
+"""The dispersion loss in a Hugging Face Trainer, for any causal language model.
+
+    python examples/hf_trainer.py model=<folder or hub id> data=<text file> to=<folder> lambda_disp=0.1
+
+trains the model further on a text and writes it, with its tokenizer, into `to`. Needs
+`pip install 'nanodisp[eval]'`. `DispersionTrainer` is all that another project has to copy.
+Weights are read and written as safetensors; a model that comes with code of its own is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+from nanodisp import DispersionLoss, arguments
+from nanodisp.errors import UserError, first_line, optional
+
+
+class DispersionTrainer(Trainer):
+    """A Trainer that minimises cross-entropy + lambda_disp * dispersion; what it evaluates stays cross-entropy.
+
+    The dispersion is that of every layer's output, of `max_tokens` positions drawn anew for each micro-batch. All
+    positions count as tokens: pack texts into whole blocks rather than pad them.
+    """
+
+    def __init__(self, *args: Any, lambda_disp: float = 0.1, max_tokens: int = 256, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.disperse, self.lambda_disp, self.max_tokens = DispersionLoss("angular"), lambda_disp, max_tokens
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = {**inputs, "output_hidden_states": True}
+        loss, out = super().compute_loss(model, inputs, True, num_items_in_batch)
+        positions = torch.randperm(inputs["input_ids"].size(1))[: self.max_tokens]
+        terms = [self.disperse(hidden[:, positions.to(hidden.device)]) for hidden in out.hidden_states[1:]]
+        dispersion = torch.stack([term.to(loss.device) for term in terms]).mean()  # layers may lie on several GPUs
+        # With num_items_in_batch the loss is a share of the whole batch's already, else the Trainer divides the sum.
+        parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+        loss = loss + self.lambda_disp * dispersion / parts
+        return (loss, out) if return_outputs else loss
+
+
+@dataclass
+class ExampleConfig:
+    """model: a folder or a hub id. data: a text file. to: where the trained model goes. Lengths in tokens."""
+
+    model: str = arguments.MISSING
+    data: str = arguments.MISSING
+    to: str = arguments.MISSING
+    lambda_disp: float = 0.1
+    max_tokens: int = 256
+    block_size: int = 256
+    steps: int = 100
+    batch_size: int = 8
+    accumulate: int = 1
+    lr: float = 5e-5
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("max_tokens", 2), ("block_size", 2), ("steps", 1), ("batch_size", 1), ("accumulate", 1)):
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {lowest}")
+
+
+def load(model: str) -> tuple[Any, Any]:
+    """The model in float32 and its tokenizer."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        options = {"trust_remote_code": False, "use_safetensors": True, "dtype": torch.float32}
+        return AutoModelForCausalLM.from_pretrained(model, **options), tokenizer
+    except (OSError, ValueError) as error:
+        raise UserError(f"model={model} can not be loaded: {first_line(error)}") from error
+
+
+def read_blocks(path: str, tokenizer: Any, block_size: int) -> list[dict[str, torch.Tensor]]:
+    """The text's tokens in blocks, what is left over at its end aside; labels are the blocks, which models shift."""
+    try:
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"data={path} can not be read: {error.strerror}; give a text file") from error
+    tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    blocks = tokens[: len(tokens) // block_size * block_size].view(-1, block_size)
+    if not len(blocks):
+        raise UserError(f"data={path} has {len(tokens)} tokens: block_size={block_size} needs more text")
+    return [{"input_ids": block, "labels": block} for block in blocks]
+
+
+def main(argv: Sequence[str]) -> None:
+    config = arguments.parse(ExampleConfig, argv)
+    optional("accelerate")  # the Trainer's own message spans a page
+    model, tokenizer = load(config.model)
+    settings = TrainingArguments(
+        output_dir=config.to,
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulate,
+        learning_rate=config.lr,
+        seed=config.seed,
+        logging_steps=10,
+        save_strategy="no",  # the Trainer's own checkpoints are pickles
+        report_to="none",
+    )
+    trainer = DispersionTrainer(
+        model,
+        settings,
+        train_dataset=read_blocks(config.data, tokenizer, config.block_size),
+        lambda_disp=config.lambda_disp,
+        max_tokens=config.max_tokens,
+    )
+    trainer.train()
+    model.save_pretrained(config.to)
+    tokenizer.save_pretrained(config.to)
+
+
+if __name__ == "__main__":
+    arguments.run(main)

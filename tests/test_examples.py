@@ -1,0 +1,141 @@
+"""The examples run, and add to somebody else's loop what they say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanodisp import DispersionLoss
+from nanodisp.errors import UserError
+from nanodisp.hf_tokenizer import build_tokenizer
+from nanodisp.tokenizer import load_tokenizer
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from examples import hf_trainer  # noqa: E402
+
+SETTINGS = {
+    "use_cpu": True,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "max_steps": 1,
+    "max_grad_norm": 0,
+}
+
+
+def tiny(kind: str) -> Any:
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32}
+        dropout = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=257, **shape, **dropout))
+    shape = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(vocab_size=257, **shape, **heads))
+
+
+def blocks(n: int) -> list[dict[str, torch.Tensor]]:
+    tokens = torch.randint(257, (n, 24), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+def trained(kind: str, data: Any, to: Path, *, rows: int, accumulate: int, lambda_disp: float) -> dict[str, Any]:
+    """The weights after one step of plain gradient descent."""
+    settings = transformers.TrainingArguments(
+        **SETTINGS,
+        output_dir=str(to),
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=accumulate,
+        optim="sgd",
+        learning_rate=0.5,
+        lr_scheduler_type="constant",
+    )
+    trainer = hf_trainer.DispersionTrainer(tiny(kind), settings, train_dataset=data, lambda_disp=lambda_disp)
+    trainer.train()
+    return dict(trainer.model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
+@pytest.mark.parametrize(("rows", "accumulate"), [(4, 1), (1, 4)])
+def test_a_step_is_the_trainers_and_one_down_the_dispersion_however_it_is_accumulated(
+    tmp_path: Path, kind: str, rows: int, accumulate: int
+) -> None:
+    data = blocks(4)
+    plain = trained(kind, data, tmp_path, rows=rows, accumulate=accumulate, lambda_disp=0)
+    found = trained(kind, data, tmp_path, rows=rows, accumulate=accumulate, lambda_disp=2.0)
+    model = tiny(kind)
+    hidden = model(torch.stack([row["input_ids"] for row in data]), output_hidden_states=True).hidden_states
+    torch.stack([DispersionLoss()(h) for h in hidden[1:]]).mean().backward()
+    for name, parameter in model.named_parameters():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        assert torch.allclose(found[name] - plain[name], -0.5 * 2.0 * gradient, rtol=1e-4, atol=1e-6), name
+        assert not torch.equal(plain[name], parameter)
+
+
+def test_evaluation_tells_cross_entropy_alone(tmp_path: Path) -> None:
+    settings = transformers.TrainingArguments(**SETTINGS, output_dir=str(tmp_path))
+    trainer = hf_trainer.DispersionTrainer(tiny("qwen3"), settings, eval_dataset=blocks(4), lambda_disp=100.0)
+    idx = torch.stack([row["input_ids"] for row in blocks(4)])
+    with torch.no_grad():
+        wanted = tiny("qwen3").eval()(idx, labels=idx).loss.item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
+def test_the_command_trains_a_saved_model_and_writes_safetensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    source, to = tmp_path / "source", tmp_path / "to"
+    tiny(kind).save_pretrained(source)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=build_tokenizer(load_tokenizer("byte")))
+    tokenizer.save_pretrained(source)
+    (tmp_path / "text.txt").write_text("the quick brown fox. " * 100)
+    settings = ("steps=3", "batch_size=2", "accumulate=2", "block_size=24", "max_tokens=8")
+    hf_trainer.main([f"model={source}", f"data={tmp_path / 'text.txt'}", f"to={to}", *settings])
+    after = transformers.AutoModelForCausalLM.from_pretrained(to)
+    assert any(not torch.equal(p, q) for p, q in zip(after.parameters(), tiny(kind).parameters(), strict=True))
+    assert {path.suffix for path in to.iterdir() if path.is_file()} == {".json", ".safetensors"}
+    assert transformers.AutoTokenizer.from_pretrained(to).decode([102, 111, 120]) == "fox"
+
+
+def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    tiny("gpt2").save_pretrained(source)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=build_tokenizer(load_tokenizer("byte")))
+    tokenizer.save_pretrained(source)
+    (tmp_path / "short.txt").write_text("short")
+    for given, said in (
+        ({"model": tmp_path / "gone"}, "model=.* can not be loaded"),
+        ({"data": tmp_path / "gone"}, "data=.* can not be read: No such file"),
+        ({"data": tmp_path / "short.txt"}, "has 5 tokens: block_size=256 needs more text"),
+        ({"steps": 0}, "steps=0 must be at least 1"),
+    ):
+        values = {"model": source, "data": tmp_path / "short.txt", "to": tmp_path / "to", **given}
+        with pytest.raises(UserError, match=said) as error:
+            hf_trainer.main([f"{key}={value}" for key, value in values.items()])
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("trap", ["code", "pickle"])
+def test_a_strangers_code_and_pickles_are_refused(tmp_path: Path, trap: str) -> None:
+    source = tmp_path / "source"
+    tiny("gpt2").save_pretrained(source)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=build_tokenizer(load_tokenizer("byte")))
+    tokenizer.save_pretrained(source)
+    if trap == "pickle":
+        (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    else:
+        config = json.loads((source / "config.json").read_text())
+        config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
+        (source / "config.json").write_text(json.dumps(config))
+        (source / "own.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')\n")
+    with pytest.raises(UserError, match="can not be loaded"):
+        hf_trainer.load(str(source))
+    assert not (tmp_path / "sprung").exists()
