@@ -203,6 +203,7 @@ def train(config: Config) -> None:
         metrics.begin(
             config=dataclasses.asdict(config),
             wandb_config=config.wandb,
+            tensorboard=config.tensorboard,
             step=step if saved else -1,
             total_steps=total_steps,
         )

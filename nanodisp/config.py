@@ -138,6 +138,7 @@ class Config:
     init_from: begin with the weights of a run (its folder, or one of its checkpoints) or of a Hugging Face GPT-2
         (hf:<folder or id>), whose shape must be that of `model`; the context may be shorter. null begins anew.
     resume: "auto" goes on with a run of the same name, "never" refuses its folder.
+    tensorboard: write the figures for TensorBoard too, into the run's folder.
     dry_run: tell the run's size and about how long it will take, and train nothing (data is prepared if need be).
     """
 
@@ -147,6 +148,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1000))
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = False
     init_from: str | None = None
     seed: int = 1337
     device: str = "auto"
@@ -182,7 +184,7 @@ SECTIONS: dict[str, Any] = {
 
 # What may change between two calls without making it another run.
 NOT_IDENTITY = {
-    "": ("device", "resume", "out_dir", "run_name", "dry_run"),
+    "": ("device", "resume", "out_dir", "run_name", "dry_run", "tensorboard"),
     "data": ("folder",),
     "dispersion": ("backend",),
     "train": (

@@ -13,12 +13,12 @@ class UserError(Exception):
     """
 
 
-def optional(package: str) -> Any:
-    """A package that not everybody needs; UserError where it is not installed."""
+def optional(package: str, extra: str = "eval") -> Any:
+    """A package that not everybody needs; UserError, naming the extra that has it, where it is not installed."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise UserError(f"this needs {package}: pip install 'nanodisp[eval]'") from error
+        raise UserError(f"this needs {package}: pip install 'nanodisp[{extra}]'") from error
 
 
 def first_line(error: BaseException) -> str:

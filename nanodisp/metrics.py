@@ -1,7 +1,7 @@
-"""Where the numbers of a run go: the terminal, metrics.jsonl and, if asked for, Weights & Biases.
+"""Where the numbers of a run go: the terminal, metrics.jsonl and, if asked for, Weights & Biases and TensorBoard.
 
 Only rank 0 has any of it; on other ranks every call does nothing. A record is one line of
-metrics.jsonl, and what W&B gets: "step" is the number of updates done, "split" is "train", "val" or
+metrics.jsonl, and what the others get: "step" is the number of updates done, "split" is "train", "val" or
 "condensation" (mean cosine by layer alone, more often; not shown).
 """
 
@@ -14,6 +14,7 @@ import math
 import os
 import secrets
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from nanodisp.errors import UserError
+from nanodisp.errors import UserError, first_line, optional
 
 WANDB_MODES = ("disabled", "offline", "online")
+GUESTS = {"wandb": "W&B", "tensorboard": "TensorBoard"}
 
 
 @dataclass
@@ -60,6 +62,7 @@ class Metrics:
         self.enabled = folder is not None
         self.progress: Progress | None = None
         self.wandb: Any = None
+        self.tensorboard: Any = None
         self.file: Any = None
         if folder is None:
             return
@@ -75,7 +78,15 @@ class Metrics:
         except OSError as error:
             raise UserError(f"the run's folder {folder} can not be written: {error}; choose another out_dir") from error
 
-    def begin(self, *, config: dict[str, Any], wandb_config: WandbConfig, step: int, total_steps: int) -> None:
+    def begin(
+        self,
+        *,
+        config: dict[str, Any],
+        wandb_config: WandbConfig,
+        step: int,
+        total_steps: int,
+        tensorboard: bool = False,
+    ) -> None:
         """Open the records.
 
         Args:
@@ -83,9 +94,14 @@ class Metrics:
             wandb_config: see `WandbConfig`.
             step, total_steps: where the run begins and ends. Records of later steps than `step`,
                 left by an interrupted run, are dropped: they are about to be made again.
+            tensorboard: whether TensorBoard gets the records too.
+
+        Raises UserError when the records can not be written, or tensorboard is asked for and not installed.
         """
         if not self.enabled:
             return
+        if tensorboard:
+            optional("tensorboard", extra="tensorboard")
         try:
             self.error_file.unlink(missing_ok=True)  # of an earlier attempt
             drop_records_after(self.path, step)
@@ -108,6 +124,8 @@ class Metrics:
             self.progress.start()
         if wandb_config.mode != "disabled":
             self._start_wandb(self.folder, config, wandb_config)
+        if tensorboard and step < total_steps:
+            self._guarded("tensorboard", "start", lambda: self._start_tensorboard(step))
 
     def say(self, text: str) -> None:
         """A line for the reader, above the progress line."""
@@ -120,7 +138,7 @@ class Metrics:
             self.progress.update(self.bar, completed=step)
 
     def record(self, record: dict[str, Any]) -> None:
-        """Write one record to metrics.jsonl and W&B, and show it."""
+        """Write one record to metrics.jsonl, W&B and TensorBoard, and show it."""
         if not self.enabled:
             return
         try:
@@ -130,17 +148,15 @@ class Metrics:
             raise self._not_written(error) from error
         if record["split"] != "condensation":  # too many lines to read
             self.say(describe(record, self.total_steps))
-        if self.wandb is not None:
-            split = record["split"]
-            values = {f"{split}/{key}": value for key, value in record.items() if key not in ("split", "mean_cosine")}
-            for layer, value in enumerate(record.get("mean_cosine", ())):
-                values[f"{split}/mean_cosine/layer_{layer:02d}"] = value
-            self._guarded("log", lambda: self.wandb.log({"step": record["step"], **values}))
+        self._guarded("wandb", "log", lambda: self._log_to_wandb(record))
+        self._guarded("tensorboard", "log", lambda: self._log_to_tensorboard(record))
 
     def flush(self) -> None:
         """What was recorded survives a power cut."""
         if self.enabled:
             os.fsync(self.file.fileno())
+            if self.tensorboard is not None:
+                self._guarded("tensorboard", "flush", self.tensorboard.flush)
 
     def _not_written(self, error: OSError) -> UserError:
         return UserError(
@@ -158,7 +174,9 @@ class Metrics:
                 self.file.close()
         self.lock.close()
         if self.wandb is not None:
-            self._guarded("finish", lambda: self.wandb.finish())
+            self._guarded("wandb", "finish", self.wandb.finish)
+        if self.tensorboard is not None:
+            self._guarded("tensorboard", "close", self.tensorboard.close)
 
     def __enter__(self) -> Metrics:
         return self
@@ -178,6 +196,9 @@ class Metrics:
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(8))
 
+        self.logged_file = folder / "wandb" / "logged"
+        self.logged = set(self.logged_file.read_text().splitlines()) if self.logged_file.exists() else set()
+
         def start() -> None:
             import wandb
 
@@ -196,16 +217,45 @@ class Metrics:
             )
             self.wandb.define_metric("*", step_metric="step")
 
-        self._guarded("init", start)
+        self._guarded("wandb", "init", start)
 
-    def _guarded(self, what: str, action: Any) -> None:
-        """W&B is a guest: whatever goes wrong there, training goes on."""
+    def _log_to_wandb(self, record: dict[str, Any]) -> None:
+        # What W&B has it keeps: of steps that are made again after an interruption, which are the same, nothing twice.
+        key = f"{record['step']} {record['split']}"
+        if self.wandb is not None and key not in self.logged:
+            self.wandb.log({"step": record["step"], **scalars(record)})
+            with self.logged_file.open("a") as file:
+                file.write(key + "\n")
+
+    def _start_tensorboard(self, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # TensorBoard forgets what an interrupted run wrote from purge_step on.
+        self.tensorboard = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1)
+
+    def _log_to_tensorboard(self, record: dict[str, Any]) -> None:
+        if self.tensorboard is not None:
+            for name, value in scalars(record).items():
+                self.tensorboard.add_scalar(name, value, record["step"])
+
+    def _guarded(self, guest: str, what: str, action: Callable[[], object]) -> None:
+        """W&B and TensorBoard are guests: whatever goes wrong there, training goes on."""
         try:
             action()
         except Exception as error:
-            self.wandb = None
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            self.say(f"W&B {what} failed ({reason[0]}): the run goes on without it; metrics.jsonl has everything")
+            setattr(self, guest, None)
+            self.say(
+                f"{GUESTS[guest]} {what} failed ({first_line(error)}): the run goes on without it; "
+                "metrics.jsonl has everything"
+            )
+
+
+def scalars(record: dict[str, Any]) -> dict[str, float]:
+    """A record's numbers as W&B and TensorBoard know them: "val/loss", "val/mean_cosine/layer_00"; nulls left out."""
+    split = record["split"]
+    layers = {f"mean_cosine/layer_{layer:02d}": value for layer, value in enumerate(record.get("mean_cosine", ()))}
+    values = {key: value for key, value in record.items() if key not in ("step", "split", "mean_cosine")} | layers
+    return {f"{split}/{key}": value for key, value in values.items() if value is not None}
 
 
 def describe(record: dict[str, Any], total_steps: int) -> str:

@@ -78,6 +78,7 @@ def test_a_name_follows_from_what_decides_the_result() -> None:
     name = config.name_of(compose(), "nano")
     assert name.startswith("nano-pystdlib-angular0.1-s1337-")
     same = ("device=cpu", "wandb.mode=offline", "train.log_interval=7", "train.micro_batch_size=1", "out_dir=else")
+    same += ("tensorboard=true",)
     assert config.name_of(compose(*same), "nano") == name
     ways = ("train.parallel=fsdp", "train.activation_checkpointing=true", "train.timeout_minutes=5")
     assert config.name_of(compose(*ways), "nano") == name

@@ -1,14 +1,27 @@
-"""Where numbers go: valid JSON lines, in order, once each."""
+"""Where numbers go: valid JSON lines, in order, once each; and what others read them with."""
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from conftest import records
 
+from nanodisp.errors import UserError
 from nanodisp.metrics import Metrics, WandbConfig, describe, drop_records_after
+
+Run = Callable[..., Path]
+INTERRUPTED = ("train.steps=4", "train.checkpoint_interval=2", "train.log_interval=1", "train.eval_interval=2")
 
 
 def metrics(folder: Path | None, step: int = -1) -> Metrics:
@@ -66,3 +79,132 @@ def test_what_ended_a_run_lies_in_its_folder_until_it_is_tried_again(tmp_path: P
     with pytest.raises(KeyboardInterrupt), metrics(tmp_path):
         raise KeyboardInterrupt  # a run that is stopped has not failed
     assert not (tmp_path / "error.txt").exists()
+
+
+# --- read by others -------------------------------------------------------------------------
+
+
+def resumed(run: Run, *settings: str) -> Path:
+    """The folder of a run that was killed after its last figures, before they were saved, and went on."""
+    folder = run(*INTERRUPTED, *settings)
+    shutil.rmtree(folder / "checkpoints" / "step_00000004")
+    return run(*INTERRUPTED, *settings)
+
+
+def test_pandas_reads_the_records_as_a_table(run: Run) -> None:
+    pandas = pytest.importorskip("pandas")
+    table = pandas.read_json(run(*INTERRUPTED) / "metrics.jsonl", lines=True)
+    whole, real = ("step", "tokens"), ("loss", "lr", "grad_norm", "dispersion", "tokens_per_second", "seconds", "bpb")
+    assert {str(table[key].dtype) for key in whole} == {"int64"}
+    assert {str(table[key].dtype) for key in real} == {"float64"}
+    train, val = (table[table.split == split] for split in ("train", "val"))
+    assert train.step.tolist() == [1, 2, 3, 4] and train.tokens.tolist() == [64, 128, 192, 256]
+    assert train[["loss", "lr", "grad_norm"]].notna().all(axis=None) and val.bpb.notna().all()
+    assert pandas.DataFrame(val.mean_cosine.tolist()).shape == (3, 3)
+
+
+def wandb_records(path: Path) -> Iterator[Any]:
+    """The records of a .wandb file: LevelDB's log of W&B's own messages.
+
+    7 bytes, then blocks of 32 KiB, in which a piece of a record is checksum, length, kind (1 whole, 4 last) and bytes.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, position, collected = path.read_bytes(), 7, b""
+    assert content[:4] == b":W&B"
+    while position < len(content):
+        if (left := 32768 - position % 32768) < 7:
+            position += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, position)
+        collected += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):
+            yield Record.FromString(collected)
+            collected = b""
+
+
+def test_wandb_syncs_an_offline_run_that_went_on_as_one_without_a_step_twice(run: Run) -> None:
+    pytest.importorskip("wandb")
+    folder = resumed(run, "wandb.mode=offline", "wandb.tags=[a,b]", "seed=7")
+    run_id = (folder / "wandb" / "id").read_text()
+    files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+    assert [file.name for file in files] == [f"run-{run_id}.wandb"] * 2
+    command = [sys.executable, "-m", "wandb", "sync", "--dry-run", *map(str, files)]
+    told = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=120)
+    assert told.returncode == 0 and "Would sync 2 run(s)" in told.stdout + told.stderr
+
+    found = [record for file in files for record in wandb_records(file)]
+    starts = [record.run for record in found if record.WhichOneof("record_type") == "run"]
+    assert {(start.run_id, start.display_name, start.project, *start.tags) for start in starts} == {
+        (run_id, "run", "nanodisp", "a", "b")
+    }
+    told_config = {item.key: json.loads(item.value_json) for item in starts[0].config.update}
+    assert told_config["seed"] == 7 and told_config["train"]["steps"] == 4
+
+    rows = [
+        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        for record in found
+        if record.WhichOneof("record_type") == "history"
+    ]
+    for split in ("train", "val"):
+        logged = [(row["step"], row[f"{split}/loss"]) for row in rows if f"{split}/loss" in row]
+        assert logged == [(record["step"], record["loss"]) for record in records(folder, split)]
+    summary = {"/".join(i.nested_key) or i.key: i.value_json for r in found for i in r.summary.update}
+    assert json.loads(summary["val/loss"]) == records(folder, "val")[-1]["loss"]
+    assert json.loads(summary["step"]) == 4
+
+
+def test_tensorboard_has_every_figure_once_after_a_run_went_on(run: Run) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = resumed(run, "tensorboard=true")
+    written = sorted((folder / "tensorboard").iterdir())
+    run(*INTERRUPTED, "tensorboard=true")  # complete: adds nothing
+    assert sorted((folder / "tensorboard").iterdir()) == written and len(written) == 2
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    for split in ("train", "val"):
+        wanted = [(record["step"], pytest.approx(record["loss"])) for record in records(folder, split)]
+        assert [(event.step, event.value) for event in events.Scalars(f"{split}/loss")] == wanted
+    layers = [events.Scalars(f"val/mean_cosine/layer_{layer:02d}")[-1].value for layer in range(3)]
+    assert layers == pytest.approx(records(folder, "val")[-1]["mean_cosine"])
+
+
+def test_tensorboard_has_what_a_checkpoint_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    write = RecordWriter.write
+    monkeypatch.setattr(RecordWriter, "write", lambda *call: (time.sleep(0.05), write(*call)))  # a thread that lags
+    m = Metrics(tmp_path)
+    m.begin(config={}, wandb_config=WandbConfig(), step=-1, total_steps=9, tensorboard=True)
+    for step in range(3):
+        m.record({"step": step, "split": "val", "loss": 1.0})
+    m.flush()
+    flushed = [file.stat().st_size for file in (tmp_path / "tensorboard").iterdir()]
+    m.close()
+    assert [file.stat().st_size for file in (tmp_path / "tensorboard").iterdir()] == flushed
+
+
+@pytest.mark.parametrize("broken", ["__init__", "add_scalar", "flush", "close"])
+def test_a_failure_of_tensorboard_does_not_stop_training(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], broken: str
+) -> None:
+    pytest.importorskip("tensorboard")
+    from torch.utils import tensorboard
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(tensorboard.SummaryWriter, broken, full)
+    folder = run(*INTERRUPTED, "tensorboard=true")
+    assert len(records(folder, "train")) == 4
+    assert Counter(capsys.readouterr().out.split())["TensorBoard"] == 1
+
+
+def test_tensorboard_that_is_not_installed_is_told_before_training(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(UserError, match=r"needs tensorboard: pip install 'nanodisp\[tensorboard\]'"):
+        run(*INTERRUPTED, "tensorboard=true")
+    run(*INTERRUPTED)

@@ -188,17 +188,6 @@ def test_a_run_is_compiled_where_it_pays(steps: int, expected: bool, monkeypatch
     assert not train.distributed.compile_pays(torch.device("cpu"), 1e30)
 
 
-def test_wandb_offline_keeps_its_id_over_a_resume(run: Run) -> None:
-    pytest.importorskip("wandb")
-    folder = run("train.steps=4", "train.checkpoint_interval=2", "wandb.mode=offline")
-    run_id = (folder / "wandb" / "id").read_text()
-    shutil.rmtree(folder / "checkpoints" / "step_00000004")
-    run("train.steps=4", "train.checkpoint_interval=2", "wandb.mode=offline")
-    assert (folder / "wandb" / "id").read_text() == run_id
-    offline = [path for path in (folder / "wandb").iterdir() if path.name.startswith("offline-run")]
-    assert offline and all(path.name.endswith(run_id) for path in offline)
-
-
 def test_an_outage_of_wandb_does_not_stop_training(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
