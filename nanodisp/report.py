@@ -138,6 +138,19 @@ def make_table(rows: Sequence[Row], key: str, lambdas: Sequence[float]) -> list[
     return table
 
 
+def make_layer_table(rows: Sequence[Row]) -> dict[str, list[Cell]]:
+    """Mean cosine of every layer at the last validation, averaged over seeds: a row per row of runs and lambda."""
+    table = {}
+    for row in rows:
+        for disp, seeds in row.cells.items():
+            last = [r.cosines[-1] for r in seeds.values() if r.cosines.shape[1:] == (r.config["model.n_layer"] + 1,)]
+            if last:
+                cells = [Cell(QUANTITIES["mean_cosine"].show(mean)) for mean in np.mean(last, axis=0)]
+                table[f"{row.label}, lambda {disp:g}"] = cells
+    deepest = max(map(len, table.values()), default=0)
+    return {label: cells + [Cell(NOTHING)] * (deepest - len(cells)) for label, cells in table.items()}
+
+
 def paired_interval(values: dict[int, float], baseline: dict[int, float]) -> tuple[float, float]:
     """Mean of value - baseline over the shared seeds, and half the width of its 95% t interval.
 
@@ -238,8 +251,7 @@ class Report:
 
     title: str
     facts: list[str]
-    lambdas: list[str]
-    tables: dict[str, dict[str, list[Cell]]]  # quantity -> row -> cells
+    tables: dict[str, tuple[list[str], dict[str, list[Cell]]]]  # name -> heads of the columns, row -> cells
     figures: list[tuple[str, Path]]
     runs: list[dict[str, str]]  # a row of runs.csv each
 
@@ -256,15 +268,17 @@ def gather(folder: Path, target: Path) -> Report:
         facts.append("the sweep: " + shlex.join(["python", "train.py", "-m", *task]))
     except (OSError, YAMLError, OmegaConfBaseException, AttributeError, TypeError):
         pass  # it was not one sweep of Hydra's
-    varied = differences(runs)
+    varied, head = differences(runs), ["lambda", *(f"{disp:g}" for disp in lambdas)]
+    tables = {
+        quantity.name: (head, dict(zip((row.label for row in rows), make_table(rows, key, lambdas), strict=True)))
+        for key, quantity in QUANTITIES.items()
+    }
+    if layers := make_layer_table(rows):
+        tables["mean cosine by layer"] = (["layer", *map(str, range(len(next(iter(layers.values())))))], layers)
     return Report(
         title=str(folder),
         facts=facts,
-        lambdas=[f"{disp:g}" for disp in lambdas],
-        tables={
-            quantity.name: {row.label: cells for row, cells in zip(rows, make_table(rows, key, lambdas), strict=True)}
-            for key, quantity in QUANTITIES.items()
-        },
+        tables=tables,
         figures=draw(rows, runs, target / "figures"),
         runs=[
             {
@@ -275,6 +289,9 @@ def gather(folder: Path, target: Path) -> Report:
                 "total_steps": str(run.total_steps),
                 "parameters": str(run.n_parameters),
                 **{key: quantity.show(run.numbers.get(key)) for key, quantity in QUANTITIES.items()},
+                "mean_cosine_by_layer": " ".join(
+                    QUANTITIES["mean_cosine"].show(mean) for means in run.cosines[-1:] for mean in means
+                ),
                 "differs": " ".join(
                     f"{key}={hydra_value(by_run[run.folder])}" for key, by_run in varied.items() if run.folder in by_run
                 ),
@@ -289,9 +306,8 @@ def to_markdown(report: Report, folder: Path) -> str:
     """The page for reading in a terminal, or to paste into an issue."""
     plain = lambda text: text.replace("|", "\\|").replace("<", "&lt;")  # noqa: E731
     lines = [f"# {plain(report.title)}", "", *(f"- {plain(fact)}" for fact in report.facts), "", READING]
-    for name, table in report.tables.items():
-        lines += ["", f"## {name.capitalize()}", "", "| lambda | " + " | ".join(report.lambdas) + " |"]
-        lines.append("| --- |" + " --- |" * len(report.lambdas))
+    for name, (head, table) in report.tables.items():
+        lines += ["", f"## {name.capitalize()}", "", f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
         for label, cells in table.items():
             texts = [
                 (f"**{cell.text}**" if cell.best else cell.text) + f" {cell.difference}".rstrip() for cell in cells
@@ -313,19 +329,16 @@ def to_html(report: Report) -> str:
     """One page that needs nothing but itself."""
     text = html.escape
     tables, pictures, runs = [], [], []
-    for name, table in report.tables.items():
-        head = "".join(f"<th>{text(value)}</th>" for value in ("lambda", *report.lambdas))
-        body = ""
+    for name, (head, table) in report.tables.items():
+        body = "<tr>" + "".join(f"<th>{text(value)}</th>" for value in head) + "</tr>\n"
         for label, cells in table.items():
             body += f"<tr><td>{text(label)}</td>"
-            for value, cell in zip(report.lambdas, cells, strict=True):
+            for value, cell in zip(head[1:], cells, strict=True):
                 mark = " class=best" if cell.best else ""
                 difference = text(cell.difference).replace(" [", " <br>[")
-                body += f'<td{mark} data-lambda="{value}">{text(cell.text)}<small>{difference}</small></td>'
+                body += f'<td{mark} data-column="{head[0]} {value}">{text(cell.text)}<small>{difference}</small></td>'
             body += "</tr>\n"
-        tables.append(
-            f"<h2>{text(name.capitalize())}</h2><div class=table><table><tr>{head}</tr>\n{body}</table></div>"
-        )
+        tables.append(f"<h2>{text(name.capitalize())}</h2><div class=table><table>{body}</table></div>")
     for caption, path in report.figures:
         data = base64.b64encode(path.read_bytes()).decode()
         source = f"data:image/svg+xml;base64,{data}"

@@ -78,6 +78,35 @@ def test_variants_are_rows_that_share_the_baseline(tmp_path: Path) -> None:
     }
 
 
+def test_layers_are_averaged_over_the_seeds_of_the_last_validation(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        write_run(tmp_path / f"s{seed}", f"seed={seed}", "dispersion=off")
+    write_run(tmp_path / "deep", "model.n_layer=3")  # one more layer than its records tell
+    metrics = tmp_path / "s2" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace("[0.1, 0.2,", "[0.1, -0.4,"))
+    report.main([str(tmp_path)])
+    page, markdown = ((tmp_path / "report" / name).read_text() for name in ("index.html", "report.md"))
+    table = markdown.split("## Mean cosine by layer\n\n")[1].split("\n\n")[0].splitlines()
+    assert table[:2] == ["| layer | 0 | 1 | 2 |", "| --- | --- | --- | --- |"]
+    assert [line.split(", lambda ")[1] for line in table[2:]] == ["0 | 0.1000 | \N{MINUS SIGN}0.1000 | 0.3400 |"]
+    assert '<td data-column="layer 1">\N{MINUS SIGN}0.1000<' in page
+    with (tmp_path / "report" / "runs.csv").open(newline="") as file:
+        told = {line["run"]: line["mean_cosine_by_layer"] for line in csv.DictReader(file)}
+    assert told["s2"] == "0.1000 \N{MINUS SIGN}0.4000 0.3400"
+
+
+def test_a_shallower_model_has_fewer_layers_in_the_table(tmp_path: Path) -> None:
+    write_run(tmp_path / "two")
+    folder = write_run(tmp_path / "three", "model.n_layer=3")
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(text.replace("[0.1,", "[0.0, 0.1,"))
+    table = report.make_layer_table(make_rows(read_runs(tmp_path)))
+    assert sorted([cell.text for cell in cells] for cells in table.values()) == [
+        ["0.0000", "0.1000", "0.2000", "0.3400"],
+        ["0.1000", "0.2000", "0.3400", "\N{EN DASH}"],
+    ]
+
+
 def test_sizes_are_ordered_by_their_parameters(tmp_path: Path) -> None:
     write_run(tmp_path / "a-large", "model.n_embd=32")
     write_run(tmp_path / "b-small")
