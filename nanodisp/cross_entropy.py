@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head, without holding all its logits.
+"""Cross-entropy of a linear head, and its divergence from another, without holding all their logits.
 
 For GPT-2's vocabulary the logits of a batch are by far the largest tensor of a training step: 16 x 1024
 tokens are 3.3 GB in float32, and plain PyTorch keeps three or four of that size. Here the tokens go
@@ -27,15 +27,53 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, targets: Tenso
         bias: float32 [V], without gradient; -inf for what is never predicted.
         targets: int64 [n], each below V, or `IGNORED`.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    largest = CHUNK_BYTES // (4 * weight.size(0))
-    n_chunks = -(-x.size(0) // max(1, largest))
-    with_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    dtype, n_chunks, with_grad = _plan(x, weight, 1)
     return _LinearCrossEntropy.apply(x, weight, bias, targets, n_chunks, dtype, with_grad)[0]
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+def linear_kl_divergence(
+    x: Tensor, weight: Tensor, teacher_x: Tensor, teacher_weight: Tensor, bias: Tensor, temperature: float
+) -> Tensor:
+    """Mean KL(p || q) in nats of the predictions q = softmax((x weight^T + bias) / temperature) from a teacher's p.
+
+    A float32 scalar. Arguments as above; the teacher's, without gradient, may be of another width:
+
+        teacher_x: [n, C of the teacher].
+        teacher_weight: [V, C of the teacher].
+        temperature: > 0. The gradient falls with its square: Hinton et al., arXiv 1503.02531, multiply by that.
+    """
+    dtype, n_chunks, with_grad = _plan(x, weight, 4)
+    return _LinearKLDivergence.apply(
+        x, weight, teacher_x, teacher_weight, bias, temperature, n_chunks, dtype, with_grad
+    )[0]
+
+
+def _plan(x: Tensor, weight: Tensor, n_copies: int) -> tuple[torch.dtype, int, bool]:
+    """dtype of the products, chunks for so many tensors of a chunk's logits at once, whether gradients are wanted."""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    largest = CHUNK_BYTES // (4 * n_copies * weight.size(0))
+    with_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return dtype, -(-x.size(0) // max(1, largest)), with_grad
+
+
+class _WithGradients(torch.autograd.Function):
+    """A loss that is computed with its gradients: `forward` gives loss, dx and dweight of x, weight and more."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dweight = ctx.saved_tensors
+        return dx * grad, dweight * grad, *[None] * (len(ctx.needs_input_grad) - 2)
+
+
+class _LinearCrossEntropy(_WithGradients):
     @staticmethod
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, n_chunks: int, dtype: torch.dtype, with_grad: bool
@@ -74,14 +112,37 @@ class _LinearCrossEntropy(torch.autograd.Function):
                         dweight.add_(product.T @ chunk)
         return loss / n, dx.div_(n), dweight.div_(n)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*output[1:])
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
 
+class _LinearKLDivergence(_WithGradients):
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dweight = ctx.saved_tensors
-        return dx * grad, dweight * grad, None, None, None, None, None
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        teacher_x: Tensor,
+        teacher_weight: Tensor,
+        bias: Tensor,
+        temperature: float,
+        n_chunks: int,
+        dtype: torch.dtype,
+        with_grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        def log_softmax(chunk: Tensor, operand: Tensor) -> Tensor:
+            return torch.mm(chunk, operand.T).float().add_(bias).div_(temperature).log_softmax(dim=1)
+
+        with torch.autocast(x.device.type, enabled=False):
+            operand, teacher_operand = weight.to(dtype), teacher_weight.to(dtype)
+            n, size = x.size(0), -(-x.size(0) // n_chunks)
+            loss = x.new_zeros((), dtype=torch.float32)
+            dx = torch.empty_like(x) if with_grad else x.new_empty(0)
+            dweight = torch.zeros_like(weight) if with_grad else weight.new_empty(0)
+            for start in range(0, n, size):
+                rows = slice(start, start + size)
+                chunk = x[rows].to(dtype)
+                log_q, log_p = log_softmax(chunk, operand), log_softmax(teacher_x[rows].to(dtype), teacher_operand)
+                p = log_p.exp()
+                loss += log_p.sub_(log_q).mul_(p).where(p > 0, 0.0).sum()  # what is never predicted counts 0, not NaN
+                if with_grad:  # dlogits = q - p, times 1 / (n * temperature) in the end: 16 bits would not hold it
+                    product = log_q.exp_().sub_(p).to(dtype)
+                    dx[rows] = product @ operand
+                    dweight.add_(product.T @ chunk)
+        return loss / n, dx.div_(n * temperature), dweight.div_(n * temperature)

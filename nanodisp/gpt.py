@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanodisp.cross_entropy import linear_cross_entropy
+from nanodisp.cross_entropy import linear_cross_entropy, linear_kl_divergence
 
 VOCAB_MULTIPLE = 64
+INIT_STD = 0.02
 
 
 @dataclass
@@ -69,11 +70,26 @@ class GPTOutput(NamedTuple):
     logits: [B, T, V padded], only without targets (and with the head); the padding's are -inf.
     loss: scalar, mean cross-entropy in nats per token, only with targets.
     hidden: see `GPT.forward`.
+    divergence: scalar, only with targets and soft targets.
     """
 
     logits: Tensor | None
     loss: Tensor | None
     hidden: tuple[Tensor, ...] | Tensor | None
+    divergence: Tensor | None = None
+
+
+class SoftTargets(NamedTuple):
+    """A teacher's predictions, as what its head makes logits of.
+
+    hidden: [B, T, C of the teacher], after its ln_f.
+    head: [V padded, C of the teacher].
+    temperature: what the logits of both are divided by.
+    """
+
+    hidden: Tensor
+    head: Tensor
+    temperature: float
 
 
 class TakeTokens(torch.autograd.Function):
@@ -187,7 +203,7 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 residual = name.endswith("c_proj.weight")
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+                nn.init.normal_(parameter, std=INIT_STD / math.sqrt(2 * self.config.n_layer) if residual else INIT_STD)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
             else:  # a LayerNorm's weight
@@ -201,6 +217,7 @@ class GPT(nn.Module):
         return_hidden: bool = False,
         take: tuple[Sequence[int], Tensor] | None = None,
         head: bool = True,
+        soft_targets: SoftTargets | None = None,
         cache: KVCache | None = None,
     ) -> GPTOutput:
         """Predict the token after each of `idx`.
@@ -214,6 +231,7 @@ class GPT(nn.Module):
                 [len(layers), N]: gives `hidden` as one tensor [len(layers), B, N, C], row i the
                 tokens positions[i] of hidden[layers[i]]. Layers ascend.
             head: False leaves out the output head, and so logits and loss.
+            soft_targets: beside `targets`: gives `divergence`, the mean KL divergence of the predictions from these.
             cache: keys and values of earlier tokens, extended by these; once it holds any, T is 1.
 
         Raises ValueError when the tokens do not fit, or when `take` names a layer that there is not.
@@ -254,8 +272,12 @@ class GPT(nn.Module):
         if targets is None:
             logits = F.linear(x, self.wte.weight, self.never_predicted.to(x.dtype))  # [B, T, V padded]
             return GPTOutput(logits, None, collected)
-        loss = linear_cross_entropy(x.flatten(0, 1), self.wte.weight, self.never_predicted, targets.flatten())
-        return GPTOutput(None, loss, collected)
+        x, weight, bias = x.flatten(0, 1), self.wte.weight, self.never_predicted
+        loss, divergence = linear_cross_entropy(x, weight, bias, targets.flatten()), None
+        if soft_targets is not None:
+            theirs = soft_targets.hidden.flatten(0, 1)
+            divergence = linear_kl_divergence(x, weight, theirs, soft_targets.head, bias, soft_targets.temperature)
+        return GPTOutput(None, loss, collected, divergence)
 
     def num_parameters(self) -> int:
         """Parameters, counted with the vocabulary as it is, not padded."""

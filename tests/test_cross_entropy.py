@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nanodisp import cross_entropy
-from nanodisp.cross_entropy import linear_cross_entropy
+from nanodisp.cross_entropy import linear_cross_entropy, linear_kl_divergence
 
 
 def case(n: int, n_features: int, vocab_size: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -90,3 +90,79 @@ def test_what_is_kept_for_backward_is_no_larger_than_the_gradients() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         linear_cross_entropy(x, weight, bias, targets)
     assert sorted(t.shape for t in kept) == sorted([x.shape, weight.shape])
+
+
+# --- a teacher's predictions as targets ------------------------------------------------------
+
+
+def lesson(n: int, n_features: int, vocab_size: int, seed: int = 0) -> tuple[Tensor, ...]:
+    """As `case`, with a teacher of another width in place of the targets."""
+    x, weight, bias, _ = case(n, n_features, vocab_size, seed)
+    teacher_x, teacher_weight, _, _ = case(n, n_features + 3, vocab_size, seed + 1)
+    return x, weight, teacher_x, teacher_weight, bias
+
+
+def pytorchs(
+    x: Tensor, weight: Tensor, teacher_x: Tensor, teacher_weight: Tensor, bias: Tensor, temperature: float
+) -> Tensor:
+    """Mean over tokens of F.kl_div, of all logits in float64."""
+    predicted = bias.isfinite()
+    q, p = (
+        (F.linear(h.double(), w.double())[:, predicted] / temperature).log_softmax(dim=1)
+        for h, w in ((x, weight), (teacher_x, teacher_weight))
+    )
+    return F.kl_div(q, p, reduction="batchmean", log_target=True)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    n=st.integers(1, 40),
+    n_features=st.integers(1, 9),
+    vocab_size=st.integers(1, 30),
+    at_once=st.integers(1, 41),
+    temperature=st.floats(0.5, 8),
+    seed=st.integers(0, 99),
+)
+def test_the_divergence_is_pytorchs(
+    n: int, n_features: int, vocab_size: int, at_once: int, temperature: float, seed: int
+) -> None:
+    x, weight, *rest = lesson(n, n_features, vocab_size, seed)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    right = gradients(pytorchs(x, weight, *rest, temperature), x, weight)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cross_entropy, "CHUNK_BYTES", 16 * len(weight) * at_once)
+        ours = gradients(linear_kl_divergence(x, weight, *rest, temperature), x, weight)
+    for a, b in zip(ours, right, strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_the_divergence_is_pytorchs_up_to_rounding(dtype: torch.dtype) -> None:
+    x, weight, *rest = lesson(500, 32, 60)
+    weight, x = (0.3 * weight).requires_grad_(), x.requires_grad_()
+    right = gradients(pytorchs(x, weight, *rest, 2.0), x, weight)
+    with torch.autocast("cpu", dtype):
+        ours = gradients(linear_kl_divergence(x, weight, *rest, 2.0), x, weight)
+    for a, b in zip(ours, right, strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).norm() <= {torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype] * b.norm()
+
+
+def test_the_divergence_keeps_no_logits_and_compiles_without_a_graph_break() -> None:
+    x, weight, *rest = lesson(64, 4, 500)
+    x.requires_grad_(), weight.requires_grad_()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        eager = linear_kl_divergence(x, weight, *rest, 2.0)
+    assert sorted(t.shape for t in kept) == sorted([x.shape, weight.shape])
+    compiled = torch.compile(linear_kl_divergence, fullgraph=True, backend="aot_eager")(x, weight, *rest, 2.0)
+    for a, b in zip(gradients(3 * compiled, x, weight), gradients(3 * eager, x, weight), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_nobody_diverges_from_himself() -> None:
+    x, weight, _, _, bias = lesson(20, 5, 7)
+    x.requires_grad_(), weight.requires_grad_()
+    value, *grads = gradients(linear_kl_divergence(x, weight, x.detach(), weight.detach(), bias, 3.0), x, weight)
+    assert value == 0
+    assert all(grad.count_nonzero() == 0 for grad in grads)
