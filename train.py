@@ -31,7 +31,8 @@ from nanodisp.config import BUDGET, Config, count_steps, identity
 from nanodisp.dispersion import DispersionLoss, lambda_at, sample_positions, select_layers
 from nanodisp.distributed import World
 from nanodisp.errors import UserError
-from nanodisp.gpt import GPT
+from nanodisp.gpt import GPT, SoftTargets
+from nanodisp.intervention import add_noise, forget, load_teacher, soft_targets
 from nanodisp.loader import (
     Corpus,
     Loader,
@@ -53,20 +54,26 @@ CONDENSATION_WINDOWS = 4  # validation windows of a "condensation" record
 class Objective(nn.Module):
     """The terms that are minimised, as one module: what torch.compile and DDP wrap.
 
-    x, y int64 [B, T], positions int64 [len(layers), N] or None for no dispersion
-    -> cross-entropy, dispersion (mean over sequences and layers; 0 for none), scalars.
+    x, y int64 [B, T], positions int64 [len(layers), N] or None for no dispersion, a teacher's predictions or None
+    -> cross-entropy, dispersion (mean over sequences and layers; 0 for none), divergence from the teacher's
+    predictions (0 for none), scalars.
     """
 
     def __init__(self, model: GPT, dispersion: DispersionLoss, layers: list[int]) -> None:
         super().__init__()
         self.model, self.dispersion, self.layers = model, dispersion, layers
 
-    def forward(self, x: Tensor, y: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-        if positions is None:
-            ce = self.model(x, y).loss
-            return ce, torch.zeros_like(ce)
-        out = self.model(x, y, take=(self.layers, positions))
-        return out.loss, self.dispersion(out.hidden.flatten(0, 1))  # [layers, B, N, C] -> [layers * B, N, C]
+    def forward(
+        self, x: Tensor, y: Tensor, positions: Tensor | None, taught: SoftTargets | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        take = (self.layers, positions) if positions is not None else None
+        out = self.model(x, y, take=take, soft_targets=taught)
+        dispersion, divergence = torch.zeros_like(out.loss), torch.zeros_like(out.loss)
+        if positions is not None:
+            dispersion = self.dispersion(out.hidden.flatten(0, 1))  # [layers, B, N, C] -> [layers * B, N, C]
+        if taught is not None:
+            divergence = out.divergence
+        return out.loss, dispersion, divergence
 
 
 def train(config: Config) -> None:
@@ -104,6 +111,11 @@ def train(config: Config) -> None:
     torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")  # "high" allows TF32
     torch.manual_seed(config.seed)
     model = GPT(config.model).to(device)
+    if config.intervention.noise_alpha is not None:
+        add_noise(model, config.intervention.noise_alpha)
+    teacher = None  # beside the objective: it is neither trained, nor sharded, nor saved
+    if config.intervention.teacher is not None:
+        teacher = load_teacher(config.intervention.teacher, config.model, config.data.tokenizer).to(device)
     layers = select_layers(config.dispersion.layers, config.model.n_layer)
     dispersion_loss = DispersionLoss(config.dispersion.variant, config.dispersion.tau, config.dispersion.backend)
     objective: Any = Objective(model, dispersion_loss, layers)
@@ -116,6 +128,8 @@ def train(config: Config) -> None:
         torch.compiler.reset()  # an earlier run of a sweep compiled other shapes
         objective.compile(dynamic=False)
         look = torch.compile(look, dynamic=False)
+        if teacher is not None:
+            teacher.compile(dynamic=False)
     if config.train.activation_checkpointing:
         for block in model.h:
             distributed.recompute(block, bool(config.train.compile))
@@ -127,20 +141,24 @@ def train(config: Config) -> None:
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     def accumulate(step: int, x: Tensor, y: Tensor) -> Tensor:
-        """Forward and backward, in micro-batches; returns cross-entropy and dispersion of this rank's rows, [2]."""
-        lambda_disp, positions = lambda_at(config.dispersion, step, total_steps), None
+        """Forward and backward, in micro-batches; returns the terms (see `Objective`) of this rank's rows, [3]."""
+        lambda_disp, positions, taught = lambda_at(config.dispersion, step, total_steps), None, None
+        hard, soft = config.intervention.loss_weights()
         if config.dispersion.lambda_disp > 0:
             positions = sample_positions(config.seed, step, layers, block_size, config.dispersion.max_tokens)
             positions = positions.to(device, non_blocking=True)
-        torch.manual_seed(seed_for(config.seed, step, world.rank))  # dropout's
-        terms = torch.zeros(2, device=device)
+        torch.manual_seed(seed_for(config.seed, step, world.rank))  # dropout's and noise's
+        terms = torch.zeros(3, device=device)
         for i, (x_i, y_i) in enumerate(zip(x.chunk(n_micro), y.chunk(n_micro), strict=True)):
             silent = world.size > 1 and i < n_micro - 1  # ranks share their gradients with the last micro-batch
             with distributed.no_sync(objective) if silent else contextlib.nullcontext():
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    ce, dispersion = objective(x_i, y_i, positions)
-                scaler.scale((ce + lambda_disp * dispersion) / n_micro).backward()
-            terms += torch.stack([ce.detach(), dispersion.detach()]) / n_micro
+                    if teacher is not None:
+                        taught = soft_targets(teacher, x_i, config.intervention)
+                    ce, dispersion, divergence = objective(x_i, y_i, positions, taught)
+                loss = hard * ce + lambda_disp * dispersion + soft * divergence
+                scaler.scale(loss / n_micro).backward()
+            terms += torch.stack([ce.detach(), dispersion.detach(), divergence.detach()]) / n_micro
         return terms
 
     if config.dry_run:
@@ -222,6 +240,9 @@ def train(config: Config) -> None:
         lap_seconds, lap_steps = 0.0, 0  # since the last line of training figures
         while step < total_steps:
             step_began = time.perf_counter()
+            interval = config.intervention.forget_interval
+            if interval is not None and step > 0 and step % interval == 0:  # what was saved and validated remembers
+                forget(model, optimizers, seed_for(config.seed, step, 0, 1))  # no rank's dropout has this seed
             x, y = next(batches)
             terms = accumulate(step, x, y)
 
@@ -253,7 +274,7 @@ def train(config: Config) -> None:
             for optimizer in optimizers:
                 optimizer.zero_grad()
             if log:
-                ce_mean, dispersion_mean = (world.sum(terms) / world.size).tolist()
+                ce_mean, dispersion_mean, divergence_mean = (world.sum(terms) / world.size).tolist()
             if device.type == "cuda" and (log or evaluation):
                 torch.cuda.synchronize()
             lap_seconds, lap_steps = lap_seconds + time.perf_counter() - step_began, lap_steps + 1
@@ -267,6 +288,7 @@ def train(config: Config) -> None:
                         "split": "train",
                         "loss": ce_mean,
                         "dispersion": dispersion_mean if config.dispersion.lambda_disp > 0 else None,
+                        **({"distillation": divergence_mean} if teacher is not None else {}),
                         "lambda_disp": lambda_at(config.dispersion, step - 1, total_steps),
                         "lr": optimizers[0].param_groups[0]["lr"],
                         "grad_norm": grad_norm.item(),

@@ -32,6 +32,7 @@ from nanodisp.dispersion import DispersionConfig, select_layers
 from nanodisp.distributed import PARALLEL
 from nanodisp.errors import UserError
 from nanodisp.gpt import GPTConfig
+from nanodisp.intervention import InterventionConfig
 from nanodisp.metrics import WandbConfig
 from nanodisp.optim import OptimConfig
 from nanodisp.prepare import DataConfig
@@ -145,6 +146,7 @@ class Config:
     model: GPTConfig = field(default_factory=GPTConfig)
     data: DataConfig = field(default_factory=DataConfig)
     dispersion: DispersionConfig = field(default_factory=DispersionConfig)
+    intervention: InterventionConfig = field(default_factory=InterventionConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1000))
     wandb: WandbConfig = field(default_factory=WandbConfig)
@@ -177,6 +179,7 @@ SECTIONS: dict[str, Any] = {
     "model": GPTConfig,
     "data": DataConfig,
     "dispersion": DispersionConfig,
+    "intervention": InterventionConfig,
     "optim": OptimConfig,
     "train": TrainConfig,
     "wandb": WandbConfig,

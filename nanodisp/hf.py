@@ -82,10 +82,15 @@ def initial_weights(name: str, config: GPTConfig, tokenizer: str) -> dict[str, T
     if changes := [f"model.{key}={str(value).lower()}" for key, value in theirs.items() if ours[key] != value]:
         hint = "; another vocabulary is another data.tokenizer" if ours["vocab_size"] != theirs["vocab_size"] else ""
         raise UserError(f"init_from={name} is of another shape: give {' '.join(changes)}{hint}")
+    check_tokenizer(f"init_from={name}", source, tokenizer)
+    return {**source.weights, "wpe.weight": source.weights["wpe.weight"][: config.block_size]}
+
+
+def check_tokenizer(setting: str, source: Source, tokenizer: str) -> None:
+    """UserError naming `setting` where the tokenizers of source and run are both at hand, and differ."""
     probes = [t.encode(PROBE).tolist() for t in (source.tokenizer, _at_hand(load_tokenizer, tokenizer)) if t]
     if len(probes) == 2 and probes[0] != probes[1]:
-        raise UserError(f"init_from={name} was trained with another tokenizer than data.tokenizer={tokenizer}")
-    return {**source.weights, "wpe.weight": source.weights["wpe.weight"][: config.block_size]}
+        raise UserError(f"{setting} was trained with another tokenizer than data.tokenizer={tokenizer}")
 
 
 def open_source(name: str) -> Source:
@@ -190,6 +195,10 @@ def model_card(saved: checkpoint.Checkpoint) -> str:
     told = ("model", "data", "dispersion", "optim", "train", "seed", "init_from")
     config: dict[str, Any] = {key: saved.state["config"][key] for key in told if key in saved.state["config"]}
     config["data"] = {key: value for key, value in config["data"].items() if key not in ("path", "folder")}
+    if done := {
+        key: value for key, value in saved.state["config"].get("intervention", {}).items() if value is not None
+    }:
+        config["intervention"] = done
     config["data"]["tokenizer"] = Path(config["data"]["tokenizer"]).name
     figures = ["It has not been validated."]
     for line in (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").is_file() else ():

@@ -265,6 +265,7 @@ def describe(record: dict[str, Any], total_steps: int) -> str:
         ("loss", "loss {:.4f}"),
         ("bpb", "bpb {:.4f}"),
         ("dispersion", "dispersion {:.4f}"),
+        ("distillation", "distillation {:.4f}"),
         ("lr", "lr {:.2e}"),
         ("grad_norm", "grad {:.2f}"),
         ("tokens_per_second", "{:,.0f} tokens/s"),

@@ -98,7 +98,9 @@ def make_rows(runs: Sequence[Run]) -> list[Row]:
 
     def parts(run: Run, of_dispersion: bool) -> str:
         keys = [key for key in varied if key.startswith("dispersion.") == of_dispersion]
-        return ", ".join(f"{key.split('.')[-1]}={hydra_value(run.config.get(key))}" for key in keys)
+        told = {key: run.config.get(key) for key in keys}  # an intervention that there was not is not told
+        told = {key: value for key, value in told.items() if value is not None or not key.startswith("intervention.")}
+        return ", ".join(f"{key.split('.')[-1]}={hydra_value(value)}" for key, value in told.items())
 
     for run in finished:
         base = (run.n_parameters, run.size, parts(run, of_dispersion=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,12 @@ def test_every_variant_has_its_file() -> None:
         ("run_name=a/b", ["a/b"]),
         ("optim.warmup_fraction=1", ["warmup_fraction=1.0", "[0, 1)"]),
         ("seed=-1", ["seed=-1"]),
+        ("intervention.noise_alpha=0", ["noise_alpha=0.0", "positive", "null"]),
+        ("intervention.forget_interval=0", ["forget_interval=0", "at least 1", "null"]),
+        ("intervention.distillation_alpha=1.5", ["distillation_alpha=1.5", "(0, 1]"]),
+        ("intervention.distillation_temperature=-1", ["distillation_temperature=-1.0", "positive"]),
+        ("intervention.distillation_alpha=0.5", ["distillation_alpha", "give intervention.teacher="]),
+        ("intervention=forgetting", ["intervention/forgetting", "active_forgetting"]),
     ],
 )
 def test_a_mistake_is_told_in_one_line_that_names_it(override: str, words: list[str]) -> None:
@@ -89,6 +96,9 @@ def test_a_name_follows_from_what_decides_the_result() -> None:
         "train.steps=7",
         "dispersion.max_tokens=8",
         "init_from=a",
+        "intervention=noisy_embeddings",
+        "intervention.forget_interval=7",
+        "intervention.teacher=a",
     ):
         assert config.name_of(compose(other), "nano") != name
     assert "-off-" in config.name_of(compose("dispersion=off"), "nano")
@@ -106,3 +116,16 @@ def test_a_name_follows_from_what_decides_the_result() -> None:
 )
 def test_a_budget_in_tokens_is_met(budget: dict[str, int], steps: int) -> None:
     assert config.count_steps(config.TrainConfig(**budget), n_parameters=1000, tokens_per_step=32) == steps
+
+
+def test_interventions_that_there_are_not_have_no_part_in_a_name() -> None:
+    decides = config.identity(dataclasses.asdict(compose()))
+    assert all(value is None for key, value in decides.items() if key.startswith("intervention."))
+
+
+def test_a_teacher_has_the_same_defaults_given_or_not() -> None:
+    assert compose("intervention.teacher=out/teacher") == compose("intervention=distillation")
+
+
+def test_the_arm_with_dispersion_is_the_run_with_dispersion() -> None:
+    assert compose("dispersion=off", "intervention=dispersion") == compose("dispersion=angular")
