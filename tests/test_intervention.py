@@ -199,9 +199,9 @@ def test_compiled_walks_the_same_curve_and_its_noise_comes_again(run: Run, teach
     plain, compiled = run(*settings, name="a"), run(*settings, "train.compile=true", name="b")
     for key in ("loss", "distillation"):
         assert losses(compiled, key) == pytest.approx(losses(plain, key), rel=1e-4)
-    noisy = [run(*settings, NOISE, "train.compile=true", name=name) for name in ("c", "d")]
+    noisy = [run(*settings[:2], NOISE, "train.compile=true", name=name) for name in ("c", "d")]
     assert losses(noisy[0]) == losses(noisy[1])
-    assert losses(noisy[0]) != losses(compiled)
+    assert losses(noisy[0])[0] != losses(compiled)[0]
 
 
 def test_ranks_sharded_or_not_walk_the_curve_of_one_process(
