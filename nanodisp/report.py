@@ -92,7 +92,8 @@ class Cell:
 def make_rows(runs: Sequence[Run]) -> list[Row]:
     """Group finished runs; of two with the same configuration and seed the later name counts."""
     finished = [run for run in runs if run.status == "finished"]
-    varied = [key for key in differences(finished) if key not in (LAMBDA, "seed", *SHAPE)]
+    differing = {key: by_run for key, by_run in differences(finished).items() if key not in (LAMBDA, "seed", *SHAPE)}
+    varied = [key for key, by_run in differing.items() if not _follows_from_a_teacher(key, by_run)]
     kinds: dict[Any, dict[float, dict[int, Run]]] = defaultdict(lambda: defaultdict(dict))
     baselines: dict[Any, dict[int, Run]] = defaultdict(dict)
 
@@ -117,6 +118,11 @@ def make_rows(runs: Sequence[Run]) -> list[Row]:
         Row(", ".join(filter(None, kind[1:])), dict(sorted(cells.items())))
         for kind, cells in sorted(kinds.items(), key=lambda item: item[0])
     ]
+
+
+def _follows_from_a_teacher(key: str, by_run: dict[Path, Any]) -> bool:
+    """Whether a setting of distillation is the same wherever there is a teacher, so that naming the teacher is enough."""
+    return key.startswith("intervention.distillation_") and len(set(by_run.values()) - {None}) == 1
 
 
 def make_table(rows: Sequence[Row], key: str, lambdas: Sequence[float]) -> list[list[Cell]]:

@@ -228,10 +228,14 @@ def test_a_report_tells_them_apart(tmp_path: Path) -> None:
     arms = ("none", "dispersion", "noisy_embeddings", "active_forgetting", "distillation")
     for arm in arms:
         write_run(tmp_path / arm, "dispersion=off", f"intervention={arm}")
-    rows = {row.label.partition("), ")[2]: list(row.cells) for row in make_rows(read_runs(tmp_path))}
-    assert rows == {
-        "": [0.0, 0.1],
-        "noise_alpha=5.0": [0.0],
-        "forget_interval=200": [0.0],
-        "teacher=out/teacher, distillation_alpha=0.5, distillation_temperature=2.0": [0.0],
-    }
+    told = {"": [0.0, 0.1], "noise_alpha=5.0": [0.0], "forget_interval=200": [0.0], "teacher=out/teacher": [0.0]}
+    assert rows(tmp_path) == told
+    write_run(tmp_path / "more", "dispersion=off", "intervention=distillation", "intervention.distillation_alpha=1")
+    del told["teacher=out/teacher"]
+    alphas = {f"teacher=out/teacher, distillation_alpha={alpha}": [0.0] for alpha in (0.5, 1.0)}
+    assert rows(tmp_path) == {**told, **alphas}
+
+
+def rows(folder: Path) -> dict[str, list[float]]:
+    """A report's rows by what their labels tell beside the size, and the lambdas they have."""
+    return {row.label.partition("), ")[2]: list(row.cells) for row in make_rows(read_runs(folder))}
