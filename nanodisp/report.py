@@ -121,7 +121,7 @@ def make_rows(runs: Sequence[Run]) -> list[Row]:
 
 
 def _follows_from_a_teacher(key: str, by_run: dict[Path, Any]) -> bool:
-    """Whether a setting of distillation is the same wherever there is a teacher, so that naming the teacher is enough."""
+    """Whether a setting of distillation is the same wherever there is a teacher: then naming that is enough."""
     return key.startswith("intervention.distillation_") and len(set(by_run.values()) - {None}) == 1
 
 

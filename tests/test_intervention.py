@@ -87,6 +87,13 @@ def test_embeddings_and_their_state_are_forgotten_at_the_right_steps_alone(run: 
         assert torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].abs() < 0.1, "drawn anew"
 
 
+def test_nothing_is_forgotten_before_its_time(run: Run) -> None:
+    settings = ("train.steps=6", "train.log_interval=1")
+    plain, forgetful = losses(run(*settings, name="a")), losses(run(*settings, FORGET, name="b"))
+    assert forgetful[:4] == plain[:4]
+    assert forgetful[4] > plain[4] + 0.01
+
+
 # --- distillation ----------------------------------------------------------------------------
 
 
@@ -222,6 +229,13 @@ def test_ranks_sharded_or_not_walk_the_curve_of_one_process(
             assert losses(tmp_path / name, key) == pytest.approx(losses(one, key), rel=1e-5)
         ours, theirs = (checkpoint.load(checkpoint.find(folder)).optimizer for folder in (tmp_path / name, one))
         assert ours["wte.weight/step"] == theirs["wte.weight/step"] == 2
+
+
+def test_a_model_card_tells_what_was_done_and_no_more(run: Run) -> None:
+    plain, noisy = run("train.steps=1", name="a"), run("train.steps=1", NOISE, name="b")
+    cards = [hf.model_card(checkpoint.load(checkpoint.find(folder))) for folder in (plain, noisy)]
+    assert "intervention" not in cards[0]
+    assert "intervention:\n  noise_alpha: 5.0\n```" in cards[1]
 
 
 def test_a_report_tells_them_apart(tmp_path: Path) -> None:
