@@ -190,11 +190,13 @@ def test_a_teacher_that_can_not_teach_is_told_in_one_line(run: Run, teacher: Pat
 def test_stopped_and_resumed_is_bit_for_bit_the_run_that_was_not(run: Run, teacher: Path, which: str) -> None:
     options = {"noise": (NOISE,), "forget": (FORGET,), "teacher": (f"intervention.teacher={teacher}",)}
     options["all"] = (*(o for part in options.values() for o in part), "train.activation_checkpointing=true")
-    settings = ("train.steps=12", "train.checkpoint_interval=4", "train.log_interval=1", *options[which])
+    settings = ("train.steps=12", "train.checkpoint_interval=4", "train.keep_last=3", "train.log_interval=1")
+    settings += options[which]
     folder = run(*settings)
     whole, lines = weights(folder), losses(folder)
     shutil.rmtree(folder / "checkpoints" / "step_00000012")
     shutil.rmtree(folder / "checkpoints" / "step_00000008")  # step 4 is the one before embeddings are forgotten
+    assert checkpoint.find(folder).name == "step_00000004"
     run(*settings)
     assert losses(folder) == lines
     assert all(torch.equal(value, whole[key]) for key, value in weights(folder).items())
