@@ -10,13 +10,14 @@ Three things differ from the plainest way to write it:
 - Hidden states can be asked for whole, or for a few tokens of a few layers only. A plain
   gather of those would write a zero tensor as large as the layer in backward; `TakeTokens`
   adds their gradient to the one that passes by anyway.
-- `generate` keeps keys and values, so a new token costs one token's work.
+- `generate` keeps keys and values, so a new token costs one token's work. Their places are tensors
+  and their shapes few, so that one compiled block serves every layer and every token.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ from nanodisp.cross_entropy import linear_cross_entropy, linear_kl_divergence
 
 VOCAB_MULTIPLE = 64
 INIT_STD = 0.02
+SPAN = 256
 
 
 @dataclass
@@ -67,7 +69,8 @@ class GPTConfig:
 class GPTOutput(NamedTuple):
     """What a forward pass gives; None where it was not asked for.
 
-    logits: [B, T, V padded], only without targets (and with the head); the padding's are -inf.
+    logits: [B, T, V padded], only without targets (and with the head); the padding's are -inf. With a
+        cache [B, 1, V padded], the last token's.
     loss: scalar, mean cross-entropy in nats per token, only with targets.
     hidden: see `GPT.forward`.
     divergence: scalar, only with targets and soft targets.
@@ -109,43 +112,84 @@ class TakeTokens(torch.autograd.Function):
         return grad_x.index_add(1, positions, grad_taken), None
 
 
+class Past(NamedTuple):
+    """One layer of a `KVCache`, and what its T new tokens are to do with it.
+
+    keys, values: [B, n_head, span, head_dim], all that is attended to, as views of the cache.
+    positions: int64 [T], where the new tokens go.
+    mask: bool [T, span], what each of them sees: the earlier ones and itself.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    mask: Tensor
+
+
 class KVCache:
-    """Keys and values of the tokens seen so far, for all layers: two [L, B, n_head, block_size, head_dim]."""
+    """Keys and values of the tokens seen so far, for all layers: two [L, B, n_head, block_size, head_dim].
+
+    Attention goes over a span of places, the first power of two times `SPAN` that holds all tokens: a
+    short context does not pay for a long one, and a compiled block meets few shapes.
+    """
 
     def __init__(self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
         head_dim = config.n_embd // config.n_head
         shape = (config.n_layer, batch_size, config.n_head, config.block_size, head_dim)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # a weight of zero would not silence a NaN
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.places = torch.arange(config.block_size, device=device)
         self.length = 0  # tokens that every layer holds
 
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append one layer's new [B, n_head, t, head_dim]; returns all of it so far."""
-        end = self.length + key.size(2)
-        self.keys[layer, :, :, self.length : end] = key
-        self.values[layer, :, :, self.length : end] = value
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    def append(self, n_tokens: int) -> list[Past]:
+        """Make room for further tokens, the same in every layer."""
+        start, self.length = self.length, self.length + n_tokens
+        span = SPAN
+        while span < self.length:
+            span *= 2
+        positions = self.places[start : self.length]
+        mask = self.places[:span] <= positions[:, None]
+        return [
+            Past(self.keys[layer, :, :, :span], self.values[layer, :, :, :span], positions, mask)
+            for layer in range(len(self.keys))
+        ]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear; but a CPU reads bfloat16 weights faster for a vector than for a matrix of one row."""
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() == x.size(-1):
+        return F.linear(x.flatten(), weight, bias).view(*x.shape[:-1], -1)
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int) -> None:
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, past: Past | None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x [B, n_head, T, head_dim]
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
         dropout = self.dropout if self.training else 0.0
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        dtype, mask = q.dtype, None
+        if past is not None:
+            q, mask = q.to(past.keys.dtype), past.mask
+            k = past.keys.index_copy_(2, past.positions, k.to(q.dtype))
+            v = past.values.index_copy_(2, past.positions, v.to(q.dtype))
+        elif q.device.type == "cpu" and q.dtype == torch.bfloat16:
             q, k, v = q.float(), k.float(), v.float()  # on CPUs the backward in bfloat16 is several times slower
         with torch.autocast("cpu", enabled=False):
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=k.size(2) == T)
-        return F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout, self.training)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+        y = y.transpose(1, 2).reshape(B, T, C).to(dtype)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -153,8 +197,8 @@ class MLP(nn.Module):
         super().__init__()
         d_ff = config.d_ff or 4 * config.n_embd
         self.dropout = config.dropout
-        self.c_fc = nn.Linear(config.n_embd, d_ff, bias=config.bias)
-        self.c_proj = nn.Linear(d_ff, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, d_ff, bias=config.bias)
+        self.c_proj = Linear(d_ff, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
@@ -162,15 +206,15 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int) -> None:
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = Attention(config, layer)
+        self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), past)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -191,11 +235,12 @@ class GPT(nn.Module):
         padded = math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self.wte = nn.Embedding(padded, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         never_predicted = torch.zeros(padded)
         never_predicted[self.vocab_size :] = -math.inf
         self.register_buffer("never_predicted", never_predicted, persistent=False)
+        self.one_token: Callable[..., Tensor] = Block.__call__
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -208,6 +253,14 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
             else:  # a LayerNorm's weight
                 nn.init.ones_(parameter)
+
+    def compile_one_token(self) -> None:
+        """Let the blocks' steps of one token with a cache go through torch.compile.
+
+        What is compiled is one block, once a span and batch size, for all layers: 12 layers as one graph take
+        twelve times as long. Longer inputs, of ever new lengths, stay as they are.
+        """
+        self.one_token = torch.compile(Block.forward, dynamic=False)
 
     def forward(
         self,
@@ -232,7 +285,7 @@ class GPT(nn.Module):
                 tokens positions[i] of hidden[layers[i]]. Layers ascend.
             head: False leaves out the output head, and so logits and loss.
             soft_targets: beside `targets`: gives `divergence`, the mean KL divergence of the predictions from these.
-            cache: keys and values of earlier tokens, extended by these; once it holds any, T is 1.
+            cache: keys and values of earlier tokens, extended by these; `logits` are then the last token's alone.
 
         Raises ValueError when the tokens do not fit, or when `take` names a layer that there is not.
         """
@@ -240,8 +293,6 @@ class GPT(nn.Module):
         start = cache.length if cache is not None else 0
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens do not fit into block_size={self.config.block_size}")
-        if start > 0 and T > 1:
-            raise ValueError(f"a cache that holds tokens is extended by 1 at a time, not {T}")
         hidden: list[Tensor] = []
         layers, positions = take if take is not None else ((), idx)
         if not set(layers) <= set(range(self.config.n_layer + 1)):
@@ -258,19 +309,20 @@ class GPT(nn.Module):
 
         x = self.wte(idx) + self.wpe.weight[start : start + T]  # [B, T, C]
         x = visit(0, F.dropout(x, self.config.dropout, self.training))
-        for layer, block in enumerate(self.h, start=1):
-            x = block(x, cache)
+        call = self.one_token if cache is not None and T == 1 else Block.__call__
+        pasts = cache.append(T) if cache is not None else [None] * self.config.n_layer
+        for layer, (block, past) in enumerate(zip(self.h, pasts, strict=True), start=1):
+            x = call(block, x, past)
             if layer < self.config.n_layer:
                 x = visit(layer, x)
         x = visit(self.config.n_layer, self.ln_f(x))
-        if cache is not None:
-            cache.length += T
 
         collected = tuple(hidden) if return_hidden else torch.stack(hidden) if take is not None else None
         if not head:
             return GPTOutput(None, None, collected)
         if targets is None:
-            logits = F.linear(x, self.wte.weight, self.never_predicted.to(x.dtype))  # [B, T, V padded]
+            x = x[:, -1:] if cache is not None else x
+            logits = linear(x, self.wte.weight, self.never_predicted.to(x.dtype))  # [B, T or 1, V padded]
             return GPTOutput(logits, None, collected)
         x, weight, bias = x.flatten(0, 1), self.wte.weight, self.never_predicted
         loss, divergence = linear_cross_entropy(x, weight, bias, targets.flatten()), None
@@ -304,7 +356,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Iterator[Tensor]:
     """Continue `idx` (int64 [B, T], T >= 1), yielding one int64 [B] after the other.
 
@@ -312,28 +364,30 @@ def generate(
     of it is read anew and generation goes on from there.
 
     Args: temperature (0 is greedy), top_k (only the k likeliest tokens), top_p (only the
-    likeliest that together reach this probability), generator on the model's device.
+    likeliest that together reach this probability), generator on the model's device, or one for
+    each of the B, whose draws then do not depend on the others.
     """
     block_size = model.config.block_size
-    context = idx[:, -block_size:]
-    cache = None
+    cache = KVCache(model.config, idx.size(0), idx.device, model.wte.weight.dtype)
+    context = new = idx[:, -block_size:]
     for _ in range(max_new_tokens):
-        if cache is None or cache.length == block_size:
-            if cache is not None:
-                context = context[:, -max(1, block_size // 2) :]
-            cache = KVCache(model.config, idx.size(0), idx.device, model.wte.weight.dtype)
-            logits = model(context, cache=cache).logits
-        else:
-            logits = model(context[:, -1:], cache=cache).logits
+        if cache.length == block_size:
+            cache.length, new = 0, context[:, -max(1, block_size // 2) :]
+        logits = model(new, cache=cache).logits
         token = sample_token(logits[:, -1], temperature, top_k, top_p, generator)
         yield token
-        context = torch.cat([context, token[:, None]], dim=1)[:, -block_size:]
+        new = token[:, None]
+        context = torch.cat([context, new], dim=1)[:, -block_size:]
 
 
 def sample_token(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float, generator: torch.Generator | None
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
 ) -> Tensor:
-    """Draw from logits [B, V]: int64 [B]."""
+    """Draw from logits [B, V]: int64 [B]; with B generators each row from its own."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
@@ -344,4 +398,8 @@ def sample_token(
         likeliest, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
         beyond = likeliest.cumsum(dim=-1) - likeliest >= top_p  # all that comes after top_p is reached
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+    probabilities = logits.softmax(dim=-1)
+    if not isinstance(generator, Sequence):
+        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    rows = zip(probabilities, generator, strict=True)
+    return torch.cat([torch.multinomial(row, 1, generator=own) for row, own in rows])
