@@ -2,29 +2,44 @@
 
     python sample.py checkpoint=out/<run> prompt="def " max_new_tokens=200 temperature=0.8 top_k=50 seed=1
 
-Standard output holds the text alone, the prompt included.
+Standard output holds the text alone, the prompt included; of several samples, a line `---` between them.
 """
 
 from __future__ import annotations
 
 import codecs
 import io
+import itertools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from nanodisp import arguments, checkpoint, distributed, hf
 from nanodisp.gpt import generate
-from nanodisp.tokenizer import load_tokenizer
+from nanodisp.tokenizer import Tokenizer, load_tokenizer
+
+DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclass
 class SampleConfig:
-    """checkpoint: a run's folder (its newest one) or one checkpoint's. temperature=0 is greedy."""
+    """What to write, and how.
+
+    checkpoint: a run's folder (its newest one) or one checkpoint's.
+    temperature, top_k, top_p: see `nanodisp.gpt.generate`; temperature=0 is greedy.
+    num_samples: continuations of the prompt; the i-th, from 0, is what `seed` + i alone would give.
+    batch_size: how many of them are made at once: faster together, each with a cache of its own in memory.
+    dtype: of weights and cache. "float32" gives the tokens that the whole model would; "bfloat16", half
+        the bytes to read and so up to twice as fast, rounds logits to three digits; "auto" is bfloat16
+        where the hardware multiplies it.
+    compile: compile a block first. That takes some seconds, a matter of long texts.
+    """
 
     checkpoint: str = arguments.MISSING
     prompt: str = ""
@@ -33,6 +48,10 @@ class SampleConfig:
     top_k: int | None = 50
     top_p: float = 1.0
     seed: int = 1
+    num_samples: int = 1
+    batch_size: int = 8
+    dtype: str = "float32"
+    compile: bool = False
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -40,8 +59,13 @@ class SampleConfig:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must not be negative")
         if self.temperature != 0 and not 1e-3 <= self.temperature <= 1e3:
             raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or lie in [0.001, 1000]")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed={self.seed} must lie between 0 and 2**63 - 1")
+        for name in ("num_samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.seed <= 2**63 - self.num_samples:
+            raise ValueError(f"seed={self.seed} must lie between 0 and 2**63 - num_samples")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype} is unknown; choose one of {', '.join(DTYPES)}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} must be at least 1; null takes all tokens")
         if not 0 < self.top_p <= 1:
@@ -52,25 +76,37 @@ def main(argv: Sequence[str]) -> None:
     config = arguments.parse(SampleConfig, argv)
     device = distributed.start(config.device).device
     saved = checkpoint.load(checkpoint.find(Path(config.checkpoint)))
-    model = hf.build(hf.read_checkpoint(saved)).to(device).eval()
+    model = hf.build(hf.read_checkpoint(saved)).to(device, distributed.matmul_dtype(config.dtype, device)).eval()
+    if config.compile:
+        model.compile_one_token()
     tokenizer = load_tokenizer(hf.spec_of(saved))
-
     prompt = tokenizer.encode(config.prompt).tolist() or [tokenizer.eot]  # from nothing: a new document
-    tokens = generate(
-        model,
-        torch.tensor([prompt], device=device),
-        config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        generator=torch.Generator(device).manual_seed(config.seed),
-    )
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
+
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
-    sys.stdout.write(config.prompt)
+    for first in range(0, config.num_samples, config.batch_size):
+        seeds = [config.seed + i for i in range(first, min(first + config.batch_size, config.num_samples))]
+        steps = generate(
+            model,
+            torch.tensor([prompt] * len(seeds), device=device),
+            config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            generator=[torch.Generator(device).manual_seed(seed) for seed in seeds],
+        )
+        for row, same_steps in enumerate(itertools.tee(steps, len(seeds))):  # the first as it is made, then the others
+            if first + row > 0:
+                sys.stdout.write("---\n")
+            write(config.prompt, map(itemgetter(row), same_steps), tokenizer)
+
+
+def write(prompt: str, tokens: Iterable[Tensor], tokenizer: Tokenizer) -> None:
+    """Write a sample to standard output, token by token as they come."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
+    sys.stdout.write(prompt)
     for token in tokens:
-        sys.stdout.write(decoder.decode(tokenizer.decode_bytes(token.tolist())))
+        sys.stdout.write(decoder.decode(tokenizer.decode_bytes([int(token)])))
         sys.stdout.flush()
     sys.stdout.write(decoder.decode(b"", final=True) + "\n")
 

@@ -158,7 +158,8 @@ class KVCache:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear; but a CPU reads bfloat16 weights faster for a vector than for a matrix of one row."""
     if x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() == x.size(-1):
-        return F.linear(x.flatten(), weight, bias).view(*x.shape[:-1], -1)
+        y = weight @ x.flatten() if bias is None else torch.addmv(bias, weight, x.flatten())
+        return y.view(*x.shape[:-1], -1)
     return F.linear(x, weight, bias)
 
 
@@ -285,7 +286,8 @@ class GPT(nn.Module):
                 tokens positions[i] of hidden[layers[i]]. Layers ascend.
             head: False leaves out the output head, and so logits and loss.
             soft_targets: beside `targets`: gives `divergence`, the mean KL divergence of the predictions from these.
-            cache: keys and values of earlier tokens, extended by these; `logits` are then the last token's alone.
+            cache: keys and values of earlier tokens, extended by these, without gradients; `logits` are then the
+                last token's alone.
 
         Raises ValueError when the tokens do not fit, or when `take` names a layer that there is not.
         """

@@ -45,6 +45,22 @@ def test_a_seed_decides_the_text_and_greedy_needs_none(trained: Path, capsys: py
     assert greedy[0] == greedy[1]
 
 
+def test_the_samples_of_one_prompt_are_those_of_the_seeds_one_by_one(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = (f"checkpoint={trained}", "prompt=ab", "max_new_tokens=30")
+    alone = [text(capsys, *base, f"seed={seed}") for seed in (5, 6, 7)]
+    for batch_size in (1, 2, 8):
+        assert text(capsys, *base, "seed=5", "num_samples=3", f"batch_size={batch_size}") == "---\n".join(alone)
+
+
+def test_compiled_and_in_bfloat16_there_is_text_too(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = (f"checkpoint={trained}", "prompt=ab", "max_new_tokens=30", "temperature=0")
+    assert text(capsys, *base, "compile=true") == text(capsys, *base)
+    assert len(text(capsys, *base, "dtype=bfloat16")) > len("ab\n")
+    assert text(capsys, *base, "dtype=auto") in (text(capsys, *base, f"dtype={d}") for d in ("float32", "bfloat16"))
+
+
 def test_a_prompt_may_hold_anything_and_nothing(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = (f"checkpoint={trained}", "max_new_tokens=0")
     assert text(capsys, *base, "prompt=a = {b: 1}  ") == "a = {b: 1}  \n"
@@ -59,6 +75,8 @@ def test_a_prompt_may_hold_anything_and_nothing(trained: Path, capsys: pytest.Ca
         ("top_kk=3", "top_kk=3"),
         ("top_k=0", "top_k=0 must be at least 1"),
         ("top_p=2", "top_p=2.0"),
+        ("num_samples=0", "num_samples=0 must be at least 1"),
+        ("dtype=float16", "dtype=float16 is unknown; choose one of auto, float32, bfloat16"),
         ("temperature=cold", "cold"),
     ],
 )
