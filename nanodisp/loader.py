@@ -27,6 +27,7 @@ from nanodisp.tokenizer import vocab_size_of
 FEISTEL_ROUNDS = 6
 CHUNK = 1 << 20  # tokens read at a time where all of them are looked at
 CHARACTERS = "meta.pkl"  # lies beside nanoGPT's shards of characters
+AT_ONCE = 1024  # windows whose order is worked out together: for a few of them numpy's calls cost more than their work
 
 
 @dataclass(frozen=True)
@@ -94,15 +95,26 @@ class Loader:
         self.tokens, self.block_size, self.batch_size = tokens, block_size, batch_size
         self.seed, self.vocab_size = seed, vocab_size
         self.n_windows = count_windows(tokens, block_size)
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))  # the group of steps asked for last, its windows
 
     def windows(self, step: int) -> np.ndarray:
         """The windows of the global batch of `step` (from 0), int64 [batch_size]."""
-        sequence = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        steps = -(-AT_ONCE // self.batch_size)
+        group, row = divmod(step, steps)
+        known, order = self._order
+        if group != known:
+            order = self._order_of(group * steps, (group + 1) * steps)
+            self._order = (group, order)
+        return order[row]
+
+    def _order_of(self, start: int, stop: int) -> np.ndarray:
+        """The windows of steps start to stop - 1, int64 [stop - start, batch_size]."""
+        sequence = np.arange(start * self.batch_size, stop * self.batch_size)
         epoch, index = np.divmod(sequence, self.n_windows)
         chosen = np.empty_like(index)
-        for e in np.unique(epoch):
-            chosen[epoch == e] = permute(index[epoch == e], self.n_windows, (self.seed, int(e)))
-        return chosen
+        for e in range(epoch[0], epoch[-1] + 1):
+            chosen[epoch == e] = permute(index[epoch == e], self.n_windows, (self.seed, e))
+        return chosen.reshape(-1, self.batch_size)
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[Tensor, Tensor]:
         """This rank's rows of the global batch of `step`: idx and targets, int64 [batch_size / world_size, T].
@@ -128,12 +140,11 @@ def count_windows(tokens: Tokens, block_size: int) -> int:
 
 def read_windows(tokens: Tokens, windows: np.ndarray, block_size: int, vocab_size: int) -> tuple[Tensor, Tensor]:
     """idx and targets of these windows, int64 [len(windows), T]; raises UserError for a foreign token id."""
-    rows = np.empty((len(windows), block_size + 1), dtype=np.int64)
+    rows = np.empty((len(windows), block_size + 1), dtype=tokens.dtype)
     for row, window in zip(rows, windows.tolist(), strict=True):
         row[:] = tokens.read(window * block_size, (window + 1) * block_size + 1)
     check_tokens(rows, vocab_size, tokens.paths[0].parent)
-    batch = torch.from_numpy(rows)
-    return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+    return torch.from_numpy(rows[:, :-1].astype(np.int64)), torch.from_numpy(rows[:, 1:].astype(np.int64))
 
 
 def permute(index: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:

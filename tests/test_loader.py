@@ -72,6 +72,18 @@ def test_a_batch_is_a_function_of_seed_and_step(counting: shards.Tokens) -> None
     assert not torch.equal(first.batch(0)[0], loader(counting, seed=1).batch(0)[0])
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.integers(10, 200), st.integers(1, 1500), st.lists(st.integers(0, 5000), min_size=1, max_size=5))
+def test_windows_worked_out_together_are_those_one_by_one(
+    counting: shards.Tokens, block_size: int, batch_size: int, steps: list[int]
+) -> None:
+    data = loader(counting, block_size, batch_size, seed=3)
+    for step in steps:
+        for i, window in enumerate(data.windows(step).tolist()[:5], start=step * batch_size):
+            epoch, index = divmod(i, data.n_windows)
+            assert window == permute(np.array([index]), data.n_windows, (3, epoch))[0]
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 12])
 def test_any_number_of_ranks_sees_the_same_global_batch(counting: shards.Tokens, world_size: int) -> None:
     data = loader(counting)
