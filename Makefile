@@ -9,7 +9,7 @@ RUNS ?= out
 EXPERIMENT ?= lambda
 INSTALLED := $(VENV)/installed-$(EXTRAS)
 
-.PHONY: help install run test lint format bench bench-train bench-gpu verify-data audit soak study report constraints clean
+.PHONY: help install run test lint format bench bench-train bench-data bench-gpu verify-data audit soak study report constraints clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,11 @@ bench: install ## time the dispersion loss and the output head on this CPU; JSON
 
 bench-train: install ## time whole training steps; BASELINE=<folder of a nanoGPT checkout> beside nanoGPT's
 	$(BIN)/python -m bench.train_step $(if $(BASELINE),--baseline $(BASELINE))
+
+bench-data: install ## time loader, sampling and, with TOKENIZER=<.tiktoken file> TEXT=<files>, preparation
+	$(BIN)/python -m bench.loader
+	$(BIN)/python -m bench.sampling
+	$(if $(TOKENIZER),$(BIN)/python -m bench.prepare --tokenizer $(TOKENIZER) --text $(TEXT))
 
 bench-gpu: ## kernels and steps on one GPU, correctness first; needs torch, triton and numpy alone
 	$(HAVE) -m bench.kernels --device cuda
