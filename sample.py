@@ -38,7 +38,8 @@ class SampleConfig:
     dtype: of weights and cache. "float32" gives the tokens that the whole model would; "bfloat16", half
         the bytes to read and so up to twice as fast, rounds logits to three digits; "auto" is bfloat16
         where the hardware multiplies it.
-    compile: compile a block first. That takes some seconds, a matter of long texts.
+    compile: compile a block first, which takes some seconds. It spares small operations; a CPU waits for
+        the weights, and gains little by it.
     """
 
     checkpoint: str = arguments.MISSING

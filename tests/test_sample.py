@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
 import sample
+from nanodisp import distributed
 from nanodisp.errors import UserError
 
 
@@ -54,11 +56,23 @@ def test_the_samples_of_one_prompt_are_those_of_the_seeds_one_by_one(
         assert text(capsys, *base, "seed=5", "num_samples=3", f"batch_size={batch_size}") == "---\n".join(alone)
 
 
-def test_compiled_and_in_bfloat16_there_is_text_too(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compiled_blocks_give_the_same_text(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = (f"checkpoint={trained}", "prompt=ab", "max_new_tokens=30", "temperature=0")
     assert text(capsys, *base, "compile=true") == text(capsys, *base)
-    assert len(text(capsys, *base, "dtype=bfloat16")) > len("ab\n")
-    assert text(capsys, *base, "dtype=auto") in (text(capsys, *base, f"dtype={d}") for d in ("float32", "bfloat16"))
+
+
+def test_weights_are_float32_unless_told_otherwise(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dtype_of(*arguments: str) -> torch.dtype:
+        seen = []
+        monkeypatch.setattr(sample, "generate", lambda model, *_, **__: seen.append(model.wte.weight.dtype) or iter(()))
+        text(capsys, f"checkpoint={trained}", "device=cpu", *arguments)
+        return seen[0]
+
+    assert dtype_of() == dtype_of("dtype=float32") == torch.float32
+    assert dtype_of("dtype=bfloat16") == torch.bfloat16
+    assert dtype_of("dtype=auto") == distributed.matmul_dtype("auto", torch.device("cpu"))
 
 
 def test_a_prompt_may_hold_anything_and_nothing(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
