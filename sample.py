@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nanodisp import arguments, checkpoint, distributed, hf
-from nanodisp.gpt import generate
+from nanodisp.generation import generate
 from nanodisp.tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -32,7 +32,7 @@ class SampleConfig:
     """What to write, and how.
 
     checkpoint: a run's folder (its newest one) or one checkpoint's.
-    temperature, top_k, top_p: see `nanodisp.gpt.generate`; temperature=0 is greedy.
+    temperature, top_k, top_p: see `nanodisp.generation.generate`; temperature=0 is greedy.
     num_samples: continuations of the prompt; the i-th, from 0, is what `seed` + i alone would give.
     batch_size: how many of them are made at once: faster together, each with a cache of its own in memory.
     dtype: of weights and cache. "float32" gives the tokens that the whole model would; "bfloat16", half

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 
 from bench import measure
 from bench.measure import Step
-from nanodisp.gpt import GPT, GPTConfig, KVCache, sample_token
+from nanodisp.generation import sample_token
+from nanodisp.gpt import GPT, GPTConfig, KVCache
 
 CONTEXT = 1000
 

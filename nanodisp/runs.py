@@ -30,7 +30,8 @@ from nanodisp import checkpoint
 from nanodisp.condensation import trend
 from nanodisp.config import CONF, NOT_IDENTITY, Config, TrainConfig, count_steps
 from nanodisp.errors import UserError
-from nanodisp.gpt import GPT, GPTConfig, generate
+from nanodisp.generation import generate
+from nanodisp.gpt import GPT, GPTConfig
 from nanodisp.loader import Corpus
 from nanodisp.metrics import Metrics
 from nanodisp.tokenizer import load_tokenizer

@@ -21,7 +21,8 @@ from torch import Tensor
 import sample
 from nanodisp import checkpoint, condensation, hf, runs
 from nanodisp.errors import UserError
-from nanodisp.gpt import GPT, GPTConfig, generate
+from nanodisp.generation import generate
+from nanodisp.gpt import GPT, GPTConfig
 from nanodisp.hf_tokenizer import build_tokenizer
 from nanodisp.tokenizer import load_tokenizer
 
