@@ -142,7 +142,7 @@ def train(config: Config) -> None:
 
     def accumulate(step: int, x: Tensor, y: Tensor) -> Tensor:
         """Forward and backward, in micro-batches; returns the terms (see `Objective`) of this rank's rows, [3]."""
-        lambda_disp, positions, taught = lambda_at(config.dispersion, step, total_steps), None, None
+        lambda_disp, positions = lambda_at(config.dispersion, step, total_steps), None
         hard, soft = config.intervention.loss_weights()
         if config.dispersion.lambda_disp > 0:
             positions = sample_positions(config.seed, step, layers, block_size, config.dispersion.max_tokens)
@@ -153,8 +153,7 @@ def train(config: Config) -> None:
             silent = world.size > 1 and i < n_micro - 1  # ranks share their gradients with the last micro-batch
             with distributed.no_sync(objective) if silent else contextlib.nullcontext():
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    if teacher is not None:
-                        taught = soft_targets(teacher, x_i, config.intervention)
+                    taught = soft_targets(teacher, x_i, config.intervention) if teacher is not None else None
                     ce, dispersion, divergence = objective(x_i, y_i, positions, taught)
                 loss = hard * ce + lambda_disp * dispersion + soft * divergence
                 scaler.scale(loss / n_micro).backward()
@@ -240,8 +239,7 @@ def train(config: Config) -> None:
         lap_seconds, lap_steps = 0.0, 0  # since the last line of training figures
         while step < total_steps:
             step_began = time.perf_counter()
-            interval = config.intervention.forget_interval
-            if interval is not None and step > 0 and step % interval == 0:  # what was saved and validated remembers
+            if config.intervention.forgets_at(step):  # what was saved and validated remembers
                 forget(model, optimizers, seed_for(config.seed, step, 0, 1))  # no rank's dropout has this seed
             x, y = next(batches)
             terms = accumulate(step, x, y)

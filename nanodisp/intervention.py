@@ -57,6 +57,10 @@ class InterventionConfig:
             if self.teacher is None and getattr(self, name) is not None:
                 raise ValueError(f"intervention.{name} needs a teacher: give intervention.teacher=<run or model>")
 
+    def forgets_at(self, step: int) -> bool:
+        """Whether embeddings begin anew after `step` updates, of which there are more to come."""
+        return self.forget_interval is not None and step > 0 and step % self.forget_interval == 0
+
     def loss_weights(self) -> tuple[float, float]:
         """Of cross-entropy, and of the divergence from the teacher, whose gradient falls with 1 / temperature^2."""
         if self.distillation_alpha is None or self.distillation_temperature is None:
