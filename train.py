@@ -44,6 +44,7 @@ from nanodisp.loader import (
     spread_windows,
 )
 from nanodisp.metrics import Metrics
+from nanodisp.multiple_choice import accuracy, read_questions
 from nanodisp.prepare import prepare
 from nanodisp.runs import conclude, write_config
 from nanodisp.signals import EXIT_CODE, StopSignals
@@ -104,6 +105,8 @@ def train(config: Config) -> None:
     )
     held_out = spread_windows(count_windows(corpus.val, block_size), config.train.eval_windows)
     followed = spread_windows(len(held_out), CONDENSATION_WINDOWS)  # of those, the few that are looked at often
+    task = config.train.eval_task
+    questions = read_questions(Path(task), config.model.vocab_size) if task is not None else []
 
     # --- model, loss, optimizers
     dtype = distributed.matmul_dtype(config.train.dtype, device)
@@ -185,6 +188,8 @@ def train(config: Config) -> None:
         rows = batch_size // world.size // n_micro
         figures = evaluate(model, look, corpus, held_out, rows, world, dtype)
         metrics.record({"step": step, "split": "val", **figures, **tally()})
+        if questions:
+            metrics.record({"step": step, "split": "task", **accuracy(model, questions, world, dtype), **tally()})
         return figures["loss"]
 
     def follow() -> None:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -308,9 +307,8 @@ def open_hugging_face(name: str) -> Subject:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         return np.asarray(tokenizer(text).input_ids, dtype=np.int64)
 
-    folder = Path(name) if Path(name).is_dir() else Path("out") / re.sub(r"[^\w.-]", "-", name)
     context = getattr(model.config, "max_position_embeddings", LONGEST_BLOCK)
-    return Subject(model, context, model.config.vocab_size, encode, None, folder)
+    return Subject(model, context, model.config.vocab_size, encode, None, hf.folder_of(name))
 
 
 def open_windows(config: CondensationConfig, subject: Subject) -> Iterator[Tensor]:

@@ -65,6 +65,8 @@ class TrainConfig:
     condensation_interval: how often, in steps, the mean cosine of every layer is measured on four validation
         windows, between validations; null for never.
     eval_windows: validation windows, spread evenly over the split; null takes all.
+    eval_task: a file of multiple-choice questions (data/hellaswag/prepare.py makes one), answered at every
+        validation; null for none.
     keep_last: how many checkpoints stay, beside the one with the lowest validation loss.
     keep_every: those of every so many steps stay too; null for none.
     max_bad_steps: an update whose gradient is not finite is left out; so many in a row end the run.
@@ -86,6 +88,7 @@ class TrainConfig:
     condensation_interval: int | None = 50
     checkpoint_interval: int = 500
     eval_windows: int | None = 128
+    eval_task: str | None = None
     keep_last: int = 2
     keep_every: int | None = None
     max_bad_steps: int = 10
@@ -193,7 +196,7 @@ NOT_IDENTITY = {
     "train": (
         *("compile", "micro_batch_size", "log_interval", "eval_interval", "checkpoint_interval"),
         *("condensation_interval", "keep_last", "keep_every", "max_bad_steps", "sample_tokens"),
-        *("parallel", "activation_checkpointing", "timeout_minutes"),
+        *("parallel", "activation_checkpointing", "timeout_minutes", "eval_task"),
     ),
 }
 BUDGET = ("train.steps", "train.tokens", "train.tokens_per_param")  # may grow when a run goes on

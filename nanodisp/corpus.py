@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nanodisp.errors import UserError
 
@@ -184,8 +184,10 @@ def read_parquet(path: Path, field: str) -> Iterator[str]:
         raise UserError(f"{path} cannot be read as parquet: {error}") from error
 
 
-def read_hub(repo: str, subset: str | None, split: str, field: str) -> Iterator[str]:
-    """The strings under `field` of a dataset on the Hugging Face hub, streamed, or of a folder in its place.
+def read_hub(repo: str, subset: str | None, split: str, field: str | None) -> Iterator[Any]:
+    """What lies under `field` of a dataset on the Hugging Face hub, streamed, or of a folder in its place.
+
+    Whole rows where `field` is None.
 
     Nothing is asked of the network before the first document is.
     """
@@ -195,7 +197,7 @@ def read_hub(repo: str, subset: str | None, split: str, field: str) -> Iterator[
         raise UserError(f"{repo} needs the datasets library: pip install 'nanodisp[data]'") from error
     try:
         for row in load_dataset(repo, subset, split=split, streaming=True):
-            yield row[field]
+            yield row if field is None else row[field]
     except Exception as error:  # of many kinds, from three libraries and the network
         reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
         raise UserError(f"dataset {repo} cannot be read: {reason}") from error

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,6 +200,7 @@ def model_card(saved: checkpoint.Checkpoint) -> str:
         key: value for key, value in saved.state["config"].get("intervention", {}).items() if value is not None
     }:
         config["intervention"] = done
+    config["train"] = {key: value for key, value in config["train"].items() if key != "eval_task"}
     config["data"]["tokenizer"] = Path(config["data"]["tokenizer"]).name
     figures = ["It has not been validated."]
     for line in (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").is_file() else ():
@@ -374,6 +376,11 @@ def download(name: str) -> Path:
         )
     except (OSError, ValueError) as error:
         raise UserError(f"{name} is no folder and can not be had from the hub: {first_line(error)}") from error
+
+
+def folder_of(name: str) -> Path:
+    """Where figures of a Hugging Face model go: its own folder, out/<model> for one from the hub."""
+    return Path(name) if Path(name).is_dir() else Path("out") / re.sub(r"[^\w.-]", "-", name)
 
 
 def spec_of(saved: checkpoint.Checkpoint) -> str:

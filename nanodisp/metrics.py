@@ -1,8 +1,8 @@
 """Where the numbers of a run go: the terminal, metrics.jsonl and, if asked for, Weights & Biases and TensorBoard.
 
 Only rank 0 has any of it; on other ranks every call does nothing. A record is one line of
-metrics.jsonl, and what the others get: "step" is the number of updates done, "split" is "train", "val" or
-"condensation" (mean cosine by layer alone, more often; not shown).
+metrics.jsonl, and what the others get: "step" is the number of updates done, "split" is "train", "val", "task" (answers
+to multiple-choice questions) or "condensation" (mean cosine by layer alone, more often; not shown).
 """
 
 from __future__ import annotations
@@ -264,6 +264,8 @@ def describe(record: dict[str, Any], total_steps: int) -> str:
     for key, form in (
         ("loss", "loss {:.4f}"),
         ("bpb", "bpb {:.4f}"),
+        ("accuracy", "accuracy {:.4f}"),
+        ("examples", "of {:,}"),
         ("dispersion", "dispersion {:.4f}"),
         ("distillation", "distillation {:.4f}"),
         ("lr", "lr {:.2e}"),

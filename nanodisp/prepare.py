@@ -104,7 +104,8 @@ def prepare(config: DataConfig) -> Path:
         if config.path is None or not Path(config.path).is_dir():
             raise UserError(f"data=shards needs the folder of the shards, data.path={config.path} is none")
         return Path(config.path)
-    scripts = {script.parent.name: script for script in DATA.glob("*/prepare.py")}
+    values = [file.stem for file in (DATA.parent / "conf" / "data").glob("*.yaml")]  # others are not to train on
+    scripts = {name: script for name in values if (script := DATA / name / "prepare.py").is_file()}
     if config.name not in scripts:
         raise UserError(f"data.name={config.name} is unknown; choose one of {', '.join(sorted(scripts))}, shards")
     spec = importlib.util.spec_from_file_location(f"prepare_{config.name}", scripts[config.name])

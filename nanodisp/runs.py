@@ -37,6 +37,7 @@ from nanodisp.metrics import Metrics
 from nanodisp.tokenizer import load_tokenizer
 
 LAMBDA = "dispersion.lambda_disp"
+EVALUATION = "evaluation.json"
 
 
 # --- what a run leaves -----------------------------------------------------------------------
@@ -104,6 +105,7 @@ class Run:
     numbers: of its last validation, by the names that `read_metrics` gives them.
     steps, cosines: [S] and [S, L + 1], the mean cosine by layer of every validation.
     course_steps, course: the same of the finer "condensation" records, or of the validations where there are none.
+    tasks: of its evaluation.json.
     """
 
     folder: Path
@@ -118,6 +120,7 @@ class Run:
     cosines: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
     course_steps: np.ndarray = field(default_factory=lambda: np.empty(0))
     course: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
+    tasks: dict[str, Any] = field(default_factory=dict)
 
     @property
     def size(self) -> str:
@@ -146,6 +149,10 @@ def read_run(folder: Path) -> Run:
         read_metrics(run)
     except (OSError, YAMLError, OmegaConfBaseException, ValueError, TypeError, KeyError, AttributeError) as error:
         run.status, run.problem = "failed", "can not be read: " + str(error).strip().split("\n")[0]
+    try:
+        run.tasks = read_evaluation(folder / EVALUATION).get("tasks", {})
+    except UserError as error:  # of an evaluation: the run is what it was
+        run.problem = run.problem or str(error)
     error_file = folder / "error.txt"
     if error_file.is_file():
         run.status, run.problem = "failed", error_file.read_text(errors="replace").strip().split("\n")[-1]
@@ -188,6 +195,28 @@ def read_metrics(run: Run) -> None:
         "tau": tau,
         "tokens_per_second": statistics.median(speeds[1:] or speeds) if speeds else None,  # the first one warms up
     }
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """What `nanodisp.evaluate` has written, or nothing; UserError for a file that is not its own.
+
+    {"model": …, "harness": version, "tasks": {name: {"metrics": {name: {"value", "stderr", "higher_is_better"}},
+    "shots", "examples", "version", "seed"}}}; a value that there is not is None.
+    """
+    try:
+        told = json.loads(path.read_text()) if path.exists() else {}
+        for entry in told["tasks"].values() if told else ():
+            for figure in (entry["metrics"][main_metric(entry)], *entry["metrics"].values()):
+                [float(value) for value in (figure["value"], figure["stderr"]) if value is not None]
+            told["model"], figure["higher_is_better"], entry["shots"], entry["examples"]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StopIteration) as error:
+        raise UserError(f"{path} is not what nanodisp.evaluate writes: delete it, and evaluate again") from error
+    return told
+
+
+def main_metric(entry: dict[str, Any]) -> str:
+    """The metric that stands for a task: acc, as in the figures of arXiv 2602.00217, else its first."""
+    return "acc" if "acc" in entry["metrics"] else next(iter(entry["metrics"]))
 
 
 def _curve(records: Sequence[tuple[int, dict[str, Any]]]) -> tuple[np.ndarray, np.ndarray]:

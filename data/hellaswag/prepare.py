@@ -1,0 +1,62 @@
+"""HellaSwag's 10,042 validation questions as a file for `train.eval_task`, in llm.c's format.
+
+    python data/hellaswag/prepare.py tokenizer=gpt2                       # from the Hugging Face hub
+    python data/hellaswag/prepare.py path=hellaswag_val.jsonl out=<file>  # from the file of rowanz/hellaswag
+
+As in llm.c, the context is `ctx` and a choice a space and one of `endings`, tokenised on their own.
+From the hub it needs `pip install 'nanodisp[data]'`.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanodisp import arguments
+from nanodisp.corpus import read_hub
+from nanodisp.errors import UserError
+from nanodisp.multiple_choice import Question, write_questions
+from nanodisp.tokenizer import Tokenizer, load_tokenizer
+
+REPO = "Rowan/hellaswag"
+
+
+@dataclass
+class HellaSwagConfig:
+    """tokenizer: the run's. path: a jsonl file, not the hub. out: null for hellaswag_val-<tokenizer>.bin here."""
+
+    tokenizer: str = "gpt2"
+    path: str | None = None
+    out: str | None = None
+
+
+def rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a jsonl file."""
+    try:
+        yield from (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, ValueError) as error:
+        raise UserError(f"path={path} can not be read as jsonl: {error}") from error
+
+
+def questions(rows: Iterable[dict[str, Any]], tokenizer: Tokenizer) -> Iterator[Question]:
+    for number, row in enumerate(rows):
+        try:
+            choices = [tokenizer.encode(f" {ending}").tolist() for ending in row["endings"]]
+            yield Question(tokenizer.encode(row["ctx"]).tolist(), choices, int(row["label"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"row {number} has no ctx, endings and label as HellaSwag has them: {error}") from error
+
+
+def main(argv: Sequence[str], repo: str = REPO) -> None:
+    config = arguments.parse(HellaSwagConfig, argv)
+    tokenizer = load_tokenizer(config.tokenizer)
+    rows = rows_of(Path(config.path)) if config.path else read_hub(repo, None, "validation", None)
+    out = Path(config.out or Path(__file__).with_name(f"hellaswag_val-{tokenizer.name}.bin"))
+    asked = list(questions(rows, tokenizer))
+    write_questions(out, asked)
+    print(f"{out}: {len(asked):,} questions")
+
+
+if __name__ == "__main__":
+    arguments.run(main)
