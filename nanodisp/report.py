@@ -4,10 +4,7 @@
 
 writes into out/<sweep>/report: index.html (self-contained), report.md, runs.csv and figures/.
 
-Seeds are grouped: runs that differ in their seed alone are one cell of the tables. Rows are model
-sizes (and whatever else the sweep varied), columns are lambda. Without dispersion its other
-settings mean nothing, so a run at lambda 0 is what all rows of its kind are compared with.
-Every number that is shown anywhere comes from `Run.numbers` and goes through `Quantity.show`.
+What the runs are is read by `runs.py`, and what the tables say of them is made in `tables.py`.
 """
 
 from __future__ import annotations
@@ -15,15 +12,12 @@ from __future__ import annotations
 import base64
 import csv
 import html
-import math
 import shlex
-import statistics
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -33,151 +27,10 @@ from yaml import YAMLError
 
 from nanodisp import arguments, figures
 from nanodisp.errors import UserError
-from nanodisp.runs import LAMBDA, Run, command_of, default_config, differences, hydra_value, read_runs
+from nanodisp.runs import Run, command_of, default_config, differences, hydra_value, read_runs
+from nanodisp.tables import QUANTITIES, Cell, Row, make_layer_table, make_rows, make_table, make_task_table
 
-SHAPE = ("model.n_layer", "model.n_embd", "model.n_head", "model.block_size")  # told by a row's size
 MOST_LINES = 12  # of one figure
-NOTHING = "\N{EN DASH}"  # in place of a number that there is not
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """A number that the report tells of a run: its name, how it is written, and which value is best."""
-
-    name: str
-    form: str
-    best: Callable[[list[float]], float] = min
-
-    def show(self, value: float | None, signed: bool = False) -> str:
-        if value is None or not math.isfinite(value):
-            return NOTHING
-        return format(value, ("+" if signed else "") + self.form).replace("-", "\N{MINUS SIGN}")
-
-
-QUANTITIES = {
-    "loss": Quantity("validation loss, nats per token", ".4f"),
-    "bpb": Quantity("bits per byte", ".4f"),
-    "mean_cosine": Quantity("mean cosine, last layer", ".4f"),
-    "rho": Quantity("rho, mean cosine against depth", ".3f"),
-    "tau": Quantity("tau, mean cosine against depth", ".3f"),
-    "tokens_per_second": Quantity("tokens per second", ",.0f", max),
-}
-
-
-# --- tables -----------------------------------------------------------------------------
-
-
-@dataclass
-class Row:
-    """Runs of one kind: lambda -> seed -> the finished run."""
-
-    label: str
-    cells: dict[float, dict[int, Run]]
-
-    def values(self, disp: float, quantity: str) -> dict[int, float]:
-        """The seeds' values that there are."""
-        numbers = {seed: run.numbers.get(quantity) for seed, run in self.cells.get(disp, {}).items()}
-        return {seed: value for seed, value in numbers.items() if value is not None and math.isfinite(value)}
-
-
-@dataclass
-class Cell:
-    """What a table shows: mean ± standard error, the difference to lambda 0, whether it is the row's best."""
-
-    text: str
-    difference: str = ""
-    best: bool = False
-
-
-def make_rows(runs: Sequence[Run]) -> list[Row]:
-    """Group finished runs; of two with the same configuration and seed the later name counts."""
-    finished = [run for run in runs if run.status == "finished"]
-    differing = {key: by_run for key, by_run in differences(finished).items() if key not in (LAMBDA, "seed", *SHAPE)}
-    varied = [key for key, by_run in differing.items() if not _follows_from_a_teacher(key, by_run)]
-    kinds: dict[Any, dict[float, dict[int, Run]]] = defaultdict(lambda: defaultdict(dict))
-    baselines: dict[Any, dict[int, Run]] = defaultdict(dict)
-
-    def parts(run: Run, of_dispersion: bool) -> str:
-        keys = [key for key in varied if key.startswith("dispersion.") == of_dispersion]
-        told = {key: run.config.get(key) for key in keys}  # an intervention that there was not is not told
-        told = {key: value for key, value in told.items() if value is not None or not key.startswith("intervention.")}
-        return ", ".join(f"{key.split('.')[-1]}={hydra_value(value)}" for key, value in told.items())
-
-    for run in finished:
-        base = (run.n_parameters, run.size, parts(run, of_dispersion=False))
-        disp, seed = float(run.config[LAMBDA]), int(run.config["seed"])
-        if disp == 0:
-            baselines[base][seed] = run
-        else:
-            kind = (*base, parts(run, of_dispersion=True))
-            kinds[kind][disp][seed] = run
-    for base, seeds in baselines.items():
-        for kind in [kind for kind in kinds if kind[:3] == base] or [(*base, "")]:
-            kinds[kind][0.0] = seeds
-    return [
-        Row(", ".join(filter(None, kind[1:])), dict(sorted(cells.items())))
-        for kind, cells in sorted(kinds.items(), key=lambda item: item[0])
-    ]
-
-
-def _follows_from_a_teacher(key: str, by_run: dict[Path, Any]) -> bool:
-    """Whether a setting of distillation is the same wherever there is a teacher: then naming that is enough."""
-    return key.startswith("intervention.distillation_") and len(set(by_run.values()) - {None}) == 1
-
-
-def make_table(rows: Sequence[Row], key: str, lambdas: Sequence[float]) -> list[list[Cell]]:
-    """A row of cells per row of runs, a cell per lambda."""
-    quantity, table = QUANTITIES[key], []
-    for row in rows:
-        values = {disp: row.values(disp, key) for disp in lambdas}
-        means = {disp: statistics.fmean(there.values()) for disp, there in values.items() if there}
-        best = quantity.best(list(means.values())) if len(means) > 1 else None
-        cells = []
-        for disp in lambdas:
-            if disp not in means:
-                cells.append(Cell(NOTHING))
-                continue
-            error = figures.standard_error(list(values[disp].values()))
-            text = quantity.show(means[disp]) + (f" ± {quantity.show(error)}" if math.isfinite(error) else "")
-            cells.append(
-                Cell(text, _difference(quantity, values[disp], values.get(0.0, {}), disp), means[disp] == best)
-            )
-        table.append(cells)
-    return table
-
-
-def make_layer_table(rows: Sequence[Row]) -> dict[str, list[Cell]]:
-    """Mean cosine of every layer at the last validation, averaged over seeds: a row per row of runs and lambda."""
-    table = {}
-    for row in rows:
-        for disp, seeds in row.cells.items():
-            last = [r.cosines[-1] for r in seeds.values() if r.cosines.shape[1:] == (r.config["model.n_layer"] + 1,)]
-            if last:
-                cells = [Cell(QUANTITIES["mean_cosine"].show(mean)) for mean in np.mean(last, axis=0)]
-                table[f"{row.label}, lambda {disp:g}"] = cells
-    deepest = max(map(len, table.values()), default=0)
-    return {label: cells + [Cell(NOTHING)] * (deepest - len(cells)) for label, cells in table.items()}
-
-
-def paired_interval(values: dict[int, float], baseline: dict[int, float]) -> tuple[float, float]:
-    """Mean of value - baseline over the shared seeds, and half the width of its 95% t interval.
-
-    NaN for a mean without shared seeds, and for a width with fewer than two.
-    """
-    from scipy import stats
-
-    gaps = [values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())]
-    if not gaps:
-        return math.nan, math.nan
-    return statistics.fmean(gaps), float(stats.t.ppf(0.975, len(gaps) - 1)) * figures.standard_error(gaps)
-
-
-def _difference(quantity: Quantity, values: dict[int, float], baseline: dict[int, float], disp: float) -> str:
-    gap, half = paired_interval(values, baseline)
-    if disp == 0 or not math.isfinite(gap):
-        return ""
-    interval = f" [{quantity.show(gap - half, True)}, {quantity.show(gap + half, True)}]" if math.isfinite(half) else ""
-    return f"Δ {quantity.show(gap, True)}{interval}"
 
 
 # --- figures ----------------------------------------------------------------------------
@@ -250,7 +103,9 @@ def _histograms(runs: Sequence[Run]) -> Iterator[tuple[str, np.ndarray]]:
 # --- pages ------------------------------------------------------------------------------
 
 READING = """Mean ± standard error over seeds. Δ: difference to lambda 0 over the seeds that both have, with the
-95% interval of a paired t test. Best of a row in bold: highest for tokens per second, lowest for all else."""
+95% interval of a paired t test. Best of a row in bold: highest for tokens per second, lowest for all else. On
+benchmarks the best of a task; ± of a single run is the standard error over examples; mean and mean rank are of the
+tasks that all rows have, the mean of those of which more is better."""
 
 
 @dataclass
@@ -283,6 +138,9 @@ def gather(folder: Path, target: Path) -> Report:
     }
     if layers := make_layer_table(rows):
         tables["mean cosine by layer"] = (["layer", *map(str, range(len(next(iter(layers.values())))))], layers)
+    heads, benchmarks = make_task_table(rows)
+    if benchmarks:
+        tables["benchmarks"] = (["task", *heads], benchmarks)
     return Report(
         title=str(folder),
         facts=facts,
@@ -343,8 +201,8 @@ def to_html(report: Report) -> str:
             body += f"<tr><td>{text(label)}</td>"
             for value, cell in zip(head[1:], cells, strict=True):
                 mark = " class=best" if cell.best else ""
-                difference = text(cell.difference).replace(" [", " <br>[")
-                body += f'<td{mark} data-column="{head[0]} {value}">{text(cell.text)}<small>{difference}</small></td>'
+                column, difference = text(f"{head[0]} {value}"), text(cell.difference).replace(" [", " <br>[")
+                body += f'<td{mark} data-column="{column}">{text(cell.text)}<small>{difference}</small></td>'
             body += "</tr>\n"
         tables.append(f"<h2>{text(name.capitalize())}</h2><div class=table><table>{body}</table></div>")
     for caption, path in report.figures:

@@ -203,9 +203,11 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     {"model": …, "harness": version, "tasks": {name: {"metrics": {name: {"value", "stderr", "higher_is_better"}},
     "shots", "examples", "version", "seed"}}}; a value that there is not is None.
     """
+    if not path.exists():
+        return {}
     try:
-        told = json.loads(path.read_text()) if path.exists() else {}
-        for entry in told["tasks"].values() if told else ():
+        told = json.loads(path.read_text())
+        for entry in told["tasks"].values():
             for figure in (entry["metrics"][main_metric(entry)], *entry["metrics"].values()):
                 [float(value) for value in (figure["value"], figure["stderr"]) if value is not None]
             told["model"], figure["higher_is_better"], entry["shots"], entry["examples"]

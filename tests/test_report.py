@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import re
 import shutil
@@ -20,8 +21,8 @@ from scipy import stats
 
 from nanodisp import report
 from nanodisp.errors import UserError
-from nanodisp.report import QUANTITIES, make_rows, make_table, paired_interval
 from nanodisp.runs import read_runs
+from nanodisp.tables import QUANTITIES, make_layer_table, make_rows, make_table, make_task_table, paired_interval
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,7 @@ def test_a_shallower_model_has_fewer_layers_in_the_table(tmp_path: Path) -> None
     folder = write_run(tmp_path / "three", "model.n_layer=3")
     text = (folder / "metrics.jsonl").read_text()
     (folder / "metrics.jsonl").write_text(text.replace("[0.1,", "[0.0, 0.1,"))
-    table = report.make_layer_table(make_rows(read_runs(tmp_path)))
+    table = make_layer_table(make_rows(read_runs(tmp_path)))
     assert sorted([cell.text for cell in cells] for cells in table.values()) == [
         ["0.0000", "0.1000", "0.2000", "0.3400"],
         ["0.1000", "0.2000", "0.3400", "\N{EN DASH}"],
@@ -126,6 +127,64 @@ def test_sizes_are_ordered_by_their_parameters(tmp_path: Path) -> None:
 )
 def test_how_numbers_are_written(key: str, value: float | None, text: str) -> None:
     assert QUANTITIES[key].show(value) == text
+
+
+# --- benchmarks -------------------------------------------------------------------------------
+
+
+def write_evaluation(run: Path, examples: int = 100, shots: int = 0, **accuracies: float) -> None:
+    """evaluation.json: accuracies by task, and the perplexity of a text."""
+    metrics: dict[str, dict[str, object]] = {
+        name: {"acc_norm": figure(0.0), "acc": figure(accuracy, 0.03)} for name, accuracy in accuracies.items()
+    }
+    metrics["text"] = {"perplexity": {**figure(10 * accuracies["easy"]), "higher_is_better": False}}
+    tasks = {name: {"metrics": there, "shots": shots, "examples": examples} for name, there in metrics.items()}
+    (run / "evaluation.json").write_text(json.dumps({"model": "run at step 40", "tasks": tasks}))
+
+
+def figure(value: float, stderr: float | None = None) -> dict[str, object]:
+    return {"value": value, "stderr": stderr, "higher_is_better": True}
+
+
+def test_benchmarks_have_a_row_per_lambda_and_a_column_per_task(tmp_path: Path) -> None:
+    for disp, seed, easy, hard in ((0, 1, 0.5, 0.25), (0, 2, 0.7, 0.5), (1, 1, 0.8, 0.375)):
+        run = write_run(tmp_path / f"disp{disp}-s{seed}", f"dispersion.lambda_disp={disp}", f"seed={seed}")
+        write_evaluation(run, easy=easy, hard=hard)
+    write_run(tmp_path / "not-evaluated", "dispersion.lambda_disp=3", "seed=1")
+    heads, table = make_task_table(make_rows(read_runs(tmp_path)))
+    about = "0-shot, 100 examples"
+    tasks = [f"easy, acc, {about}", f"hard, acc, {about}", f"text, perplexity, {about}"]
+    assert heads == [*tasks, "mean of 2", "mean rank of 3"]
+    none, one = table.values()
+    assert [label.split(", ")[-1] for label in table] == ["lambda 0", "lambda 1"]
+    over_seeds = ["0.6000 ± 0.1000", "0.3750 ± 0.1250", "6.0000 ± 1.0000", "0.4875 ± 0.1125", "1.50"]
+    assert [cell.text for cell in none] == over_seeds
+    over_examples = ["0.8000 ± 0.0300", "0.3750 ± 0.0300", "8.0000", "0.5875 ± 0.0212", "1.50"]
+    assert [cell.text for cell in one] == over_examples
+    assert [cell.best for cell in none] == [False, True, True, False, False]
+    assert [cell.best for cell in one] == [True, True, False, False, False]
+
+
+def test_tasks_that_were_asked_otherwise_are_other_columns_and_not_in_the_mean(tmp_path: Path) -> None:
+    for number, (examples, shots) in enumerate(((100, 0), (10, 0), (100, 5))):
+        run = write_run(tmp_path / f"run{number}", f"dispersion.lambda_disp={number}")
+        write_evaluation(run, examples, shots, easy=0.5)
+    heads, table = make_task_table(make_rows(read_runs(tmp_path)))
+    assert len(heads) == 6 + 2
+    assert all([cell.text for cell in cells].count("\N{EN DASH}") == 4 + 2 for cells in table.values())
+
+
+def test_the_page_shows_benchmarks_and_tells_of_a_damaged_file(tmp_path: Path) -> None:
+    write_evaluation(write_run(tmp_path / "whole", "seed=1"), easy=0.5)
+    for number, damage in enumerate(('{"tas', '{"tasks": {"easy": {"metrics": {}}}}', "[]", '{"tasks": {"easy": 1}}')):
+        (write_run(tmp_path / f"damaged{number}", f"seed={number + 2}") / "evaluation.json").write_text(damage)
+    report.main([str(tmp_path)])
+    markdown = (tmp_path / "report" / "report.md").read_text()
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "easy, acc, 0-shot, 100 examples" in markdown and "easy, acc, 0-shot, 100 examples" in page
+    assert "0.5000 ± 0.0300" in markdown and "0.5000 ± 0.0300" in page
+    assert "5 runs: 5 finished" in page
+    assert markdown.count("is not what nanodisp.evaluate writes") == 4
 
 
 # --- pages ----------------------------------------------------------------------------------
