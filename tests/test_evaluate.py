@@ -1,0 +1,306 @@
+"""The harness on our models: the same figures as of the exported model, and as one token at a time gives."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+os.environ |= {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}  # before their packages are imported
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_hf import export, ours, write_run
+from test_multiple_choice import naive
+
+from nanodisp import evaluate
+from nanodisp.distributed import World
+from nanodisp.errors import UserError
+from nanodisp.gpt import generate
+from nanodisp.multiple_choice import Question, accuracy, read_questions, write_questions
+from nanodisp.tokenizer import ByteTokenizer
+
+lm_eval, datasets = pytest.importorskip("lm_eval"), pytest.importorskip("datasets")
+pytest.importorskip("lm_eval.evaluator")
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{label}}}}"
+target_delimiter: ""
+metadata: {{version: 2.0}}
+"""
+CHOICES = """
+output_type: multiple_choice
+doc_to_choice: "{{choices}}"
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+"""
+TEXTS = """
+output_type: loglikelihood_rolling
+metric_list:
+  - {metric: byte_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
+"""
+PAIR = """
+group: pair
+task: [letters, letters_again]
+aggregate_metric_list: [{metric: acc, weight_by_size: true}]
+"""
+BYTE = ByteTokenizer()
+
+
+def encode(text: str) -> list[int]:
+    return BYTE.encode(text).tolist()
+
+
+def rows() -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(3)
+    letters = lambda n: bytes((97 + torch.randint(0, 9, (n,), generator=generator)).tolist()).decode()  # noqa: E731
+    lengths = (3, 9, 2, 6)  # so that a sum prefers the short, and a mean does not
+    return [
+        {"question": letters(6 + i), "choices": [" " + letters(n) for n in lengths], "label": i % 4} for i in range(40)
+    ]
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    for name, kind in (("letters", CHOICES), ("letters_again", CHOICES), ("texts", TEXTS)):
+        (folder / f"{name}.yaml").write_text(TASK.format(name=name, data=folder / "rows.jsonl") + kind)
+    (folder / "nowhere.yaml").write_text(TASK.format(name="nowhere", data=folder / "none.jsonl") + CHOICES)
+    (folder / "pair.yaml").write_text(PAIR)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("model") / "run", "byte", block_size=48)
+
+
+list_tasks = functools.cache(lm_eval.tasks.TaskManager)  # all of the harness's take seconds
+
+
+@pytest.fixture(autouse=True)
+def quick(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the machine is looked at that takes its time, or written outside of the test's folder."""
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", list_tasks)
+    monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
+def go(checkpoint: Path, tasks: Path, *arguments: str) -> None:
+    evaluate.main([f"checkpoint={checkpoint}", f"task_folder={tasks}", "device=cpu", *arguments])
+
+
+def told(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())["tasks"]
+
+
+def by_hand(run: Path) -> tuple[float, float]:
+    """acc and acc_norm of the rows."""
+    model, found = ours(run), []
+    for row in rows():
+        sums = [naive(model, encode(row["question"]), encode(choice))[0] for choice in row["choices"]]
+        means = [total / len(choice) for total, choice in zip(sums, row["choices"], strict=True)]
+        found.append((sums.index(max(sums)) == row["label"], means.index(max(means)) == row["label"]))
+    return sum(a for a, _ in found) / 40, sum(b for _, b in found) / 40
+
+
+# --- one task, four ways ------------------------------------------------------------------------
+
+
+def test_the_checkpoint_the_file_of_questions_and_one_token_at_a_time_agree(
+    run: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    go(run, tasks, "tasks=letters", "batch_size=3")
+    found = told(run / "evaluation.json")["letters"]
+    acc, acc_norm = by_hand(run)
+    assert acc != acc_norm
+    assert [found["metrics"][name]["value"] for name in ("acc", "acc_norm")] == [acc, acc_norm]
+    assert {key: found[key] for key in ("shots", "examples", "version", "seed")} == {
+        **{"shots": 0, "examples": 40, "version": 2.0, "seed": 1234}
+    }
+    printed = capsys.readouterr().out
+    stderr = found["metrics"]["acc"]["stderr"]
+    assert f"letters                  acc                   {acc:.4f}   {stderr:.4f}     0       40" in printed
+    assert f"mean                     of 1 tasks            {acc:.4f}   {stderr:.4f}" in printed
+
+    asked = [Question(encode(row["question"]), list(map(encode, row["choices"])), row["label"]) for row in rows()]
+    write_questions(tmp_path / "letters.bin", asked)
+    asked = read_questions(tmp_path / "letters.bin", 257)
+    world = World(0, 1, torch.device("cpu"))
+    assert accuracy(ours(run), asked, world, torch.float32) == {"accuracy": acc_norm, "examples": 40}
+
+
+def test_the_exported_model_has_the_same_figures(run: Path, tasks: Path, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    exported = export(run, tmp_path / "exported")
+    for checkpoint in (run, exported):
+        go(checkpoint, tasks, "tasks=letters,texts", f"out={tmp_path / checkpoint.name}.json")
+    one, other = (told(tmp_path / f"{name}.json") for name in ("run", "exported"))
+    assert one["letters"] == other["letters"]
+    perplexity = [there["texts"]["metrics"]["byte_perplexity"]["value"] for there in (one, other)]
+    assert perplexity[0] == pytest.approx(perplexity[1], rel=1e-5)
+
+
+# --- the file and the tasks ----------------------------------------------------------------------
+
+
+def test_a_later_call_adds_and_replaces_tasks(run: Path, tasks: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "evaluation.json"
+    go(run, tasks, "tasks=letters", "limit=5", f"out={out}")
+    first = told(out)
+    assert first["letters"]["examples"] == 5
+    go(run, tasks, "tasks=letters_again,texts", "limit=4", "num_fewshot=1", f"out={out}")
+    assert told(out)["letters"] == first["letters"]
+    assert told(out)["letters_again"]["shots"] == 1
+    assert list(told(out)["texts"]["metrics"]) == ["byte_perplexity"]
+    go(run, tasks, "tasks=letters", f"out={out}")
+    assert told(out)["letters"]["examples"] == 40
+    assert len(told(out)) == 3
+
+
+def test_a_group_is_one_task(run: Path, tasks: Path, tmp_path: Path) -> None:
+    go(run, tasks, "tasks=pair", "limit=8", f"out={tmp_path / 'out.json'}")
+    found = told(tmp_path / "out.json")
+    assert list(found) == ["pair"]
+    assert found["pair"]["examples"] == 16
+    assert list(found["pair"]["metrics"]) == ["acc"]
+
+
+def test_the_seed_decides_the_examples_in_front(
+    run: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nanodisp.harness import HarnessModel
+
+    encode, read = HarnessModel.tok_encode, set()
+    monkeypatch.setattr(HarnessModel, "tok_encode", lambda self, text: read.add(text) or encode(self, text))
+    found = []
+    for seed in (1, 1, 2):
+        go(run, tasks, "tasks=letters", "num_fewshot=1", f"seed={seed}", f"out={tmp_path / 'out.json'}")
+        found.append(read.copy())
+        read.clear()
+    assert found[0] == found[1] != found[2]
+    assert found[0]
+
+
+def test_the_papers_tasks_are_known_to_the_harness(tasks: Path) -> None:
+    evaluate.find_tasks([*evaluate.ZERO_SHOT, *evaluate.FEW_SHOT], str(tasks))
+
+
+def test_the_papers_tasks_have_no_shot_or_one(
+    run: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "ZERO_SHOT", ("letters",))  # theirs have their data on the hub
+    monkeypatch.setattr(evaluate, "FEW_SHOT", ("letters_again",))
+    out, shots = tmp_path / "out.json", []
+    for arguments in ((), ("num_fewshot=2",)):
+        go(run, tasks, "tasks=paper", "limit=2", f"out={out}", *arguments)
+        shots.append([entry["shots"] for entry in told(out).values()])
+    assert shots == [[0, 1], [0, 2]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["tasks=nowhere"], "task nowhere can not be loaded"),
+        (["tasks=hellaswag"], "task hellaswag can not be loaded.*(Offline|reach|Hub)"),
+        (["tasks=lettters"], "tasks=lettters is unknown; did you mean letters"),
+        (["tasks=letters,"], "empty name"),
+        (["tasks=letters", "limit=0"], "limit=0 must be at least 1"),
+        (["tasks=letters", "batch_size=0"], "batch_size=0"),
+        (["tasks=letters", "num_fewshot=-1"], "must not be negative"),
+        (["tasks=letters", "seed=-1"], "seed=-1"),
+        (["tasks=letters", "task_folder=nowhere"], "task_folder=nowhere is no folder"),
+        (["tasks=letters", "checkpoint=nowhere"], "nowhere holds no checkpoint"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(run: Path, tasks: Path, arguments: list[str], told: str) -> None:
+    with pytest.raises(UserError, match=told) as error:
+        go(run, tasks, *arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_figures_of_another_step_are_not_mixed_in(run: Path, tasks: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    out.write_text(json.dumps({"model": "run at step 2", "tasks": {}}))
+    with pytest.raises(UserError, match="is of run at step 2, this is run at step 3: name another file"):
+        go(run, tasks, "tasks=letters", f"out={out}")
+    out.write_text("{")
+    with pytest.raises(UserError, match="is not what nanodisp"):
+        go(run, tasks, "tasks=letters", f"out={out}")
+
+
+# --- what the harness asks of a model -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def asked(run: Path) -> Any:
+    from nanodisp.harness import HarnessModel
+
+    return HarnessModel(ours(run), BYTE, batch_size=2)
+
+
+def requests(*arguments: tuple[Any, ...]) -> list[Any]:
+    return [SimpleNamespace(args=args) for args in arguments]
+
+
+texts = st.text(min_size=1, max_size=20)
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.lists(st.tuples(st.sampled_from(["", " ", "ab", "ab "]) | texts, texts), min_size=1, max_size=4))
+def test_loglikelihoods_are_those_of_the_text(asked: Any, pairs: list[tuple[str, str]]) -> None:
+    found = asked.loglikelihood(requests(*pairs), disable_tqdm=True)
+    for (context, continuation), (total, greedy) in zip(pairs, found, strict=True):
+        stripped = context.rstrip()  # the harness scores the space between with the continuation
+        expected = naive(asked.model, encode(stripped) or [BYTE.eot], encode(context[len(stripped) :] + continuation))
+        assert total == pytest.approx(expected[0], abs=1e-3)
+        assert greedy == expected[1]
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.lists(st.text(max_size=120), min_size=1, max_size=3))
+def test_a_long_text_is_scored_window_after_window(asked: Any, long: list[str]) -> None:
+    found = asked.loglikelihood_rolling(requests(*((text,) for text in long)), disable_tqdm=True)
+    for text, total in zip(long, found, strict=True):
+        row, block_size = [BYTE.eot, *encode(text)], asked.model.config.block_size
+        expected = 0.0
+        for start in range(1, len(row), block_size):
+            end = min(start + block_size, len(row))
+            first = 0 if start == 1 else end - block_size - 1  # the last window is full
+            expected += naive(asked.model, row[first:start], row[start:end])[0]
+        assert total == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("prompt", ["", "ab", "abcdefgh" * 9])
+@pytest.mark.parametrize("new_tokens", [9, 60])
+def test_a_greedy_continuation_ends_at_the_first_stop(asked: Any, prompt: str, new_tokens: int) -> None:
+    room = asked.model.config.block_size - new_tokens
+    context = (encode(prompt) or [BYTE.eot])[-(room if room > 0 else 24) :]
+    tokens = [int(t) for t in generate(asked.model, torch.tensor([context]), new_tokens, temperature=0)]
+    whole = BYTE.decode_bytes(tokens[: tokens.index(BYTE.eot)] if BYTE.eot in tokens else tokens).decode(
+        errors="replace"
+    )
+    stop = whole[4:5]
+    how = {"max_gen_toks": new_tokens, "do_sample": False}
+    free, stopped, other = asked.generate_until(
+        requests((prompt, how), (prompt, {**how, "until": [stop, "never"]}), ("x" + prompt, how)), disable_tqdm=True
+    )
+    assert (free, stopped) == (whole, whole[: whole.index(stop)])
+    assert isinstance(other, str)
+
+
+def test_the_name_of_end_of_text_is_text(asked: Any) -> None:
+    assert BYTE.eot not in asked.tok_encode("a<|endoftext|>b")
+    assert asked.prefix_token_id == BYTE.eot
