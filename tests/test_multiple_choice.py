@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, command, records
+from conftest import ROOT, TINY, command, compose, records
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanodisp.config import name_of
 from nanodisp.distributed import World
 from nanodisp.errors import UserError
 from nanodisp.gpt import GPT, GPTConfig
@@ -243,6 +244,10 @@ def test_training_records_the_task_and_is_the_same_without(run: Run, task: Path)
     assert records(without, "task") == []
     of = lambda folder: [line["loss"] for line in records(folder, "train") + records(folder, "val")]  # noqa: E731
     assert of(without) == of(asked)
+
+
+def test_a_task_makes_no_other_run(task: Path) -> None:
+    assert name_of(compose(f"train.eval_task={task}"), "nano") == name_of(compose(), "nano")
 
 
 def test_two_ranks_and_fsdp_answer_as_one_does(run: Run, corpus: Path, task: Path, tmp_path: Path) -> None:
