@@ -97,11 +97,7 @@ def train(config: Config) -> None:
     block_size, tokens_per_step = config.model.block_size, batch_size * config.model.block_size
     n_micro = count_micro_batches(batch_size // world.size, config.train.micro_batch_size)
     data = Loader(
-        corpus.train,
-        block_size=block_size,
-        batch_size=batch_size,
-        seed=config.seed,
-        vocab_size=config.model.vocab_size,
+        corpus.train, block_size=block_size, batch_size=batch_size, seed=config.seed, vocab_size=config.model.vocab_size
     )
     held_out = spread_windows(count_windows(corpus.val, block_size), config.train.eval_windows)
     followed = spread_windows(len(held_out), CONDENSATION_WINDOWS)  # of those, the few that are looked at often

@@ -18,7 +18,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
-from nanodisp.gpt import GPT, generate
+from nanodisp.generation import generate
+from nanodisp.gpt import GPT
 from nanodisp.multiple_choice import loglikelihoods
 from nanodisp.tokenizer import Tokenizer
 

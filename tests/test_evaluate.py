@@ -21,7 +21,7 @@ from test_multiple_choice import naive
 from nanodisp import evaluate
 from nanodisp.distributed import World
 from nanodisp.errors import UserError
-from nanodisp.gpt import generate
+from nanodisp.generation import generate
 from nanodisp.multiple_choice import Question, accuracy, read_questions, write_questions
 from nanodisp.tokenizer import ByteTokenizer
 
