@@ -101,8 +101,7 @@ def train(config: Config) -> None:
     )
     held_out = spread_windows(count_windows(corpus.val, block_size), config.train.eval_windows)
     followed = spread_windows(len(held_out), CONDENSATION_WINDOWS)  # of those, the few that are looked at often
-    task = config.train.eval_task
-    questions = read_questions(Path(task), config.model.vocab_size) if task is not None else []
+    questions = read_questions(Path(config.train.eval_task), config.model.vocab_size) if config.train.eval_task else []
 
     # --- model, loss, optimizers
     dtype = distributed.matmul_dtype(config.train.dtype, device)
