@@ -84,7 +84,7 @@ def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def bench(name: str, arguments: argparse.Namespace) -> None:
-    recipe, device = RECIPES[name], torch.device(arguments.device)
+    recipe, device = RECIPES[name], distributed.start(arguments.device).device
     dtype = distributed.matmul_dtype(arguments.dtype, device)
     with torch.device("meta"):
         model = GPT(recipe.model)

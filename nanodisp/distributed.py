@@ -14,6 +14,7 @@ and `whole`. These leave tensors that are not sharded as they are, whatever the 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import importlib.util
 import os
@@ -85,6 +86,8 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but torch sees no CUDA device; use device=cpu or device=auto")
     use_cuda = torch.cuda.is_available() and device != "cpu"
+    if not use_cuda:
+        keep_memory()
 
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -213,6 +216,19 @@ def unshard(model: nn.Module) -> None:
 
 
 # --- what devices can do ---------------------------------------------------------------------
+
+
+def keep_memory() -> None:
+    """Let the C library keep the memory that tensors on the CPU give back, for those of the next step.
+
+    By default it returns large blocks to the system at once, and every large tensor is mapped page by page and
+    filled with zeros anew. Nothing changes where the C library is not glibc.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, -1)  # never
 
 
 def matmul_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -30,6 +30,8 @@ from nanodisp.cross_entropy import linear_cross_entropy, linear_kl_divergence
 VOCAB_MULTIPLE = 64
 INIT_STD = 0.02
 SPAN = 256
+HAS_AMX = torch.cpu._is_amx_tile_supported()
+AMX_FROM = 512  # tokens: for shorter sequences attention on a CPU is slower in bfloat16, with AMX too
 
 
 @dataclass
@@ -185,8 +187,8 @@ class Attention(nn.Module):
             q, mask = q.to(past.keys.dtype), past.mask
             k = past.keys.index_copy_(2, past.positions, k.to(q.dtype))
             v = past.values.index_copy_(2, past.positions, v.to(q.dtype))
-        elif q.device.type == "cpu" and q.dtype == torch.bfloat16:
-            q, k, v = q.float(), k.float(), v.float()  # on CPUs the backward in bfloat16 is several times slower
+        elif q.device.type == "cpu" and q.dtype == torch.bfloat16 and not (HAS_AMX and T >= AMX_FROM):
+            q, k, v = q.float(), k.float(), v.float()  # the CPU's backward in bfloat16 is several times slower
         with torch.autocast("cpu", enabled=False):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
         y = y.transpose(1, 2).reshape(B, T, C).to(dtype)
