@@ -1,6 +1,6 @@
 """Times whole training steps: dispersion off, over 256 tokens and over all tokens of every layer; and nanoGPT's.
 
-    python -m bench.train_step                                # all recipes, each in a process of its own
+    python -m bench.train_step                                # all recipes
     python -m bench.train_step --recipe gpt2 --baseline <folder of a nanoGPT checkout>
     python -m bench.train_step --recipe gpt2 --device cuda    # the largest batch that fits
 
@@ -8,8 +8,8 @@ A step is forward, backward, clipping and AdamW on random tokens. Each kind runs
 and `train.compile=auto` choose here, or in --dtype and --compile; nanoGPT's model and step, from its own
 files, as its train.py runs them on this device, and under bfloat16 and torch.compile. The kinds alternate;
 of the rounds the median, and as overhead the median of the rounds' own ratios to the step without
-dispersion. MFU is against the matmul rate measured here, in the same dtype. Memory is what a process that
-makes two steps holds at its peak (on a GPU: what PyTorch does), weights and optimizer included.
+dispersion. MFU is against the matmul rate measured here, in the same dtype. On a CPU each kind has a process
+of its own, and memory is what that holds at its peak; on a GPU what a step holds beyond weights and optimizer.
 
 Needs torch, numpy, triton (on a GPU) and nanodisp's model, loss and optimizers, nothing else.
 """
@@ -21,9 +21,9 @@ import contextlib
 import importlib.util
 import multiprocessing
 import resource
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,37 +75,37 @@ def main() -> None:
     if arguments.baseline and not (arguments.baseline / "model.py").is_file():
         parser.error(f"--baseline {arguments.baseline} holds no model.py: give the folder of a nanoGPT checkout")
     for name in [arguments.recipe] if arguments.recipe else RECIPES:
-        in_new_process(bench, name, arguments)
-
-
-def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+        bench(name, arguments)
 
 
 def bench(name: str, arguments: argparse.Namespace) -> None:
-    recipe, device = RECIPES[name], distributed.start(arguments.device).device
+    recipe, device = RECIPES[name], torch.device(arguments.device)
     dtype = distributed.matmul_dtype(arguments.dtype, device)
     with torch.device("meta"):
         model = GPT(recipe.model)
     flops = recipe.steps * recipe.batch_size * recipe.model.block_size * model.flops_per_token()
     compiled = distributed.compile_pays(device, flops) if arguments.compile == "auto" else arguments.compile == "true"
-    kinds = [*DISPERSED, *(BASELINES if arguments.baseline else ())]
-    build = lambda kind, rows: training_step(kind, recipe, rows, device, dtype, compiled, arguments.baseline)  # noqa: E731
-    timer = measure.Cuda().timer if arguments.device == "cuda" else measure.wall_clock
-    rows = arguments.batch_size or (largest_batch(build) if arguments.device == "cuda" else recipe.batch_size)
+    how = (recipe, device, dtype, compiled, arguments.baseline)
+    rows = arguments.batch_size or recipe.batch_size
+    if device.type == "cuda" and not arguments.batch_size:
+        rows = worker().submit(largest_batch, *how).result()
+    matmul_size = 8192 if device.type == "cuda" else 2048
+    peak = worker().submit(matmul_rate, device, dtype, matmul_size).result()
 
-    matmul_size = 8192 if arguments.device == "cuda" else 2048
-    peak = measure.matmul_rate(arguments.device, dtype, matmul_size, timer, rounds=9)
-    steps = {kind: build(kind, rows) for kind in kinds}
-    times = measure.alternate(steps, timer, arguments.rounds or recipe.rounds, warmup=3)
+    kinds = [*DISPERSED, *(BASELINES if arguments.baseline else ())]
+    shared = worker()  # one process on a GPU, whose memory would not hold several; on a CPU they tune it differently
+    workers = {kind: shared if device.type == "cuda" else worker() for kind in kinds}
+    for kind in kinds:
+        workers[kind].submit(prepare, kind, rows, *how).result()
+    steps = {kind: partial(remote_time, workers[kind], kind) for kind in kinds}
+    times = measure.alternate(steps, lambda step: step(), arguments.rounds or recipe.rounds, warmup=3)
 
     tokens = rows * recipe.model.block_size
     report: dict[str, Any] = {**vars(arguments), "device": measure.device_name(arguments.device)}
     report |= {"recipe": name, "dtype": str(dtype), "compiled": compiled, "batch_size": rows, "matmul_flops": peak}
     shape = f"{model.num_parameters() / 1e6:.1f}M parameters, {rows} x {recipe.model.block_size} tokens"
-    how = f"{str(dtype).removeprefix('torch.')}{', compiled' if compiled else ''}"
-    print(f"{report['device']}: {name}, {shape}, {how}; matmul of {matmul_size}^3 {peak / 1e9:,.0f} GFLOP/s")
+    precision = f"{str(dtype).removeprefix('torch.')}{', compiled' if compiled else ''}"
+    print(f"{report['device']}: {name}, {shape}, {precision}; matmul of {matmul_size}^3 {peak / 1e9:,.0f} GFLOP/s")
     print(f"{'':24}{'step, ms':>18}{'tokens/s':>12}{'MFU':>8}{'overhead':>10}{'peak MiB':>10}")
     report["steps"] = {}
     for kind in kinds:
@@ -113,38 +113,67 @@ def bench(name: str, arguments: argparse.Namespace) -> None:
         figures["tokens_per_second"] = tokens / figures["median_ms"] * 1e3
         figures["mfu"] = figures["tokens_per_second"] * model.flops_per_token() / peak
         figures["overhead"] = measure.overhead(times[kind], times["off"])
-        figures["peak_mib"] = in_new_process(peak_mib, kind, name, rows, device, dtype, compiled, arguments.baseline)
+        figures["peak_mib"] = workers[kind].submit(peak_mib, kind).result()
         report["steps"][kind] = figures
         print(
             f"{kind:24}{measure.show(figures):>18}{figures['tokens_per_second']:12,.0f}"
             f"{figures['mfu']:8.1%}{figures['overhead']:+10.1%}{figures['peak_mib']:10,.0f}"
         )
     for kind in BASELINES if arguments.baseline else ():
-        ratio = 1 + measure.overhead(times[kind], times["256 tokens"])
-        report["steps"][kind]["slower_than_256_tokens"] = ratio
-        print(f"256 tokens against {kind}: {ratio:.2f} times as fast")
-    report["operators"] = dict(list(measure.time_by_operator(steps["256 tokens"], arguments.device).items())[:10])
+        ratio = 1 + measure.overhead(times[kind], times["off"])
+        report["steps"][kind]["slower_than_off"] = ratio
+        print(f"dispersion off against {kind}: {ratio:.2f} times as fast")
+    operators = workers["256 tokens"].submit(time_by_operator, "256 tokens", arguments.device).result()
+    report["operators"] = dict(list(operators.items())[:10])
     print("where the time of a step over 256 tokens goes:")
     for operator, share in report["operators"].items():
         print(f"  {share:6.1%} {operator}")
     measure.write(f"train-step-{name}-{str(dtype).removeprefix('torch.')}", report)
 
 
-def peak_mib(kind: str, name: str, rows: int, device: torch.device, *how: Any) -> float:
-    step = training_step(kind, RECIPES[name], rows, device, *how)
-    for _ in range(2):
-        step()
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
+# --- in the workers ----------------------------------------------------------------------------
+
+STEPS: dict[str, Step] = {}
+
+
+def worker() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+
+
+def prepare(kind: str, rows: int, *how: Any) -> None:
+    STEPS[kind] = training_step(kind, rows, *how)
+
+
+def remote_time(worker: ProcessPoolExecutor, kind: str) -> float:
+    return worker.submit(time_of, kind).result()
+
+
+def time_of(kind: str) -> float:
+    return (measure.Cuda().timer if torch.cuda.is_initialized() else measure.wall_clock)(STEPS[kind])
+
+
+def time_by_operator(kind: str, device: str) -> dict[str, float]:
+    return measure.time_by_operator(STEPS[kind], device)
+
+
+def peak_mib(kind: str) -> float:
+    """Of the process on a CPU, weights and optimizer included; on a GPU what the step holds beyond these."""
+    if torch.cuda.is_initialized():
+        return measure.Cuda().peak_bytes(STEPS[kind]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def largest_batch(build: Callable[[str, int], Step]) -> int:
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    timer = measure.Cuda().timer if device.type == "cuda" else measure.wall_clock
+    return measure.matmul_rate(device.type, dtype, size, timer, rounds=15)
+
+
+def largest_batch(*how: Any) -> int:
     """Of the powers of two and the numbers halfway between them, the largest with which two steps fit."""
     fits = 1
     for rows in sorted(2**k * half // 2 for k in range(1, 9) for half in (2, 3)):
         try:
-            step = build("all tokens", rows)
+            step = training_step("all tokens", rows, *how)
             step(), step()
         except torch.OutOfMemoryError:
             break
@@ -173,8 +202,8 @@ class Objective(nn.Module):
 
 def training_step(
     kind: str,
-    recipe: Recipe,
     rows: int,
+    recipe: Recipe,
     device: torch.device,
     dtype: torch.dtype,
     compiled: bool,
@@ -183,6 +212,7 @@ def training_step(
     if kind in BASELINES:
         assert baseline is not None
         return nanogpt_step(kind, recipe, rows, device, baseline)
+    distributed.start(device.type)
     objective = Objective(recipe.model).to(device)
     optimizers = optim.build_optimizers(objective.model, optim.OptimConfig(lr=1e-3))
     if compiled:
