@@ -209,7 +209,7 @@ def train(config: Config) -> None:
             metrics.flush()
             saver.save(weights, tensors, state)
 
-    with StopSignals() as stop, Metrics(folder if world.is_main else None) as metrics, saver:
+    with StopSignals() as stop, Metrics(folder if world.is_main else None) as metrics, saver, world:
         saved = restore(folder, config, corpus, world, model, optimizers, scaler)
         if saved:
             step = saved["step"]

@@ -18,7 +18,9 @@ import ctypes
 import datetime
 import importlib.util
 import os
+import re
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +38,7 @@ from nanodisp.errors import UserError
 
 DEVICES = ("auto", "cpu", "cuda")
 PARALLEL = ("ddp", "fsdp")
+SECONDS_TO_ANSWER = 10.0  # of ranks that have waited in vain, so that those who have not are known
 
 
 @dataclass(frozen=True)
@@ -69,15 +72,33 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: object) -> None:
+        """Raise UserError with the ranks' names when this one has waited for others in vain."""
+        if (
+            _store is not None
+            and isinstance(error, RuntimeError)
+            and re.search("timed ?out", str(error), re.IGNORECASE)
+        ):
+            _store.set(f"waiting/{self.rank}", "")
+            time.sleep(SECONDS_TO_ANSWER)
+            silent = [str(rank) for rank in range(self.size) if not _store.check([f"waiting/{rank}"])]
+            if silent:
+                hang = f"rank {', '.join(silent)} hangs: no answer within train.timeout_minutes"
+                raise UserError(f"{hang}; the same command goes on from the last checkpoint") from error
+
 
 _control_group: dist.ProcessGroup | None = None  # of the CPUs, where the default one is of the GPUs
+_store: dist.Store | None = None  # where ranks leave word for each other
 
 
 def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
     """Join the process group that torchrun describes (gloo on CPU, NCCL on CUDA), once per process.
 
-    When a rank lets the others wait for `timeout_minutes` they fail, and torchrun ends them all. With
-    TORCH_DISTRIBUTED_DEBUG=DETAIL in the environment they name that rank.
+    When a rank lets the others wait for `timeout_minutes` they fail, and torchrun ends them all. Within
+    `with world:` they name that rank.
 
     Raises UserError for an unknown or absent device.
     """
@@ -96,25 +117,25 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
             raise UserError(f"rank {rank} wants GPU {local_rank}, but there are {torch.cuda.device_count()}")
         torch.cuda.set_device(local_rank)
     if size > 1 and not dist.is_initialized():
-        global _control_group
+        global _control_group, _store
         timeout = datetime.timedelta(minutes=timeout_minutes)
-        backend, store = "nccl" if use_cuda else "gloo", _store_of_attempt(timeout)
-        ranks = (rank, size) if store is not None else (-1, -1)  # -1: as torchrun's environment says
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=ranks[0], world_size=ranks[1])
+        _store = _meeting_place(rank, timeout)
+        # NCCL would end the process without a word: the CPUs, who meet once a step, shall notice first
+        backend, patience = ("nccl", 2 * timeout) if use_cuda else ("gloo", timeout)
+        dist.init_process_group(backend, timeout=patience, store=_store, rank=rank, world_size=size)
         _control_group = dist.new_group(backend="gloo", timeout=timeout) if use_cuda else None
     return World(rank, size, torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"))
 
 
-def _store_of_attempt(timeout: datetime.timedelta) -> dist.Store | None:
-    """Where ranks leave their addresses, if torchrun's own store serves for that.
+def _meeting_place(rank: int, timeout: datetime.timedelta) -> dist.Store:
+    """Where ranks leave their addresses: torchrun's own store if it has one, else rank 0's.
 
-    That store outlives `--max-restarts`, and with it the addresses of dead ranks: each attempt needs names of its own.
+    torchrun's outlives `--max-restarts`, and with it the addresses of dead ranks: each attempt needs names of its own.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
+    of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
-    return dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    store = dist.TCPStore(host, port, is_master=rank == 0 and not of_torchrun, timeout=timeout)
+    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def stop() -> None:
