@@ -36,9 +36,10 @@ format: install ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: install ## time the dispersion loss and the output head on this CPU; JSON under bench/results/
+bench: install ## time the dispersion loss, the output head and checkpoints on this CPU; JSON under bench/results/
 	$(BIN)/python -m bench.kernels
 	$(BIN)/python -m bench.head
+	$(BIN)/python -m bench.checkpoint
 
 bench-train: install ## time whole training steps; BASELINE=<folder of a nanoGPT checkout> beside nanoGPT's
 	$(BIN)/python -m bench.train_step $(if $(BASELINE),--baseline $(BASELINE))

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nanodisp import checkpoint, config, distributed, hf, optim
+from nanodisp import checkpoint, config, distributed, optim
 from nanodisp.condensation import mean_cosine, mean_cosine_by_layer
-from nanodisp.config import BUDGET, Config, count_steps, identity
+from nanodisp.config import Config, count_steps
 from nanodisp.dispersion import DispersionLoss, lambda_at, sample_positions, select_layers
 from nanodisp.distributed import World
 from nanodisp.errors import UserError
@@ -46,7 +46,7 @@ from nanodisp.loader import (
 from nanodisp.metrics import Metrics
 from nanodisp.multiple_choice import accuracy, read_questions
 from nanodisp.prepare import prepare
-from nanodisp.runs import conclude, write_config
+from nanodisp.runs import conclude, restore, write_config
 from nanodisp.signals import EXIT_CODE, StopSignals
 
 CONDENSATION_WINDOWS = 4  # validation windows of a "condensation" record
@@ -81,6 +81,8 @@ def train(config: Config) -> None:
     """One run, from data to a sample."""
     world = distributed.start(config.device, config.train.timeout_minutes)
     device, batch_size = world.device, config.train.batch_size
+    if device.type == "cpu":
+        distributed.keep_memory()
     if batch_size % world.size != 0:
         raise UserError(f"train.batch_size={batch_size} is not divisible by the number of ranks, {world.size}")
 
@@ -120,7 +122,7 @@ def train(config: Config) -> None:
     total_steps = count_steps(config.train, model.num_parameters(), tokens_per_step)
     if config.train.compile == "auto":
         flops = total_steps * tokens_per_step * model.flops_per_token()
-        config.train.compile = distributed.compile_pays(device, flops)
+        config.train.compile = distributed.compile_pays(device, flops / world.size)
     look: Callable[..., Tensor] = loss_and_cosines
     if config.train.compile:
         torch.compiler.reset()  # an earlier run of a sweep compiled other shapes
@@ -349,38 +351,6 @@ def evaluate(
     loss, *cosines = (world.sum(sums) / len(windows)).tolist()
     bpb = loss / math.log(2) / corpus.bytes_per_token if corpus.bytes_per_token else None
     return {"loss": loss, "bpb": bpb, "mean_cosine": cosines}
-
-
-def restore(
-    folder: Path,
-    config: Config,
-    corpus: Corpus,
-    world: World,
-    model: GPT,
-    optimizers: list[torch.optim.Optimizer],
-    scaler: torch.amp.GradScaler,
-) -> dict[str, Any] | None:
-    """Put the newest whole checkpoint of the run back, if there is one; its state. Else put in what it begins with."""
-    if config.resume == "never" and (folder / "config.yaml").exists():
-        raise UserError(f"{folder} holds a run: resume=auto goes on with it, run_name=<another> starts afresh")
-    saved = checkpoint.load_newest(folder / "checkpoints") if world.is_main else None
-    found = int(world.sum(torch.tensor(saved.step + 1 if saved else 0, device=world.device))) - 1  # rank 0 tells
-    if found < 0:
-        if config.init_from is not None:
-            weights = hf.initial_weights(config.init_from, config.model, config.data.tokenizer)
-            model.load_state_dict(distributed.scatter(weights, model))
-        return None
-    saved = saved or checkpoint.load(checkpoint.path_of(folder / "checkpoints", found))
-    theirs = {**identity(saved.state["config"]), "corpus": saved.state["corpus"]}
-    ours = {**identity(dataclasses.asdict(config)), "corpus": corpus.folder.name}
-    differing = [key for key in ours if key not in BUDGET and theirs.get(key) != ours[key]]
-    if differing:
-        changes = ", ".join(f"{key}={theirs.get(key)} (now {ours[key]})" for key in differing)
-        raise UserError(f"{saved.path} is of another run: {changes}; give this one another run_name")
-    model.load_state_dict(distributed.scatter(saved.model, model))
-    optim.load_state_tensors(model, optimizers, distributed.scatter(saved.optimizer, model))
-    scaler.load_state_dict(saved.state["scaler"])
-    return saved.state
 
 
 def count_micro_batches(rows: int, largest: int | None) -> int:

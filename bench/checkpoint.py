@@ -22,7 +22,7 @@ from nanodisp.gpt import GPT, GPTConfig
 
 def main() -> None:
     parser = measure.parser_of(__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=measure.positive, default=7)
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder unless given")
     arguments = parser.parse_args()
     distributed.start("cpu")

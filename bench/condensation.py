@@ -24,8 +24,8 @@ CHUNK = 50
 
 def main() -> None:
     parser = measure.parser_of(__doc__)
-    parser.add_argument("--windows", type=int, default=100)
-    parser.add_argument("--block", type=int, default=512)
+    parser.add_argument("--windows", type=measure.positive, default=100)
+    parser.add_argument("--block", type=measure.positive, default=512)
     arguments = parser.parse_args()
 
     from transformers import GPT2Config, GPT2Model

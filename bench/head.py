@@ -54,9 +54,9 @@ def peak_mib(name: str, n_tokens: int, dtype: str) -> float:
 
 def main() -> None:
     parser = measure.parser_of(__doc__)
-    parser.add_argument("--tokens", type=int, default=16 * 1024)
+    parser.add_argument("--tokens", type=measure.positive, default=16 * 1024)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=measure.positive, default=3)
     arguments = parser.parse_args()
     report: dict[str, Any] = {**vars(arguments), "device": measure.device_name(), "heads": {}}
 

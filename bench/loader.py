@@ -28,7 +28,7 @@ AT_LEAST = 1 << 20  # tokens of one measurement
 def main() -> None:
     parser = measure.parser_of(__doc__)
     parser.add_argument("--megatokens", type=int, default=40, help="of the shards")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=measure.positive, default=15)
     arguments = parser.parse_args()
     report: dict[str, Any] = {**vars(arguments), "device": measure.device_name(), "shapes": {}}
     print(report["device"])

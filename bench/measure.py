@@ -121,6 +121,14 @@ def parser_of(module_docstring: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=module_docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def positive(text: str) -> int:
+    """The type of an argument that counts something."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
 class Cuda:
     """How to time and to weigh on a GPU."""
 

@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, help="gpt2 or the path of a .tiktoken file")
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="files of text")
     parser.add_argument("--megabytes", type=float, default=48)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=measure.positive, default=5)
     arguments = parser.parse_args()
     tokenizer = load_tokenizer(arguments.tokenizer)
     if not isinstance(tokenizer, TiktokenTokenizer):

@@ -29,9 +29,9 @@ def main() -> None:
     parser = measure.parser_of(__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=16, choices=range(1, 25), metavar="1..24")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch-size", type=measure.positive, default=1)
+    parser.add_argument("--tokens", type=measure.positive, default=16, choices=range(1, 25), metavar="1..24")
+    parser.add_argument("--rounds", type=measure.positive, default=7)
     arguments = parser.parse_args()
     report: dict[str, Any] = {**vars(arguments), "device": measure.device_name(arguments.device), "kinds": {}}
     print(f"{report['device']}: {arguments.batch_size} x {CONTEXT} tokens of context")

@@ -8,8 +8,8 @@ A step is forward, backward, clipping and AdamW on random tokens. Each kind runs
 and `train.compile=auto` choose here, or in --dtype and --compile; nanoGPT's model and step, from its own
 files, as its train.py runs them on this device, and under bfloat16 and torch.compile. The kinds alternate;
 of the rounds the median, and as overhead the median of the rounds' own ratios to the step without
-dispersion. MFU is against the matmul rate measured here, in the same dtype. On a CPU each kind has a process
-of its own, and memory is what that holds at its peak; on a GPU what a step holds beyond weights and optimizer.
+dispersion. MFU is against the matmul rate measured here, in the same dtype. On a CPU memory is what a kind's
+process holds at its peak; on a GPU, where each kind has its largest batch, what a step holds beyond the weights.
 
 Needs torch, numpy, triton (on a GPU) and nanodisp's model, loss and optimizers, nothing else.
 """
@@ -21,6 +21,7 @@ import contextlib
 import importlib.util
 import multiprocessing
 import resource
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -66,8 +67,10 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--compile", choices=["auto", "true", "false"], default="auto")
-    parser.add_argument("--batch-size", type=int, help="sequences; on a GPU the largest that fits, unless given")
-    parser.add_argument("--rounds", type=int)
+    parser.add_argument(
+        "--batch-size", type=measure.positive, help="sequences; without it a GPU gets the most it holds"
+    )
+    parser.add_argument("--rounds", type=measure.positive)
     parser.add_argument("--baseline", type=Path, help="folder of a nanoGPT checkout")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -86,80 +89,104 @@ def bench(name: str, arguments: argparse.Namespace) -> None:
     flops = recipe.steps * recipe.batch_size * recipe.model.block_size * model.flops_per_token()
     compiled = distributed.compile_pays(device, flops) if arguments.compile == "auto" else arguments.compile == "true"
     how = (recipe, device, dtype, compiled, arguments.baseline)
-    rows = arguments.batch_size or recipe.batch_size
-    if device.type == "cuda" and not arguments.batch_size:
-        rows = worker().submit(largest_batch, *how).result()
+    kinds = [*DISPERSED, *((BASELINES if device.type == "cpu" else BASELINES[:1]) if arguments.baseline else ())]
     matmul_size = 8192 if device.type == "cuda" else 2048
-    peak = worker().submit(matmul_rate, device, dtype, matmul_size).result()
+    with worker() as pool:
+        peak = pool.submit(matmul_rate, device, dtype, matmul_size).result()
+    # on a GPU one kind after the other, each with its largest batch: several would not fit into its memory
+    found: dict[str, Timed] = {}
+    for together in [[kind] for kind in kinds] if device.type == "cuda" else [kinds]:
+        found |= time_together(together, arguments.batch_size, arguments.rounds or recipe.rounds, how)
 
-    kinds = [*DISPERSED, *(BASELINES if arguments.baseline else ())]
-    shared = worker()  # one process on a GPU, whose memory would not hold several; on a CPU they tune it differently
-    workers = {kind: shared if device.type == "cuda" else worker() for kind in kinds}
-    for kind in kinds:
-        workers[kind].submit(prepare, kind, rows, *how).result()
-    steps = {kind: partial(remote_time, workers[kind], kind) for kind in kinds}
-    times = measure.alternate(steps, lambda step: step(), arguments.rounds or recipe.rounds, warmup=3)
-
-    tokens = rows * recipe.model.block_size
     report: dict[str, Any] = {**vars(arguments), "device": measure.device_name(arguments.device)}
-    report |= {"recipe": name, "dtype": str(dtype), "compiled": compiled, "batch_size": rows, "matmul_flops": peak}
-    shape = f"{model.num_parameters() / 1e6:.1f}M parameters, {rows} x {recipe.model.block_size} tokens"
+    report |= {"recipe": name, "dtype": str(dtype), "compiled": compiled, "matmul_flops": peak, "steps": {}}
     precision = f"{str(dtype).removeprefix('torch.')}{', compiled' if compiled else ''}"
-    print(f"{report['device']}: {name}, {shape}, {precision}; matmul of {matmul_size}^3 {peak / 1e9:,.0f} GFLOP/s")
-    print(f"{'':24}{'step, ms':>18}{'tokens/s':>12}{'MFU':>8}{'overhead':>10}{'peak MiB':>10}")
-    report["steps"] = {}
-    for kind in kinds:
-        figures: dict[str, Any] = measure.summary(times[kind])
-        figures["tokens_per_second"] = tokens / figures["median_ms"] * 1e3
-        figures["mfu"] = figures["tokens_per_second"] * model.flops_per_token() / peak
-        figures["overhead"] = measure.overhead(times[kind], times["off"])
-        figures["peak_mib"] = workers[kind].submit(peak_mib, kind).result()
+    print(
+        f"{report['device']}: {name}, {model.num_parameters() / 1e6:.1f}M parameters, {precision}; "
+        f"matmul of {matmul_size}^3 {peak / 1e9:,.0f} GFLOP/s"
+    )
+    print(f"{'':24}{'batch':>12}{'step, ms':>18}{'tokens/s':>12}{'MFU':>8}{'overhead':>10}{'peak MiB':>10}")
+    a_token = {kind: [time / it.rows for time in it.times] for kind, it in found.items()}  # but for a constant
+    for kind, it in found.items():
+        figures: dict[str, Any] = {**measure.summary(it.times), "rows": it.rows, "peak_mib": it.peak_mib}
+        figures["tokens_per_second"] = it.rows * recipe.model.block_size / figures["median_ms"] * 1e3
+        figures["overhead"] = measure.overhead(a_token[kind], a_token["off"])
+        ours = kind in DISPERSED
+        figures["mfu"] = figures["tokens_per_second"] * model.flops_per_token() / peak if ours else None
         report["steps"][kind] = figures
         print(
-            f"{kind:24}{measure.show(figures):>18}{figures['tokens_per_second']:12,.0f}"
-            f"{figures['mfu']:8.1%}{figures['overhead']:+10.1%}{figures['peak_mib']:10,.0f}"
+            f"{kind:24}{it.rows:>5} x {recipe.model.block_size:4}{measure.show(figures):>18}"
+            f"{figures['tokens_per_second']:12,.0f}{format(figures['mfu'], '8.1%') if ours else ' ' * 8}"
+            f"{figures['overhead']:+10.1%}{it.peak_mib:10,.0f}"
         )
-    for kind in BASELINES if arguments.baseline else ():
-        ratio = 1 + measure.overhead(times[kind], times["off"])
-        report["steps"][kind]["slower_than_off"] = ratio
+    for kind in kinds[len(DISPERSED) :]:
+        ratio = 1 + report["steps"][kind]["overhead"]
         print(f"dispersion off against {kind}: {ratio:.2f} times as fast")
-    operators = workers["256 tokens"].submit(time_by_operator, "256 tokens", arguments.device).result()
-    report["operators"] = dict(list(operators.items())[:10])
+    report["operators"] = dict(list(found["256 tokens"].operators.items())[:10])
     print("where the time of a step over 256 tokens goes:")
     for operator, share in report["operators"].items():
         print(f"  {share:6.1%} {operator}")
-    measure.write(f"train-step-{name}-{str(dtype).removeprefix('torch.')}", report)
+    measure.write(f"train-step-{name}-{precision.replace(', ', '-')}", report)
+
+
+@dataclass
+class Timed:
+    """One kind of step: sequences of its batch, milliseconds, memory, operators' shares."""
+
+    rows: int
+    times: list[float]
+    peak_mib: float
+    operators: dict[str, float]
+
+
+def time_together(kinds: list[str], batch_size: int | None, rounds: int, how: tuple[Any, ...]) -> dict[str, Timed]:
+    """Steps that alternate, each in a process of its own, for they tune their memory differently."""
+    recipe, device = how[0], how[1]
+    rows = dict.fromkeys(kinds, batch_size or recipe.batch_size)
+    if device.type == "cuda" and not batch_size:
+        with worker() as pool:
+            rows = {kind: pool.submit(largest_batch, kind, *how).result() for kind in kinds}
+    with contextlib.ExitStack() as stack:
+        workers = {kind: stack.enter_context(worker()) for kind in kinds}
+        for kind, pool in workers.items():
+            pool.submit(prepare, kind, rows[kind], *how).result()
+        # Cuda's timer times five steps at once
+        steps = {kind: partial(remote, pool, time_of, device) for kind, pool in workers.items()}
+        times = measure.alternate(steps, lambda step: step(), rounds, warmup=3)
+        peaks = {kind: remote(pool, peak_mib, device) for kind, pool in workers.items()}
+        operators = {kind: remote(pool, time_by_operator, device) for kind, pool in workers.items()}
+    return {kind: Timed(rows[kind], times[kind], peaks[kind], operators[kind]) for kind in kinds}
 
 
 # --- in the workers ----------------------------------------------------------------------------
 
-STEPS: dict[str, Step] = {}
+STEPS: list[Step] = []  # one
 
 
 def worker() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
 
 
-def prepare(kind: str, rows: int, *how: Any) -> None:
-    STEPS[kind] = training_step(kind, rows, *how)
+def remote(pool: ProcessPoolExecutor, function: Callable[..., Any], device: torch.device) -> Any:
+    return pool.submit(function, device).result()
 
 
-def remote_time(worker: ProcessPoolExecutor, kind: str) -> float:
-    return worker.submit(time_of, kind).result()
+def prepare(*how: Any) -> None:
+    STEPS.append(training_step(*how))
 
 
-def time_of(kind: str) -> float:
-    return (measure.Cuda().timer if torch.cuda.is_initialized() else measure.wall_clock)(STEPS[kind])
+def time_of(device: torch.device) -> float:
+    return (measure.Cuda().timer if device.type == "cuda" else measure.wall_clock)(STEPS[0])
 
 
-def time_by_operator(kind: str, device: str) -> dict[str, float]:
-    return measure.time_by_operator(STEPS[kind], device)
+def time_by_operator(device: torch.device) -> dict[str, float]:
+    return measure.time_by_operator(STEPS[0], device.type)
 
 
-def peak_mib(kind: str) -> float:
+def peak_mib(device: torch.device) -> float:
     """Of the process on a CPU, weights and optimizer included; on a GPU what the step holds beyond these."""
-    if torch.cuda.is_initialized():
-        return measure.Cuda().peak_bytes(STEPS[kind]) / 2**20
+    if device.type == "cuda":
+        return measure.Cuda().peak_bytes(STEPS[0]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -168,17 +195,18 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
     return measure.matmul_rate(device.type, dtype, size, timer, rounds=15)
 
 
-def largest_batch(*how: Any) -> int:
+def largest_batch(kind: str, *how: Any) -> int:
     """Of the powers of two and the numbers halfway between them, the largest with which two steps fit."""
     fits = 1
-    for rows in sorted(2**k * half // 2 for k in range(1, 9) for half in (2, 3)):
+    for rows in sorted(2**k * half // 2 for k in range(1, 10) for half in (2, 3)):
         try:
-            step = training_step("all tokens", rows, *how)
+            step = training_step(kind, rows, *how)
             step(), step()
         except torch.OutOfMemoryError:
             break
         finally:
             step = None
+            torch.compiler.reset()
             torch.cuda.empty_cache()
         fits = rows
     return fits
@@ -212,9 +240,12 @@ def training_step(
     if kind in BASELINES:
         assert baseline is not None
         return nanogpt_step(kind, recipe, rows, device, baseline)
-    distributed.start(device.type)
+    if device.type == "cpu":
+        distributed.keep_memory()
+    torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
     objective = Objective(recipe.model).to(device)
     optimizers = optim.build_optimizers(objective.model, optim.OptimConfig(lr=1e-3))
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
     if compiled:
         objective.compile(dynamic=False)
     x, y = torch.randint(recipe.model.vocab_size, (2, rows, recipe.model.block_size), device=device)
@@ -230,9 +261,9 @@ def training_step(
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = objective(x, y, positions)
         loss.backward()
-        if optim.clip_gradients(objective.model, 1.0).isfinite():
-            for optimizer in optimizers:
-                optimizer.step()
+        bad = ~optim.clip_gradients(objective.model, 1.0).isfinite()
+        optim.set_lr(optimizers, 1.0)
+        optim.update(optimizers, scaler, leave_out=bad)
         for optimizer in optimizers:
             optimizer.zero_grad()
 

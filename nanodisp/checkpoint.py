@@ -239,7 +239,7 @@ def prune(folder: Path, keep_last: int, keep_every: int | None = None) -> None:
 def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads((path / "state.json").read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Damaged(f"{path / 'state.json'} can not be read: {error}; {REMEDY}") from error
     version = state.get("format_version") if isinstance(state, dict) else None
     if isinstance(version, int) and version != FORMAT_VERSION:

@@ -69,7 +69,8 @@ class TrainConfig:
         validation; null for none.
     keep_last: how many checkpoints stay, beside the one with the lowest validation loss.
     keep_every: those of every so many steps stay too; null for none.
-    max_bad_steps: an update whose gradient is not finite is left out; so many in a row end the run.
+    max_bad_steps: an update whose gradient is not finite is left out; so many in a row end the run (on a GPU when
+        the next figures are logged: looking at each step would keep it waiting).
     sample_tokens: length of the sample at the end; 0 for none.
     """
 

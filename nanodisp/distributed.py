@@ -20,6 +20,7 @@ import importlib.util
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from nanodisp.errors import UserError
+from nanodisp.errors import UserError, first_line
 
 DEVICES = ("auto", "cpu", "cuda")
 PARALLEL = ("ddp", "fsdp")
@@ -90,6 +91,22 @@ class World:
                 raise UserError(f"{hang}; the same command goes on from the last checkpoint") from error
 
 
+def _who_is_silent(rank: int, size: int) -> str:
+    """The ranks that do not ask this too, or rank 0 where it keeps the store and does not answer."""
+    silent = ["0, which keeps the store,"]
+
+    def ask() -> None:
+        assert _store is not None
+        _store.set(f"waiting/{rank}", "")
+        time.sleep(SECONDS_TO_ANSWER)
+        silent[:] = [str(other) for other in range(size) if not _store.check([f"waiting/{other}"])]
+
+    question = threading.Thread(target=ask, daemon=True)  # a store that hangs is not waited for
+    question.start()
+    question.join(2 * SECONDS_TO_ANSWER)
+    return ", ".join(silent)
+
+
 _control_group: dist.ProcessGroup | None = None  # of the CPUs, where the default one is of the GPUs
 _store: dist.Store | None = None  # where ranks leave word for each other
 
@@ -107,8 +124,6 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but torch sees no CUDA device; use device=cpu or device=auto")
     use_cuda = torch.cuda.is_available() and device != "cpu"
-    if not use_cuda:
-        keep_memory()
 
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -119,11 +134,14 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
     if size > 1 and not dist.is_initialized():
         global _control_group, _store
         timeout = datetime.timedelta(minutes=timeout_minutes)
-        _store = _meeting_place(rank, timeout)
         # NCCL would end the process without a word: the CPUs, who meet once a step, shall notice first
         backend, patience = ("nccl", 2 * timeout) if use_cuda else ("gloo", timeout)
-        dist.init_process_group(backend, timeout=patience, store=_store, rank=rank, world_size=size)
-        _control_group = dist.new_group(backend="gloo", timeout=timeout) if use_cuda else None
+        try:
+            _store = _meeting_place(rank, timeout)
+            dist.init_process_group(backend, timeout=patience, store=_store, rank=rank, world_size=size)
+            _control_group = dist.new_group(backend="gloo", timeout=timeout) if use_cuda else None
+        except dist.DistError as error:
+            raise UserError(f"rank {rank} did not meet all {size} ranks: {first_line(error)}") from error
     return World(rank, size, torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"))
 
 
@@ -270,9 +288,10 @@ COMPILE_FROM = {"cuda": 2e16, "cpu": 1e15}  # FLOPs, some minutes of work: ten t
 
 
 def compile_pays(device: torch.device, flops: float) -> bool:
-    """Whether torch.compile gives back within a run of so many FLOPs what it takes, and can be had here."""
-    compiler = importlib.util.find_spec("triton") if device.type == "cuda" else shutil.which("g++")
-    return compiler is not None and flops >= COMPILE_FROM[device.type]
+    """Whether torch.compile gives back, within a run of so many FLOPs a rank, what it takes, and can be had here."""
+    compilers = ("cc", "gcc", "clang") if device.type == "cuda" else ("g++",)  # triton compiles its launcher
+    found = any(map(shutil.which, compilers)) and (device.type == "cpu" or importlib.util.find_spec("triton"))
+    return bool(found) and flops >= COMPILE_FROM[device.type]
 
 
 # Dense matrix products in 16 bits, FLOP/s by the maker's data sheets; found by part of the device's name.

@@ -178,15 +178,12 @@ def _mix(x: np.ndarray) -> np.ndarray:
 def prefetch(
     loader: Loader, steps: Iterable[int], device: torch.device, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of `steps` on `device`; on CUDA read ahead by one in a thread, from pinned memory."""
+    """The batches of `steps` on `device`, read ahead by one in a thread; on CUDA from pinned memory."""
 
     def read(step: int) -> tuple[Tensor, Tensor]:
         x, y = loader.batch(step, rank, world_size)
         return (x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)
 
-    if device.type != "cuda":
-        yield from map(read, steps)
-        return
     with ThreadPoolExecutor(max_workers=1) as reader:
         ahead = None
         for step in steps:

@@ -154,7 +154,10 @@ class Metrics:
     def flush(self) -> None:
         """What was recorded survives a power cut."""
         if self.enabled:
-            os.fsync(self.file.fileno())
+            try:
+                os.fsync(self.file.fileno())
+            except OSError as error:  # a quota, or a disk in a network, may tell only now
+                raise self._not_written(error) from error
             if self.tensorboard is not None:
                 self._guarded("tensorboard", "flush", self.tensorboard.flush)
 

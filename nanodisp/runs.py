@@ -6,6 +6,7 @@ version, or not by us: whatever is wrong with it is told of that run, and no oth
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -26,10 +27,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from nanodisp import checkpoint
+from nanodisp import checkpoint, distributed, hf, optim
 from nanodisp.condensation import trend
-from nanodisp.config import CONF, NOT_IDENTITY, Config, TrainConfig, count_steps
-from nanodisp.errors import UserError
+from nanodisp.config import BUDGET, CONF, NOT_IDENTITY, Config, TrainConfig, count_steps, identity
+from nanodisp.distributed import World
+from nanodisp.errors import UserError, first_line
 from nanodisp.generation import generate
 from nanodisp.gpt import GPT, GPTConfig
 from nanodisp.loader import Corpus
@@ -88,8 +90,46 @@ def write_sample(folder: Path, model: GPT, corpus: Corpus, config: Config) -> st
     model.eval()
     tokens = generate(model, start, config.train.sample_tokens, temperature=0.8, top_k=50, generator=generator)
     text = tokenizer.decode_bytes(int(token) for token in tokens).decode("utf-8", errors="replace")
-    (folder / "samples.txt").write_text(text, encoding="utf-8")
+    with contextlib.suppress(OSError):  # a run is not lost by that, and the text is shown anyway
+        (folder / "samples.txt").write_text(text, encoding="utf-8")
     return text
+
+
+def restore(
+    folder: Path,
+    config: Config,
+    corpus: Corpus,
+    world: World,
+    model: GPT,
+    optimizers: list[torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler,
+) -> dict[str, Any] | None:
+    """Put the newest whole checkpoint of the run back, if there is one; its state. Else put in what it begins with."""
+    if config.resume == "never" and (folder / "config.yaml").exists():
+        raise UserError(f"{folder} holds a run: resume=auto goes on with it, run_name=<another> starts afresh")
+    saved = checkpoint.load_newest(folder / "checkpoints") if world.is_main else None
+    found = int(world.sum(torch.tensor(saved.step + 1 if saved else 0, device=world.device))) - 1  # rank 0 tells
+    if found < 0:
+        if config.init_from is not None:
+            weights = hf.initial_weights(config.init_from, config.model, config.data.tokenizer)
+            model.load_state_dict(distributed.scatter(weights, model))
+        return None
+    saved = saved or checkpoint.load(checkpoint.path_of(folder / "checkpoints", found))
+    try:
+        theirs = {**identity(saved.state["config"]), "corpus": saved.state["corpus"]}
+        ours = {**identity(dataclasses.asdict(config)), "corpus": corpus.folder.name}
+        differing = [key for key in ours if key not in BUDGET and theirs.get(key) != ours[key]]
+        if differing:
+            changes = ", ".join(f"{key}={theirs.get(key)} (now {ours[key]})" for key in differing)
+            raise UserError(f"{saved.path} is of another run: {changes}; give this one another run_name")
+        model.load_state_dict(distributed.scatter(saved.model, model))
+        optim.load_state_tensors(model, optimizers, distributed.scatter(saved.optimizer, model))
+        scaler.load_state_dict(saved.state["scaler"])
+        return {key: saved.state[key] for key in ("step", "seconds", "bad_steps", "bad_in_a_row")}
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{saved.path} is not a checkpoint of such a run, or of a stranger: {first_line(error)}"
+        ) from error
 
 
 # --- reading it back -------------------------------------------------------------------------
