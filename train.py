@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nanodisp import checkpoint, config, distributed, optim
+from nanodisp import checkpoint, config, distributed, hf, optim
 from nanodisp.condensation import mean_cosine, mean_cosine_by_layer
 from nanodisp.config import Config, count_steps
 from nanodisp.dispersion import DispersionLoss, lambda_at, sample_positions, select_layers
@@ -161,6 +161,8 @@ def train(config: Config) -> None:
         return terms
 
     if config.dry_run:
+        if config.init_from is not None:
+            hf.initial_weights(config.init_from, config.model, config.data.tokenizer)  # whether there are such
         x, y = next(prefetch(data, range(1), device, world.rank, world.size))
         for _ in range(2):  # the first one warms up
             step_began = time.perf_counter()

@@ -9,6 +9,7 @@ Weights are read and written as safetensors; a model that comes with code of its
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,9 @@ class ExampleConfig:
         for name, lowest in (("max_tokens", 2), ("block_size", 2), ("steps", 1), ("batch_size", 1), ("accumulate", 1)):
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {lowest}")
+        for name in ("lr", "lambda_disp"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be a number that is not negative")
 
 
 def load(model: str) -> tuple[Any, Any]:
@@ -96,7 +100,12 @@ def read_blocks(path: str, tokenizer: Any, block_size: int) -> list[dict[str, to
 def main(argv: Sequence[str]) -> None:
     config = arguments.parse(ExampleConfig, argv)
     optional("accelerate")  # the Trainer's own message spans a page
+    if Path(config.to).is_file():
+        raise UserError(f"to={config.to} is a file: give a folder")
     model, tokenizer = load(config.model)
+    context = getattr(model.config, "max_position_embeddings", config.block_size)
+    if config.block_size > context:
+        raise UserError(f"block_size={config.block_size} is longer than the model's context: give block_size={context}")
     settings = TrainingArguments(
         output_dir=config.to,
         max_steps=config.steps,

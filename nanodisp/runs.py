@@ -127,9 +127,8 @@ def restore(
         scaler.load_state_dict(saved.state["scaler"])
         return {key: saved.state[key] for key in ("step", "seconds", "bad_steps", "bad_in_a_row")}
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{saved.path} is not a checkpoint of such a run, or of a stranger: {first_line(error)}"
-        ) from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{saved.path} can not be gone on from, though its sums are right: {reason}") from error
 
 
 # --- reading it back -------------------------------------------------------------------------

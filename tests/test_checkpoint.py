@@ -82,7 +82,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
 ) -> None:
     assert checkpoint.load_newest(tmp_path) is None
     paths = [save(tmp_path, step) for step in (1, 2, 3)]
-    (paths[2] / "state.json").write_text("{")
+    (paths[2] / "state.json").write_text("[" * 100_000)
     (paths[1] / "model.safetensors").write_bytes(b"")
     newest = checkpoint.load_newest(tmp_path)
     assert newest is not None

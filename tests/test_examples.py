@@ -114,10 +114,13 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
     for given, said in (
         ({"model": tmp_path / "gone"}, "model=.* can not be loaded"),
         ({"data": tmp_path / "gone"}, "data=.* can not be read: No such file"),
-        ({"data": tmp_path / "short.txt"}, "has 5 tokens: block_size=256 needs more text"),
+        ({}, "has 5 tokens: block_size=24 needs more text"),
+        ({"block_size": 999}, "block_size=999 is longer than the model's context"),
+        ({"to": tmp_path / "short.txt"}, "to=.* is a file"),
         ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"lr": "nan"}, "lr=nan must be a number"),
     ):
-        values = {"model": source, "data": tmp_path / "short.txt", "to": tmp_path / "to", **given}
+        values = {"model": source, "data": tmp_path / "short.txt", "to": tmp_path / "to", "block_size": 24, **given}
         with pytest.raises(UserError, match=said) as error:
             hf_trainer.main([f"{key}={value}" for key, value in values.items()])
         assert "\n" not in str(error.value)

@@ -374,6 +374,7 @@ def test_a_shorter_context_and_another_dropout_will_do(run: Run, gpt2: Path) -> 
         (("model.d_ff=40", "model.bias=false"), "give model.bias=true$"),
         (("model.d_ff=40", "model.vocab_size=300"), r"model.vocab_size=257; another vocabulary is another data.tokeni"),
         (("init_from=nowhere",), "nowhere holds no checkpoint"),
+        (("init_from=nowhere", "dry_run=true"), "nowhere holds no checkpoint"),
     ],
     ids=str,
 )

@@ -329,6 +329,17 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before_and_nothing_e
     ]
 
 
+@pytest.mark.parametrize("change", [{"config": [1]}, {"bad_steps": None}, {"seconds": None}, {"corpus": None}], ids=str)
+def test_a_strangers_checkpoint_with_right_sums_is_refused_in_one_line(run: Run, change: dict[str, object]) -> None:
+    folder = run("train.steps=2")
+    saved = checkpoint.load(checkpoint.find(folder))
+    state = {key: value for key, value in {**saved.state, **change}.items() if value is not None and key != "sha256"}
+    checkpoint.save(folder / "checkpoints", saved.model, saved.optimizer, state)
+    with pytest.raises(UserError, match=r"step_00000002 can not be gone on from|is of another run") as error:
+        run("train.steps=4")
+    assert "\n" not in str(error.value)
+
+
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """The gradients of these steps (from 1) are not finite."""
     calls = 0
