@@ -135,8 +135,10 @@ def soak_ranks(folder: Path) -> dict[str, Any]:
                 os.kill(max(workers), signal.SIGKILL)
                 kills += 1
     finished = process.wait() == 0
-    restarted = float(np.max(np.abs(np.subtract(curve(folder / "restarted"), right)) / right)) if finished else None
-    print(f"four ranks, one killed {kills} times: finished {finished}, the curve of four unkilled to {restarted}")
+    restarted = (
+        float(np.max(np.abs(np.subtract(curve(folder / "restarted"), right)) / right)) if finished else float("nan")
+    )
+    print(f"four ranks, one killed {kills} times: finished {finished}, the curve of four unkilled to {restarted:.1e}")
     return {"moved_error": error, "rank_kills": kills, "finished": finished, "restarted_error": restarted}
 
 
