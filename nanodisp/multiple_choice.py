@@ -27,9 +27,9 @@ from torch import Tensor
 from nanodisp.distributed import World
 from nanodisp.errors import UserError
 from nanodisp.gpt import GPT
-from nanodisp.shards import write_whole
+from nanodisp.shards import QUESTIONS, write_whole
 
-MAGIC, VERSION, HEADER = 20240522, 1, 256
+VERSION, HEADER = 1, 256
 START = 65_535  # opens a question, so no token is this one
 TOKENS_AT_ONCE = 4096  # of a forward pass, whose logits are all in memory
 
@@ -71,7 +71,7 @@ def write_questions(path: Path, questions: Sequence[Question]) -> None:
         stream += numbers
         longest = max(longest, n_bytes)
     header = np.zeros(HEADER, dtype="<i4")
-    header[:4] = MAGIC, VERSION, len(questions), longest
+    header[:4] = QUESTIONS, VERSION, len(questions), longest
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, header.tobytes(), np.array(stream, dtype="<u2").tobytes())
 
@@ -83,8 +83,9 @@ def read_questions(path: Path, vocab_size: int) -> list[Question]:
     except OSError as error:
         raise UserError(f"{path} can not be read: {error.strerror}; data/hellaswag/prepare.py makes one") from error
     header, stream = np.frombuffer(content[: 4 * HEADER].ljust(4 * HEADER, b"\0"), "<i4"), content[4 * HEADER :]
-    if (header[0], header[1]) != (MAGIC, VERSION):
-        raise UserError(f"{path} holds no questions: it begins with {header[0]}, {header[1]}, not {MAGIC}, {VERSION}")
+    if (header[0], header[1]) != (QUESTIONS, VERSION):
+        begins = f"it begins with {header[0]}, {header[1]}, not {QUESTIONS}, {VERSION}"
+        raise UserError(f"{path} holds no questions: {begins}")
     if len(stream) % 2 != 0:
         raise UserError(f"{path} is damaged: it ends within a number")
     numbers = np.frombuffer(stream, "<u2").tolist()
@@ -143,7 +144,7 @@ def accuracy(model: GPT, questions: Sequence[Question], world: World, dtype: tor
     with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
         totals, _ = loglikelihoods(model, pairs, rank=world.rank, n_ranks=world.size)
     model.train()
-    lengths = torch.tensor([len(choice) for _, choice in pairs])
+    lengths = torch.tensor([min(len(choice), model.config.block_size) for _, choice in pairs])  # what was summed
     means = (world.sum(totals).cpu() / lengths).split([len(question.choices) for question in questions])
     right = sum(int(mean.argmax()) == question.label for mean, question in zip(means, questions, strict=True))
     return {"accuracy": right / len(questions), "examples": len(questions)}

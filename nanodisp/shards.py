@@ -1,14 +1,13 @@
 """Tokens on disk: the shard files, the manifest beside them, and a split read as one long array.
 
-A shard that is written here has llm.c's layout: 256 little-endian int32 of header, of which
-the first three are magic, version and token count, then the tokens, uint16 (magic 20240520,
-version 1) or uint32 (magic 20240801, version 7). Three more are read as they lie: other
-people's shards of that layout, nanoGPT's headerless `train.bin` and `val.bin` (uint16), and
-`.npy` files of one dimension (uint16 or uint32).
+A shard that is written here has llm.c's layout: 256 little-endian int32 of header, of which the first three are
+magic, version and token count, then the tokens, uint16 (magic 20240520, version 1) or uint32 (magic 20240801,
+version 7). Three more are read as they lie: other people's shards of that layout, nanoGPT's headerless `train.bin`
+and `val.bin` (uint16), and `.npy` files of one dimension (uint16 or uint32).
 
-What is checked when: header, sizes and the manifest at open, which costs nothing; the range
-of the tokens by `Tokens.check_range` (what the manifest recorded, and both ends of each
-shard) and by `check_tokens` on whatever is about to be used; every byte by `verify`.
+What is checked when: header, sizes and the manifest at open, which costs nothing; the range of the tokens by
+`Tokens.check_range` (what the manifest recorded, and both ends of each shard) and by `check_tokens` on whatever is
+about to be used; every byte by `verify`.
 Files appear under their name only when they are whole and flushed to disk.
 """
 
@@ -33,6 +32,7 @@ HEADER_BYTES = 4 * HEADER_INTS
 # magic -> version, dtype
 KINDS: dict[int, tuple[int, np.dtype]] = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
 HEADERLESS = ("train.bin", "val.bin")  # what nanoGPT calls its files
+QUESTIONS = 20240522  # llm.c's magic of a file that `multiple_choice.py` reads
 MAX_TOKENS = 2**31 - 1  # of a shard: the header's count is an int32
 
 SPLITS = ("train", "val")
@@ -108,6 +108,8 @@ def _read_bin(path: Path, n_bytes: int) -> np.ndarray:
     if magic not in KINDS:
         if path.name in HEADERLESS:
             return _read_headerless(path, n_bytes)
+        if magic == QUESTIONS:
+            raise UserError(f"{path} holds questions for train.eval_task, no tokens: move it to another folder")
         raise UserError(
             f"shard {path} begins with {magic}, not with one of the magic numbers {' or '.join(map(str, KINDS))}; "
             f"without a header only nanoGPT's {' and '.join(HEADERLESS)} are read"
@@ -315,9 +317,8 @@ class Tokens:
     def check_range(self, vocab_size: int) -> None:
         """Raise UserError if a token is known not to fit the vocabulary, without reading everything.
 
-        Looks at the maxima that the manifest recorded and at the first and last million tokens
-        of each shard. A stray token inside a shard that nobody recorded passes: whoever uses
-        tokens calls `check_tokens` on them.
+        Looks at the maxima that the manifest recorded and at the first and last million tokens of each shard. A stray
+        token inside a shard that nobody recorded passes: whoever uses tokens calls `check_tokens` on them.
         """
         for entry in self.recorded or []:
             if entry.max_token >= vocab_size:
@@ -330,8 +331,8 @@ class Tokens:
 def open_split(folder: str | Path, split: str) -> Tokens:
     """The tokens of one split, "train" or "val", of a folder of shards.
 
-    With a manifest, as the manifest says. Without, every `.bin` and `.npy` file with the
-    split last in its name, sorted by name: the folders of llm.c, modded-nanogpt and nanoGPT.
+    With a manifest, as it says. Without, every `.bin` and `.npy` file with the split last in its name, sorted by name:
+    the folders of llm.c, modded-nanogpt and nanoGPT.
 
     Raises:
         UserError: no such folder, an unfinished preparation, no shard of the split, or a bad one.

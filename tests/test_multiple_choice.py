@@ -225,6 +225,15 @@ def test_the_answer_is_the_choice_of_the_lowest_mean_loss(model: GPT) -> None:
     assert accuracy(model, asked, ALONE, torch.float32) == {"accuracy": 0.75, "examples": 20}
 
 
+def test_of_a_choice_longer_than_the_context_the_mean_is_of_what_fits(model: GPT) -> None:
+    block_size = model.config.block_size
+    end, other = [i * 7 % 50 for i in range(block_size)], [i * 3 % 50 for i in range(block_size)]
+    losses = [-naive(model, [1], choice)[0] for choice in (end, other)]
+    better, worse = (end, other) if losses[0] < losses[1] else (other, end)
+    asked = [Question([1], [better, [1] * 9 * block_size + worse], 0)]  # of the second the end alone is seen
+    assert accuracy(model, asked, ALONE, torch.float32)["accuracy"] == 1
+
+
 Run = Callable[..., Path]
 
 
