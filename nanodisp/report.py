@@ -138,7 +138,7 @@ def gather(folder: Path, target: Path) -> Report:
     }
     if layers := make_layer_table(rows):
         tables["mean cosine by layer"] = (["layer", *map(str, range(len(next(iter(layers.values())))))], layers)
-    heads, benchmarks = make_task_table(rows)
+    heads, benchmarks = make_task_table(rows, [run for run in runs if run.is_imported])
     if benchmarks:
         tables["benchmarks"] = (["task", *heads], benchmarks)
     return Report(

@@ -144,7 +144,7 @@ class Run:
     numbers: of its last validation, by the names that `read_metrics` gives them.
     steps, cosines: [S] and [S, L + 1], the mean cosine by layer of every validation.
     course_steps, course: the same of the finer "condensation" records, or of the validations where there are none.
-    tasks: of its evaluation.json.
+    tasks: of its evaluation.json, if that is of the run's last step.
     """
 
     folder: Path
@@ -160,6 +160,11 @@ class Run:
     course_steps: np.ndarray = field(default_factory=lambda: np.empty(0))
     course: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
     tasks: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether it is another's model as `python -m nanodisp.hf import` leaves it: not trained here at all."""
+        return self.status == "unfinished" and self.step == 0 and str(self.config.get("init_from")).startswith("hf:")
 
     @property
     def size(self) -> str:
@@ -189,7 +194,10 @@ def read_run(folder: Path) -> Run:
     except (OSError, YAMLError, OmegaConfBaseException, ValueError, TypeError, KeyError, AttributeError) as error:
         run.status, run.problem = "failed", "can not be read: " + str(error).strip().split("\n")[0]
     try:
-        run.tasks = read_evaluation(folder / EVALUATION).get("tasks", {})
+        told = read_evaluation(folder / EVALUATION)
+        if told and told["tasks"] and not str(told["model"]).endswith(f" at step {run.step}"):
+            raise UserError(f"{EVALUATION} is of {told['model']}, the run is at step {run.step}: evaluate it again")
+        run.tasks = told.get("tasks", {})
     except UserError as error:  # of an evaluation: the run is what it was
         run.problem = run.problem or str(error)
     error_file = folder / "error.txt"

@@ -179,17 +179,21 @@ class Group:
         return statistics.fmean(value for value, _ in self.scores[column].values())
 
 
-def make_task_table(rows: Sequence[Row]) -> tuple[list[str], dict[str, list[Cell]]]:
+def make_task_table(rows: Sequence[Row], imported: Sequence[Run] = ()) -> tuple[list[str], dict[str, list[Cell]]]:
     """The heads of the columns, and the cells by row, of the runs that have been evaluated.
+
+    Each of `imported`, the models that others trained, is a row of its own, before ours.
 
     A column is a task as it was asked: another metric, other shots or another number of examples is another column.
     Mean and mean rank are of the tasks that all rows have: the mean of those of which more is better, the rank (1 is
     best, equal values share theirs) of all. Their standard errors are those over seeds; of one run, over examples.
     """
-    groups = [Group(f"{row.label}, lambda {disp:g}", {}) for row in rows for disp in row.cells]
+    kinds = {f"{run.folder.name}, imported": {0: run} for run in imported}
+    kinds |= {f"{row.label}, lambda {disp:g}": runs for row in rows for disp, runs in row.cells.items()}
+    groups = [Group(label, {}) for label in kinds]
     rising: dict[str, bool] = {}  # column -> whether more is better
-    for group, runs in zip(groups, (runs for row in rows for runs in row.cells.values()), strict=True):
-        for seed, run in runs.items():
+    for group in groups:
+        for seed, run in kinds[group.label].items():
             for column, score, more_is_better in _scores(run):
                 group.scores.setdefault(column, {})[seed] = score
                 rising[column] = more_is_better

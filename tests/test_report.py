@@ -174,6 +174,29 @@ def test_tasks_that_were_asked_otherwise_are_other_columns_and_not_in_the_mean(t
     assert all([cell.text for cell in cells].count("\N{EN DASH}") == 4 + 2 for cells in table.values())
 
 
+def test_figures_of_another_step_are_left_out_and_told(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    write_evaluation(run, easy=0.5)
+    text = (run / "evaluation.json").read_text()
+    (run / "evaluation.json").write_text(text.replace("step 40", "step 4"))
+    (read,) = read_runs(tmp_path)
+    assert (read.status, read.tasks) == ("finished", {})
+    assert read.problem == "evaluation.json is of run at step 4, the run is at step 40: evaluate it again"
+
+
+def test_an_imported_model_stands_beside_its_trained_versions(tmp_path: Path) -> None:
+    write_evaluation(write_run(tmp_path / "trained", "init_from=hf:gpt2"), easy=0.5)
+    released = write_run(tmp_path / "gpt2", "init_from=hf:gpt2", "data=shards")
+    (released / "metrics.jsonl").unlink()
+    write_evaluation(released, easy=0.75)
+    text = (released / "evaluation.json").read_text()
+    (released / "evaluation.json").write_text(text.replace("run at step 40", "gpt2 at step 0"))
+    report.main([str(tmp_path)])
+    table = (tmp_path / "report" / "report.md").read_text().split("## Benchmarks")[1]
+    assert "| gpt2, imported | **0.7500 ± 0.0300**" in table
+    assert "lambda 0.1 | 0.5000 ± 0.0300" in table
+
+
 def test_the_page_shows_benchmarks_and_tells_of_a_damaged_file(tmp_path: Path) -> None:
     write_evaluation(write_run(tmp_path / "whole", "seed=1"), easy=0.5)
     for number, damage in enumerate(('{"tas', '{"tasks": {"easy": {"metrics": {}}}}', "[]", '{"tasks": {"easy": 1}}')):
