@@ -18,6 +18,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,8 @@ class Subject:
 
 def main(argv: Sequence[str]) -> None:
     config = arguments.parse(EvaluateConfig, argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("a model is asked by one process: run python -m nanodisp.evaluate without torchrun")
     harness = optional("lm_eval")
     device = distributed.start(config.device).device
     names = dict.fromkeys((*ZERO_SHOT, *FEW_SHOT) if config.tasks == "paper" else config.tasks.split(","))
@@ -96,13 +99,19 @@ def main(argv: Sequence[str]) -> None:
         )
     figures: dict[str, Any] = told["tasks"] if told else {}
     asked: dict[str, Any] = {}
+    failures: list[str] = []
     for name in names:
+        try:
+            loaded = load(manager, name)
+        except UserError as error:  # the other tasks are asked all the same
+            failures.append(str(error))
+            continue
         shots = config.num_fewshot
         if config.tasks == "paper":
             shots = 0 if name in ZERO_SHOT else SHOTS if shots is None else shots
         results = harness.simple_evaluate(
             model=subject.model,
-            tasks=load(manager, name),
+            tasks=loaded,
             task_manager=manager,
             num_fewshot=shots,
             limit=config.limit,
@@ -116,8 +125,11 @@ def main(argv: Sequence[str]) -> None:
         asked |= new
         figures |= new
         save(out, {"model": subject.name, "harness": harness.__version__, "tasks": figures})
-    print(table(asked))
-    print(f"wrote {out}")
+    if asked:
+        print(table(asked))
+        print(f"wrote {out}")
+    if failures:
+        raise UserError("\n".join(failures))
 
 
 # --- the model, the tasks ------------------------------------------------------------------------

@@ -231,6 +231,18 @@ def test_mistakes_are_told_in_one_line(run: Path, tasks: Path, arguments: list[s
     assert "\n" not in str(error.value)
 
 
+def test_the_tasks_after_one_that_can_not_be_loaded_are_asked(run: Path, tasks: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^task nowhere can not be loaded.*$"):
+        go(run, tasks, "tasks=nowhere,letters", "limit=2", f"out={tmp_path / 'out.json'}")
+    assert list(told(tmp_path / "out.json")) == ["letters"]
+
+
+def test_more_than_one_rank_is_refused(run: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="without torchrun"):
+        go(run, tasks, "tasks=letters")
+
+
 def test_figures_of_another_step_are_not_mixed_in(run: Path, tasks: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     out.write_text(json.dumps({"model": "run at step 2", "tasks": {}}))

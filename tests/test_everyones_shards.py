@@ -154,5 +154,5 @@ def test_the_last_split_in_a_name_counts(tmp_path: Path) -> None:
 def test_the_evaluation_files_of_llmc_are_not_taken_for_tokens(tmp_path: Path) -> None:
     with_header(tmp_path / "hellaswag_val.bin", [65_535, 12], 20240522, 1, "H")
     with_header(tmp_path / "hellaswag_train.bin", [1], 20240520, 1, "H")
-    with pytest.raises(UserError, match="holds questions for train.eval_task, no tokens: move it to another folder"):
+    with pytest.raises(UserError, match=r"holds questions for train\.eval_task, no tokens: move it to another folder"):
         open_corpus(tmp_path, "gpt2")
