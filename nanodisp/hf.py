@@ -47,6 +47,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
+SIZES = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": GPT2_VOCAB_SIZE}
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 PROBE = (
     "The quick brown fox: 1234567 naïve cafés, 東京 😀\n\n\tdef f(x):\n        return x  \n"  # tells tokenizers apart
@@ -305,15 +306,12 @@ def read_folder(folder: Path) -> Source:
         dropouts = {key: config.get(key, 0.1) for key in DROPOUTS}
         if len(set(dropouts.values())) > 1:
             raise UserError(f"{folder} is not a GPT-2 of our kind, which has one dropout: it has {dropouts}")
-        ours = GPTConfig(
-            n_layer=config.get("n_layer", 12),
-            n_head=config.get("n_head", 12),
-            n_embd=config.get("n_embd", 768),
-            block_size=config.get("n_positions", 1024),
-            d_ff=config.get("n_inner"),
-            vocab_size=config.get("vocab_size", GPT2_VOCAB_SIZE),
-            dropout=dropouts["resid_pdrop"],
-        )
+        sizes = {key: config.get(key, default) for key, default in SIZES.items()}
+        for key, value in {**sizes, "n_inner": config.get("n_inner") or 1}.items():
+            if type(value) is not int:
+                raise UserError(f"{folder} can not be read as a GPT-2: its {key} is {value!r}, not a whole number")
+        sizes["block_size"] = sizes.pop("n_positions")
+        ours = GPTConfig(**sizes, d_ff=config.get("n_inner"), dropout=dropouts["resid_pdrop"])
         theirs: dict[str, Tensor] = {}
         for file in weight_files(folder):
             theirs |= safetensors.torch.load_file(file)

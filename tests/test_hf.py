@@ -149,8 +149,7 @@ def test_a_model_without_biases_is_exported_with_biases_of_zero(tmp_path: Path) 
     folder = export(run, tmp_path / "exported")
     idx = torch.randint(257, (2, 32))
     assert close(logits(theirs(folder), idx), logits(ours(run), idx)[..., :257])
-    tensors = load_file(folder / "model.safetensors")
-    biases = [tensor for name, tensor in tensors.items() if name.endswith("bias")]
+    biases = [tensor for name, tensor in load_file(folder / "model.safetensors").items() if name.endswith("bias")]
     assert len(biases) == 2 * 6 + 1 and not any(bias.any() for bias in biases)
 
 
@@ -277,6 +276,8 @@ def test_an_imported_run_is_sampled_and_measured(
         ({"attn_pdrop": 0.2}, "one dropout"),
         ({"n_layer": 3}, r"h\.2\.\S+ should be .*, is none"),
         ({"n_layer": 1}, r"h\.1\.\S+ should be none"),
+        ({"n_layer": 2.0}, r"its n_layer is 2\.0, not a whole number"),
+        ({"vocab_size": None}, "its vocab_size is None, not a whole number"),
         ({"n_head": 3}, "n_embd=16 is not divisible by model.n_head=3"),
         ({"vocab_size": 300}, "has no tokenizer.json: give tokenizer="),
     ],
@@ -290,8 +291,7 @@ def test_what_ours_can_not_be_is_refused(gpt2: Path, tmp_path: Path, values: dic
         save_file(tensors, gpt2 / "model.safetensors")
     with pytest.raises(UserError, match=words) as error:
         hf.main(["import", f"checkpoint={gpt2}", f"to={tmp_path / 'run'}"])
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "run" / "config.yaml").exists()
+    assert "\n" not in str(error.value) and not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_an_output_head_of_its_own_is_refused(gpt2: Path, tmp_path: Path) -> None:
