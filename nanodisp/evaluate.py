@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from nanodisp import arguments, checkpoint, distributed, hf
 from nanodisp.errors import UserError, first_line, optional
 from nanodisp.runs import EVALUATION, main_metric, read_evaluation
@@ -48,6 +50,7 @@ class EvaluateConfig:
     num_fewshot: examples in front of each question; null takes what the task says, 1 for the paper's few-shot ones.
     batch_size: sequences of full context at once.
     seed: of everything that the harness draws, such as the examples in front.
+    tokenizer: byte, gpt2 or the path of a .tiktoken file, where that of one of our runs is not at hand.
     out: the file to write; null takes evaluation.json in the model's folder, or in out/<model> for one from the hub.
     """
 
@@ -59,6 +62,7 @@ class EvaluateConfig:
     batch_size: int = 8
     seed: int = 1234
     device: str = "auto"
+    tokenizer: str | None = None
     out: str | None = None
 
     def __post_init__(self) -> None:
@@ -140,17 +144,21 @@ def open_subject(config: EvaluateConfig, device: str) -> Subject:
     path = Path(config.checkpoint)
     if config.checkpoint.startswith("hf:") or (path / "config.json").is_file():
         name = config.checkpoint.removeprefix("hf:")
+        if config.tokenizer is not None:
+            raise UserError("tokenizer=… is for our own runs: a Hugging Face model has its own")
+        if path.is_dir() and not list(path.glob("tokenizer*")) and not (path / "vocab.json").is_file():
+            raise UserError(f"{path} has no tokenizer: put its tokenizer.json there")
         optional("accelerate")
         theirs = optional("lm_eval.models.huggingface")
         try:
             model = theirs.HFLM(
                 name, device=device, batch_size=config.batch_size, trust_remote_code=False, use_safetensors=True
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"{name} can not be loaded: {first_line(error)}") from error
         return Subject(model, name, hf.folder_of(name))
     saved = checkpoint.load(checkpoint.find(path))
-    tokenizer = load_tokenizer(hf.spec_of(saved))
+    tokenizer = load_tokenizer(config.tokenizer or hf.spec_of(saved))
     gpt = hf.build(hf.read_checkpoint(saved)).to(device).eval()
     from nanodisp.harness import HarnessModel  # here: it needs the harness
 

@@ -33,6 +33,7 @@ from nanodisp import arguments, checkpoint
 from nanodisp.errors import UserError, first_line, optional
 from nanodisp.gpt import GPT, VOCAB_MULTIPLE, GPTConfig
 from nanodisp.hf_tokenizer import END_OF_TEXT, build_tokenizer, read_tokenizer
+from nanodisp.model_card import model_card
 from nanodisp.tokenizer import GPT2_VOCAB_SIZE, TiktokenTokenizer, Tokenizer, load_tokenizer, spec_in, write_ranks
 
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -109,10 +110,15 @@ def open_source(name: str) -> Source:
 
 @dataclass
 class ExportConfig:
-    """checkpoint: a run's folder (its newest one) or one checkpoint's. to: a folder that is new or empty."""
+    """checkpoint: a run's folder (its newest one) or one checkpoint's. to: a folder that is new or empty.
+
+    tokenizer: byte, gpt2 or the path of a .tiktoken file, where the run's own is not at hand; null takes that. A run
+        on tokens that nobody can turn into text ("none") is exported without.
+    """
 
     checkpoint: str = arguments.MISSING
     to: str = arguments.MISSING
+    tokenizer: str | None = None
 
 
 @dataclass
@@ -153,23 +159,27 @@ def main(argv: Sequence[str]) -> None:
 def export_run(config: ExportConfig, folder: Path) -> None:
     """Write config.json, model.safetensors, the tokenizer and a model card into `folder`."""
     saved = checkpoint.load(checkpoint.find(Path(config.checkpoint)))
-    source, ours = read_checkpoint(saved), load_tokenizer(spec_of(saved))
-    tokenizer = build_tokenizer(ours)
-    about_tokenizer = {
-        **{"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True},
-        **{"clean_up_tokenization_spaces": False, "model_max_length": source.config.block_size},
-        **{"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT},
-    }
-    card = model_card(saved)
+    source, spec = read_checkpoint(saved), config.tokenizer or spec_of(saved)
+    ours = load_tokenizer(spec) if spec != "none" else None
+    if ours is not None and ours.vocab_size > source.config.vocab_size:  # type: ignore[operator]
+        raise UserError(f"tokenizer={spec} has {ours.vocab_size} tokens, the model {source.config.vocab_size}")
+    tokenizer, card = build_tokenizer(ours) if ours is not None else None, model_card(saved)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(about_tokenizer, indent=2) + "\n")
-    (folder / "config.json").write_text(json.dumps(config_to_hf(source.config, ours.eot), indent=2) + "\n")
+    if tokenizer is not None:
+        about_tokenizer = {
+            **{"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True},
+            **{"clean_up_tokenization_spaces": False, "model_max_length": source.config.block_size},
+            **{"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT},
+        }
+        tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text(json.dumps(about_tokenizer, indent=2) + "\n")
+    eot = ours.eot if ours is not None else None
+    (folder / "config.json").write_text(json.dumps(config_to_hf(source.config, eot), indent=2) + "\n")
     safetensors.torch.save_file(weights_to_hf(source), folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def config_to_hf(config: GPTConfig, eot: int) -> dict[str, Any]:
+def config_to_hf(config: GPTConfig, eot: int | None) -> dict[str, Any]:
     """The contents of config.json."""
     return {
         "architectures": ["GPT2LMHeadModel"],
@@ -189,49 +199,6 @@ def weights_to_hf(source: Source) -> dict[str, Tensor]:
         if not name.startswith(("wte.", "wpe.")):  # [in, out], or a LayerNorm's [out]
             tensors[name.removesuffix("weight") + "bias"] = torch.zeros(tensor.size(-1))
     return {f"transformer.{name}": tensor.contiguous() for name, tensor in tensors.items()}
-
-
-def model_card(saved: checkpoint.Checkpoint) -> str:
-    """README.md: figures of the last validation up to the checkpoint, and the configuration but for the machine's."""
-    run = saved.path.resolve().parent.parent
-    told = ("model", "data", "dispersion", "optim", "train", "seed", "init_from")
-    config: dict[str, Any] = {key: saved.state["config"][key] for key in told if key in saved.state["config"]}
-    config["data"] = {key: value for key, value in config["data"].items() if key not in ("path", "folder")}
-    if done := {
-        key: value for key, value in saved.state["config"].get("intervention", {}).items() if value is not None
-    }:
-        config["intervention"] = done
-    config["train"] = {key: value for key, value in config["train"].items() if key != "eval_task"}
-    config["data"]["tokenizer"] = Path(config["data"]["tokenizer"]).name
-    figures = ["It has not been validated."]
-    for line in (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").is_file() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:  # cut short by a kill
-            continue
-        if record["split"] == "val" and record["step"] <= saved.step:
-            rows = {"loss, nats per token": record["loss"], "bits per byte": record["bpb"]}
-            cosines = " ".join("nan" if cosine is None else f"{cosine:.3f}" for cosine in record["mean_cosine"])
-            figures = [f"| validation at step {record['step']} | |", "| --- | --- |"]
-            figures += [f"| {what} | {value:.4f} |" for what, value in rows.items() if value is not None]
-            figures += [f"| mean cosine of a sequence's tokens, from the embedding to the last layer | {cosines} |"]
-    table = "\n".join(figures)
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [nanodisp, gpt2]
----
-
-# {run.name}
-
-A GPT-2 trained with nanodisp for {saved.step:,} steps, {saved.state.get("tokens", 0):,} tokens. A document begins
-after `{END_OF_TEXT}`, which no text encodes to.
-
-{table}
-
-```yaml
-{OmegaConf.to_yaml(OmegaConf.create(config))}```
-"""
 
 
 # --- in ------------------------------------------------------------------------------------------

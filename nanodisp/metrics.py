@@ -308,3 +308,20 @@ def _json_number(value: Any) -> Any:
     if isinstance(value, list):
         return [_json_number(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_records(path: Path, split: str | None = None) -> list[dict[str, Any]]:
+    """The whole records of a metrics.jsonl, of one split or of all: a line that a kill cut short is passed over.
+
+    Each has a "split" and an integer "step"; nothing else is sure of a file that somebody else may have written.
+    """
+    records = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        try:
+            record = json.loads(line)
+            record["step"] = int(record["step"])
+            if record["split"] == split or split is None:
+                records.append(record)
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            continue
+    return records

@@ -35,7 +35,7 @@ from nanodisp.errors import UserError, first_line
 from nanodisp.generation import generate
 from nanodisp.gpt import GPT, GPTConfig
 from nanodisp.loader import Corpus
-from nanodisp.metrics import Metrics
+from nanodisp.metrics import Metrics, read_records
 from nanodisp.tokenizer import load_tokenizer
 
 LAMBDA = "dispersion.lambda_disp"
@@ -208,13 +208,7 @@ def read_run(folder: Path) -> Run:
 
 def read_metrics(run: Run) -> None:
     """Numbers and status from metrics.jsonl; lines that are no whole record are passed over."""
-    path, records = run.folder / "metrics.jsonl", []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-            records.append((record["split"], int(record["step"]), record))
-        except (ValueError, TypeError, KeyError):
-            continue
+    records = [(record["split"], record["step"], record) for record in read_records(run.folder / "metrics.jsonl")]
     saved = [int(path.name[5:]) for path in checkpoint.all_checkpoints(run.folder / "checkpoints")]
     run.step = max([*saved, *(step for _, step, _ in records)], default=0)
     all_validations = [(step, record) for split, step, record in records if split == "val"]

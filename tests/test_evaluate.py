@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from test_hf import export, ours, write_run
 from test_multiple_choice import naive
 
-from nanodisp import evaluate
+from nanodisp import evaluate, hf
 from nanodisp.distributed import World
 from nanodisp.errors import UserError
 from nanodisp.generation import generate
@@ -229,6 +229,19 @@ def test_mistakes_are_told_in_one_line(run: Path, tasks: Path, arguments: list[s
     with pytest.raises(UserError, match=told) as error:
         go(run, tasks, *arguments)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("what", ["weights", "tokenizer"])
+def test_a_hugging_face_folder_that_is_not_whole_is_refused(run: Path, tasks: Path, tmp_path: Path, what: str) -> None:
+    folder = tmp_path / "exported"
+    hf.main(["export", f"checkpoint={run}", f"to={folder}"])
+    if what == "weights":
+        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+    else:
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
+    with pytest.raises(UserError, match="can not be loaded" if what == "weights" else "has no tokenizer"):
+        go(folder, tasks, "tasks=letters")
 
 
 def test_the_tasks_after_one_that_can_not_be_loaded_are_asked(run: Path, tasks: Path, tmp_path: Path) -> None:

@@ -153,15 +153,6 @@ def test_a_model_without_biases_is_exported_with_biases_of_zero(tmp_path: Path) 
     assert len(biases) == 2 * 6 + 1 and not any(bias.any() for bias in biases)
 
 
-def test_a_model_card_tells_the_run(run: Run, tmp_path: Path) -> None:
-    folder = run("train.steps=2", "train.sample_tokens=0", name="told")
-    card = (export(folder, tmp_path / "exported") / "README.md").read_text()
-    loss = records(folder, "val")[-1]["loss"]
-    for words in ("# told", "2 steps", "128 tokens", "validation at step 2", f"{loss:.4f}", "lambda_disp: 0.1"):
-        assert words in card
-    assert str(tmp_path) not in card, "nothing of the machine"
-
-
 def test_nothing_is_written_over(trained: Path, exported: Path) -> None:
     with pytest.raises(UserError, match="is there already"):
         export(trained, exported)

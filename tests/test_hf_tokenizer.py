@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_hf import export, theirs, transformers, write_run
 
+from nanodisp import checkpoint, hf
+from nanodisp.errors import UserError
 from nanodisp.hf_tokenizer import build_tokenizer, merged_from
 from nanodisp.tokenizer import from_ranks
 
@@ -40,3 +43,19 @@ def test_a_large_published_vocabulary_keeps_its_pattern_and_end_of_text() -> Non
     for text in ("1234567", "a  \nb  \n ", "It'LL do, \r\n\r\n  x's", "naïve 東京", "a \n \n"):
         assert built.encode(text).ids == tokenizer.encode(text).tolist()
     assert built.token_to_id("<|endoftext|>") == tokenizer.eot == 100_257
+
+
+def test_a_run_without_its_tokenizer_is_exported_without_or_with_a_given_one(tmp_path: Path) -> None:
+    saved = checkpoint.load(checkpoint.find(write_run(tmp_path / "run", "byte")))
+    for spec in ("none", "gone.tiktoken"):
+        config = {**saved.state["config"], "data": {**saved.state["config"]["data"], "tokenizer": spec}}
+        state = {key: value for key, value in saved.state.items() if key not in ("sha256", "config")}
+        checkpoint.save(tmp_path / spec / "checkpoints", saved.model, {}, {**state, "config": config})
+    folder = export(tmp_path / "none", tmp_path / "bare")
+    assert not (folder / "tokenizer.json").exists()
+    assert theirs(folder).config.eos_token_id is None
+    with pytest.raises(UserError, match=r"gone\.tiktoken"):
+        export(tmp_path / "gone.tiktoken", tmp_path / "not")
+    given = ["export", f"checkpoint={tmp_path / 'gone.tiktoken'}", f"to={tmp_path / 'given'}", "tokenizer=byte"]
+    hf.main(given)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "given")("ab").input_ids == [97, 98]
