@@ -78,17 +78,10 @@ class World:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: object) -> None:
         """Raise UserError with the ranks' names when this one has waited for others in vain."""
-        if (
-            _store is not None
-            and isinstance(error, RuntimeError)
-            and re.search("timed ?out", str(error), re.IGNORECASE)
-        ):
-            _store.set(f"waiting/{self.rank}", "")
-            time.sleep(SECONDS_TO_ANSWER)
-            silent = [str(rank) for rank in range(self.size) if not _store.check([f"waiting/{rank}"])]
-            if silent:
-                hang = f"rank {', '.join(silent)} hangs: no answer within train.timeout_minutes"
-                raise UserError(f"{hang}; the same command goes on from the last checkpoint") from error
+        in_vain = isinstance(error, RuntimeError) and re.search(r"tim(e|ed|ing) ?out", str(error), re.IGNORECASE)
+        if in_vain and (silent := _who_is_silent(self.rank, self.size)):
+            hang = f"rank {silent} hangs: no answer within train.timeout_minutes"
+            raise UserError(f"{hang}; the same command goes on from the last checkpoint") from error
 
 
 def _who_is_silent(rank: int, size: int) -> str:
@@ -97,13 +90,14 @@ def _who_is_silent(rank: int, size: int) -> str:
 
     def ask() -> None:
         assert _store is not None
-        _store.set(f"waiting/{rank}", "")
-        time.sleep(SECONDS_TO_ANSWER)
-        silent[:] = [str(other) for other in range(size) if not _store.check([f"waiting/{other}"])]
+        with contextlib.suppress(RuntimeError):  # of a store that is gone
+            _store.set(f"waiting/{rank}", "")
+            time.sleep(SECONDS_TO_ANSWER)
+            silent[:] = [str(other) for other in range(size) if not _store.check([f"waiting/{other}"])]
 
     question = threading.Thread(target=ask, daemon=True)  # a store that hangs is not waited for
     question.start()
-    question.join(2 * SECONDS_TO_ANSWER)
+    question.join(3 * SECONDS_TO_ANSWER)
     return ", ".join(silent)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -114,6 +115,7 @@ def test_recomputed_blocks_do_not_change_the_run(run: Run) -> None:
 
 HANGING = """
 import os
+import signal
 import time
 import train
 from nanodisp import config, distributed
@@ -125,6 +127,7 @@ def hanging(*arguments, **named):
     global steps
     steps += 1
     if steps == 3 and os.environ["RANK"] == "1":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun would wait 30 seconds
         time.sleep(100)
     update(*arguments, **named)
 
@@ -150,6 +153,35 @@ def test_a_rank_that_hangs_ends_the_run_and_is_named(corpus: Path, tmp_path: Pat
     assert "error: rank 1 hangs" in result.stderr
     assert "rank 1 hangs" in (tmp_path / "run" / "error.txt").read_text()
     assert checkpoint.find(tmp_path / "run").name == "step_00000002"
+
+
+def test_rank_0_is_named_too_where_it_keeps_the_store(corpus: Path, tmp_path: Path) -> None:
+    script = tmp_path / "hanging.py"
+    stop = "os.kill(os.getpid(), signal.SIGSTOP)"
+    script.write_text(HANGING.replace('"1"', '"0"').replace("time.sleep(100)", stop))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = (f"data.path={corpus}", f"out_dir={tmp_path}", "run_name=run", "train.timeout_minutes=0.1")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), *TINY, *settings, "train.steps=5"],
+            env={
+                **{**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"},
+                **{"MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
+            },
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        assert "error: rank 0, which keeps the store, hangs" in processes[1].communicate(timeout=200)[1]
+        assert processes[1].returncode != 0
+    finally:
+        processes[0].kill()
+        processes[0].communicate()
 
 
 POISONED = """
