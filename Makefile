@@ -60,7 +60,7 @@ audit: install ## known weaknesses of the pinned packages; needs a network
 	$(BIN)/python -m pip install --quiet pip-audit
 	$(BIN)/python -m pip_audit --requirement constraints.txt --no-deps
 
-soak: install ## kill runs, move them between ranks and corrupt their files, for a quarter of an hour; JSON under bench/results/
+soak: install ## kill runs, move them between ranks and corrupt their files; JSON under bench/results/
 	$(BIN)/python -m bench.soak
 
 study: install ## run an experiment and its report, or go on with it: make study EXPERIMENT=lambda

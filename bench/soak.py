@@ -1,4 +1,4 @@
-"""What a run survives, tried for a quarter of an hour: `make soak`.
+"""What a run survives, tried: `make soak`.
 
     python -m bench.soak                # all of it
     python -m bench.soak kills=5        # fewer kills: also ranks=, mutations=

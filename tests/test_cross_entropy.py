@@ -26,18 +26,21 @@ def case(n: int, n_features: int, vocab_size: int, seed: int = 0) -> tuple[Tenso
     return x, weight, bias, targets
 
 
+SIZES = {
+    "n": st.integers(1, 40),
+    "n_features": st.integers(1, 9),
+    "vocab_size": st.integers(1, 30),
+    "at_once": st.integers(1, 41),
+    "seed": st.integers(0, 99),
+}
+
+
 def gradients(loss: Tensor, *of: Tensor) -> tuple[Tensor, ...]:
     return loss.detach(), *torch.autograd.grad(loss, of)
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    n=st.integers(1, 40),
-    n_features=st.integers(1, 9),
-    vocab_size=st.integers(1, 30),
-    at_once=st.integers(1, 41),
-    seed=st.integers(0, 99),
-)
+@given(**SIZES)
 def test_it_is_pytorchs(n: int, n_features: int, vocab_size: int, at_once: int, seed: int) -> None:
     x, weight, bias, targets = case(n, n_features, vocab_size, seed)
     x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
@@ -115,14 +118,7 @@ def pytorchs(
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    n=st.integers(1, 40),
-    n_features=st.integers(1, 9),
-    vocab_size=st.integers(1, 30),
-    at_once=st.integers(1, 41),
-    temperature=st.floats(0.5, 8),
-    seed=st.integers(0, 99),
-)
+@given(**SIZES, temperature=st.floats(0.5, 8))
 def test_the_divergence_is_pytorchs(
     n: int, n_features: int, vocab_size: int, at_once: int, temperature: float, seed: int
 ) -> None:
