@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import socket
 import subprocess
@@ -111,6 +112,28 @@ def test_recomputed_blocks_do_not_change_the_run(run: Run) -> None:
     settings = (*COURSE, "model.dropout=0.1")
     plain, again = run(*settings, name="a"), run(*settings, "train.activation_checkpointing=true", name="b")
     assert_same_curve(again, plain, 1e-6)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+def test_memory_that_a_tensor_gives_back_is_kept_for_the_next() -> None:
+    program = """
+import sys
+from pathlib import Path
+import torch
+from nanodisp import distributed
+if sys.argv[1] == "kept":
+    distributed.keep_memory()
+resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+before = resident()
+tensor = torch.ones(2**26)
+del tensor
+print(resident() - before)
+"""
+    left = {
+        how: int(subprocess.run([sys.executable, "-c", program, how], capture_output=True, check=True, cwd=ROOT).stdout)
+        for how in ("kept", "given back")
+    }
+    assert left["kept"] > 2**27 > left["given back"], "of a tensor of 2**28 bytes"
 
 
 HANGING = """
