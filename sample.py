@@ -15,14 +15,15 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from nanodisp import arguments, checkpoint, distributed, hf
-from nanodisp.generation import generate
-from nanodisp.tokenizer import Tokenizer, load_tokenizer
+from nanodisp import cli
+from nanodisp.data.tokenizer import Tokenizer, load_tokenizer
+from nanodisp.distributed import hardware, start
+from nanodisp.hf.open import open_run
+from nanodisp.models.generate import generate
 
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -32,7 +33,7 @@ class SampleConfig:
     """What to write, and how.
 
     checkpoint: a run's folder (its newest one) or one checkpoint's.
-    temperature, top_k, top_p: see `nanodisp.generation.generate`; temperature=0 is greedy.
+    temperature, top_k, top_p: see `nanodisp.models.generate.generate`; temperature=0 is greedy.
     num_samples: continuations of the prompt; the i-th, from 0, is what `seed` + i alone would give.
     batch_size: how many of them are made at once: faster together, each with a cache of its own in memory.
     dtype: of weights and cache. "float32" gives the tokens that the whole model would; "bfloat16", half
@@ -42,7 +43,7 @@ class SampleConfig:
         the weights, and gains little by it.
     """
 
-    checkpoint: str = arguments.MISSING
+    checkpoint: str = cli.MISSING
     prompt: str = ""
     max_new_tokens: int = 200
     temperature: float = 0.8
@@ -74,13 +75,13 @@ class SampleConfig:
 
 
 def main(argv: Sequence[str]) -> None:
-    config = arguments.parse(SampleConfig, argv)
-    device = distributed.start(config.device).device
-    saved = checkpoint.load(checkpoint.find(Path(config.checkpoint)))
-    model = hf.build(hf.read_checkpoint(saved)).to(device, distributed.matmul_dtype(config.dtype, device)).eval()
+    config = cli.parse(SampleConfig, argv)
+    device = start(config.device).device
+    run = open_run(config.checkpoint)
+    model = run.model.to(device, hardware.matmul_dtype(config.dtype, device))
     if config.compile:
         model.compile_one_token()
-    tokenizer = load_tokenizer(hf.spec_of(saved))
+    tokenizer = load_tokenizer(run.spec)
     prompt = tokenizer.encode(config.prompt).tolist() or [tokenizer.eot]  # from nothing: a new document
 
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -114,6 +115,6 @@ def write(prompt: str, tokens: Iterable[Tensor], tokenizer: Tokenizer) -> None:
 
 if __name__ == "__main__":
     try:
-        arguments.run(main)
+        cli.run(main)
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

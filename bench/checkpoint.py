@@ -16,8 +16,10 @@ from pathlib import Path
 import torch
 
 from bench import measure
-from nanodisp import checkpoint, distributed, optim
-from nanodisp.gpt import GPT, GPTConfig
+from nanodisp.distributed import start
+from nanodisp.models.gpt import GPT, GPTConfig
+from nanodisp.runs import checkpoint
+from nanodisp.training import optim
 
 
 def main() -> None:
@@ -25,7 +27,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=measure.positive, default=7)
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder unless given")
     arguments = parser.parse_args()
-    distributed.start("cpu")
+    start("cpu")
     model = GPT(GPTConfig(vocab_size=50257))
     optimizers = optim.build_optimizers(model, optim.OptimConfig(lr=1e-3))
     for parameter in model.parameters():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bench import measure
-from nanodisp import condensation
+from nanodisp.condensation import measure as condensation
 
 CHUNK = 50
 

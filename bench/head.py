@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import measure
-from nanodisp.cross_entropy import linear_cross_entropy
+from nanodisp.models.head import linear_cross_entropy
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:

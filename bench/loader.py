@@ -18,8 +18,8 @@ import numpy as np
 
 from bench import measure
 from bench.measure import Step
-from nanodisp.loader import Loader
-from nanodisp.shards import Tokens, open_split, write_shard
+from nanodisp.data.batches import Batches
+from nanodisp.data.shards import Tokens, open_split, write_shard
 
 SHAPES = {"nanogpt_cpu": (12, 64), "nano": (8, 256), "micro": (32, 256), "gpt2": (16, 1024), "gpt2, 0.5M": (512, 1024)}
 AT_LEAST = 1 << 20  # tokens of one measurement
@@ -57,7 +57,7 @@ def random_shards(folder: Path, n_tokens: int) -> Tokens:
 
 
 def steps_of(tokens: Tokens, batch_size: int, block_size: int, batches: int) -> dict[str, Step]:
-    loader = Loader(tokens, block_size=block_size, batch_size=batch_size, seed=0, vocab_size=50257)
+    loader = Batches(tokens, block_size=block_size, batch_size=batch_size, seed=0, vocab_size=50257)
     steps = itertools.count()
     source = np.zeros((2, batch_size, block_size), np.int64)
 

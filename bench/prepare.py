@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import measure
-from nanodisp.corpus import cut
-from nanodisp.prepare import DataConfig, prepare_files
-from nanodisp.tokenizer import TiktokenTokenizer, load_tokenizer
+from nanodisp.data.documents import cut
+from nanodisp.data.prepare import DataConfig, prepare_files
+from nanodisp.data.tokenizer import TiktokenTokenizer, load_tokenizer
 
 
 def main() -> None:

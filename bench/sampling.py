@@ -19,8 +19,8 @@ import torch.nn.functional as F
 
 from bench import measure
 from bench.measure import Step
-from nanodisp.generation import sample_token
-from nanodisp.gpt import GPT, GPTConfig, KVCache
+from nanodisp.models.generate import sample_token
+from nanodisp.models.gpt import GPT, GPTConfig
 
 CONTEXT = 1000
 
@@ -71,7 +71,7 @@ def steps_of(arguments: Any, dtype: torch.dtype) -> tuple[dict[str, Step], float
         return draw(F.linear(taken, eager.wte.weight, eager.never_predicted.to(dtype))).tolist()
 
     def cached(model: GPT) -> Step:
-        cache = KVCache(model.config, arguments.batch_size, device, dtype)
+        cache = model.new_cache(arguments.batch_size)
         model(context, cache=cache)
 
         @torch.no_grad()

@@ -33,9 +33,11 @@ from torch import Tensor, nn
 
 from bench import measure
 from bench.measure import Step
-from nanodisp import distributed, optim
-from nanodisp.dispersion import DispersionLoss, sample_positions
-from nanodisp.gpt import GPT, GPTConfig
+from nanodisp.dispersion import DispersionLoss
+from nanodisp.dispersion.placement import sample_positions
+from nanodisp.distributed import hardware
+from nanodisp.models.gpt import GPT, GPTConfig
+from nanodisp.training import optim
 
 LAMBDA = 0.1
 DISPERSED = {"off": 0, "256 tokens": 256, "all tokens": None}
@@ -83,11 +85,11 @@ def main() -> None:
 
 def bench(name: str, arguments: argparse.Namespace) -> None:
     recipe, device = RECIPES[name], torch.device(arguments.device)
-    dtype = distributed.matmul_dtype(arguments.dtype, device)
+    dtype = hardware.matmul_dtype(arguments.dtype, device)
     with torch.device("meta"):
         model = GPT(recipe.model)
     flops = recipe.steps * recipe.batch_size * recipe.model.block_size * model.flops_per_token()
-    compiled = distributed.compile_pays(device, flops) if arguments.compile == "auto" else arguments.compile == "true"
+    compiled = hardware.compile_pays(device, flops) if arguments.compile == "auto" else arguments.compile == "true"
     how = (recipe, device, dtype, compiled, arguments.baseline)
     kinds = [*DISPERSED, *((BASELINES if device.type == "cpu" else BASELINES[:1]) if arguments.baseline else ())]
     matmul_size = 8192 if device.type == "cuda" else 2048
@@ -241,7 +243,7 @@ def training_step(
         assert baseline is not None
         return nanogpt_step(kind, recipe, rows, device, baseline)
     if device.type == "cpu":
-        distributed.keep_memory()
+        hardware.keep_memory()
     torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
     objective = Objective(recipe.model).to(device)
     optimizers = optim.build_optimizers(objective.model, optim.OptimConfig(lr=1e-3))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from nanodisp import DispersionLoss, arguments
+from nanodisp import DispersionLoss, cli
 from nanodisp.errors import UserError, first_line, optional
 
 
@@ -53,9 +53,9 @@ class DispersionTrainer(Trainer):
 class ExampleConfig:
     """model: a folder or a hub id. data: a text file. to: where the trained model goes. Lengths in tokens."""
 
-    model: str = arguments.MISSING
-    data: str = arguments.MISSING
-    to: str = arguments.MISSING
+    model: str = cli.MISSING
+    data: str = cli.MISSING
+    to: str = cli.MISSING
     lambda_disp: float = 0.1
     max_tokens: int = 256
     block_size: int = 256
@@ -98,7 +98,7 @@ def read_blocks(path: str, tokenizer: Any, block_size: int) -> list[dict[str, to
 
 
 def main(argv: Sequence[str]) -> None:
-    config = arguments.parse(ExampleConfig, argv)
+    config = cli.parse(ExampleConfig, argv)
     optional("accelerate")  # the Trainer's own message spans a page
     if Path(config.to).is_file():
         raise UserError(f"to={config.to} is a file: give a folder")
@@ -130,4 +130,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    arguments.run(main)
+    cli.run(main)

@@ -15,15 +15,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nanodisp.generation import generate
+from nanodisp.multiple_choice import Question, accuracy, read_questions, write_questions
+from nanodisp.tokenizer import ByteTokenizer
 from test_hf import export, ours, write_run
 from test_multiple_choice import naive
 
 from nanodisp import evaluate, hf
 from nanodisp.distributed import World
 from nanodisp.errors import UserError
-from nanodisp.generation import generate
-from nanodisp.multiple_choice import Question, accuracy, read_questions, write_questions
-from nanodisp.tokenizer import ByteTokenizer
 
 lm_eval, datasets = pytest.importorskip("lm_eval"), pytest.importorskip("datasets")
 pytest.importorskip("lm_eval.evaluator")

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import records
+from nanodisp.loader import open_corpus
 from omegaconf import OmegaConf
 
 from nanodisp.errors import UserError
-from nanodisp.loader import open_corpus
 
 Run = Callable[..., Path]
 STEPS = ("train.steps=4", "train.eval_windows=2", "train.log_interval=1", "train.batch_size=2")

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from nanodisp.hf_tokenizer import build_tokenizer, merged_from
+from nanodisp.tokenizer import from_ranks
 from test_hf import export, theirs, transformers, write_run
 
 from nanodisp import checkpoint, hf
 from nanodisp.errors import UserError
-from nanodisp.hf_tokenizer import build_tokenizer, merged_from
-from nanodisp.tokenizer import from_ranks
 
 pytest.importorskip("tokenizers")
 

@@ -12,15 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY, command, compose, losses, records, weights, write_run
+from nanodisp.gpt import GPT, GPTConfig
+from nanodisp.intervention import InterventionConfig, add_noise, load_teacher, soft_targets
+from nanodisp.loader import Loader, open_corpus
 from torch import Tensor
 
 import train
 from nanodisp import checkpoint, hf
 from nanodisp.dispersion import DispersionLoss, sample_positions
 from nanodisp.errors import UserError
-from nanodisp.gpt import GPT, GPTConfig
-from nanodisp.intervention import InterventionConfig, add_noise, load_teacher, soft_targets
-from nanodisp.loader import Loader, open_corpus
 from nanodisp.report import make_rows
 from nanodisp.runs import read_runs
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nanodisp.kernels import FAMILY, cpu, pairwise
 from torch import Tensor, nn
 
 from nanodisp import kernels
 from nanodisp.dispersion import COSINE_MARGIN, NORM_EPS, VARIANTS, DispersionConfig, DispersionLoss
-from nanodisp.kernels import FAMILY, cpu, pairwise
 
 triton = pytest.importorskip("triton")
 from nanodisp.kernels import gpu  # noqa: E402

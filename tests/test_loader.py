@@ -10,10 +10,10 @@ import torch
 from conftest import write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nanodisp.loader import Loader, open_corpus, permute, prefetch, spread_windows
 
 from nanodisp import shards
 from nanodisp.errors import UserError
-from nanodisp.loader import Loader, open_corpus, permute, prefetch, spread_windows
 
 
 @pytest.fixture(scope="module")

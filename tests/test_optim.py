@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
 from nanodisp.gpt import GPT, GPTConfig
 from nanodisp.optim import (
     OptimConfig,

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from nanodisp import corpus
-from nanodisp.errors import UserError
 from nanodisp.prepare import DATA, DataConfig, prepare, prepare_documents
 from nanodisp.shards import Manifest, open_split, read_shard, verify
 from nanodisp.tokenizer import load_tokenizer
+
+from nanodisp import corpus
+from nanodisp.errors import UserError
 
 EOT = 256
 

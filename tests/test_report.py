@@ -17,12 +17,12 @@ import pytest
 from conftest import write_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nanodisp.tables import QUANTITIES, make_layer_table, make_rows, make_table, make_task_table, paired_interval
 from scipy import stats
 
 from nanodisp import report
 from nanodisp.errors import UserError
 from nanodisp.runs import read_runs
-from nanodisp.tables import QUANTITIES, make_layer_table, make_rows, make_table, make_task_table, paired_interval
 
 
 @pytest.fixture(scope="module")

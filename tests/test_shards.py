@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from nanodisp.errors import UserError
 from nanodisp.shards import (
     Manifest,
     check_tokens,
@@ -19,6 +17,8 @@ from nanodisp.shards import (
     verify,
     write_shard,
 )
+
+from nanodisp.errors import UserError
 
 
 def llmc_bytes(tokens, magic=20240520, version=1, n_tokens=None, code="H"):

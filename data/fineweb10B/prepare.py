@@ -8,9 +8,9 @@ The manifest that is written beside them knows no bytes per token: nobody publis
 from collections.abc import Callable
 from pathlib import Path
 
+from nanodisp.data.prepare import DATA, DataConfig, main
+from nanodisp.data.shards import MANIFEST, Manifest, describe_shard
 from nanodisp.errors import UserError
-from nanodisp.prepare import DATA, DataConfig, main
-from nanodisp.shards import MANIFEST, Manifest, describe_shard
 
 REPO = "kjj0/fineweb10B-gpt2"
 PUBLISHED = 103

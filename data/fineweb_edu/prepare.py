@@ -7,8 +7,8 @@ had done is streamed past again. Needs `pip install 'nanodisp[data]'`.
 
 from pathlib import Path
 
-from nanodisp.corpus import read_hub
-from nanodisp.prepare import DataConfig, main, prepare_documents
+from nanodisp.data.documents import read_hub
+from nanodisp.data.prepare import DataConfig, main, prepare_documents
 
 REPO = "HuggingFaceFW/fineweb-edu"
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanodisp import arguments
-from nanodisp.corpus import read_hub
+from nanodisp import cli
+from nanodisp.data.documents import read_hub
+from nanodisp.data.questions import Question, write_questions
+from nanodisp.data.tokenizer import Tokenizer, load_tokenizer
 from nanodisp.errors import UserError
-from nanodisp.multiple_choice import Question, write_questions
-from nanodisp.tokenizer import Tokenizer, load_tokenizer
 
 REPO = "Rowan/hellaswag"
 
@@ -49,7 +49,7 @@ def questions(rows: Iterable[dict[str, Any]], tokenizer: Tokenizer) -> Iterator[
 
 
 def main(argv: Sequence[str], repo: str = REPO) -> None:
-    config = arguments.parse(HellaSwagConfig, argv)
+    config = cli.parse(HellaSwagConfig, argv)
     tokenizer = load_tokenizer(config.tokenizer)
     rows = rows_of(Path(config.path)) if config.path else read_hub(repo, None, "validation", None)
     out = Path(config.out or Path(__file__).with_name(f"hellaswag_val-{tokenizer.name}.bin"))
@@ -59,4 +59,4 @@ def main(argv: Sequence[str], repo: str = REPO) -> None:
 
 
 if __name__ == "__main__":
-    arguments.run(main)
+    cli.run(main)

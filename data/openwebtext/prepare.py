@@ -6,8 +6,8 @@ Needs `pip install 'nanodisp[data]'`.
 
 from pathlib import Path
 
-from nanodisp.corpus import read_hub
-from nanodisp.prepare import DataConfig, main, prepare_documents
+from nanodisp.data.documents import read_hub
+from nanodisp.data.prepare import DataConfig, main, prepare_documents
 
 REPO = "Skylion007/openwebtext"
 

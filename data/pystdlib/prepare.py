@@ -9,8 +9,8 @@ import platform
 import sysconfig
 from pathlib import Path
 
+from nanodisp.data.prepare import DataConfig, main, prepare_files
 from nanodisp.errors import UserError
-from nanodisp.prepare import DataConfig, main, prepare_files
 
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 

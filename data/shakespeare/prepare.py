@@ -6,9 +6,9 @@ The last tenth is for validation, as nanoGPT has it.
 from pathlib import Path
 from urllib.request import urlopen
 
+from nanodisp.data.prepare import DataConfig, main, prepare_files
 from nanodisp.errors import UserError
-from nanodisp.prepare import DataConfig, main, prepare_files
-from nanodisp.shards import write_whole
+from nanodisp.files import write_whole
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 

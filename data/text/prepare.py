@@ -9,9 +9,9 @@ that this prints>` instead.
 
 from pathlib import Path
 
-from nanodisp.corpus import find_files
+from nanodisp.data.documents import find_files
+from nanodisp.data.prepare import DataConfig, main, prepare_files
 from nanodisp.errors import UserError
-from nanodisp.prepare import DataConfig, main, prepare_files
 
 
 def prepare(config: DataConfig) -> Path:

@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from nanodisp.corpus import Piece, cut, read_hub
-from nanodisp.prepare import DataConfig, main, prepare_pieces
+from nanodisp.data.documents import Piece, cut, read_hub
+from nanodisp.data.prepare import DataConfig, main, prepare_pieces
 
 REPO = "Salesforce/wikitext"
 TITLE = re.compile(r" = [^=].* = \n")  # of an article; its sections have two signs or more

@@ -1,0 +1,1 @@
+"""Measuring embedding condensation: hidden states in, numbers and pictures out."""

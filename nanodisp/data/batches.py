@@ -1,0 +1,153 @@
+"""Batches as a pure function of (seed, step).
+
+The corpus is cut into windows of block_size tokens, side by side. An epoch visits every
+window exactly once, in an order that (seed, epoch) decides; sequence number i of the run
+is window i mod W of epoch i div W. So a resumed run needs no loader state, and any number
+of ranks or micro-batches sees the same global batch. Windows may span documents.
+
+The order is a Feistel network on the window's number, not a shuffled list: the same
+shuffle in constant memory, for a corpus of any size, whatever numpy's version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanodisp.data.shards import Tokens, check_tokens
+from nanodisp.errors import UserError
+
+FEISTEL_ROUNDS = 6
+AT_ONCE = 1024  # windows whose order is worked out together: for a few of them numpy's calls cost more than their work
+
+
+class Batches:
+    """Global batches of windows drawn from one split.
+
+    Args:
+        tokens: the split.
+        block_size: tokens of a window; its targets are the same window one token on.
+        batch_size: sequences of the global batch.
+        seed: decides the order.
+        vocab_size: every token id must lie below it.
+
+    Raises UserError when the split holds no whole window.
+    """
+
+    def __init__(self, tokens: Tokens, *, block_size: int, batch_size: int, seed: int, vocab_size: int) -> None:
+        self.tokens, self.block_size, self.batch_size = tokens, block_size, batch_size
+        self.seed, self.vocab_size = seed, vocab_size
+        self.n_windows = count_windows(tokens, block_size)
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))  # the group of steps asked for last, its windows
+
+    def windows(self, step: int) -> np.ndarray:
+        """The windows of the global batch of `step` (from 0), int64 [batch_size]."""
+        steps = -(-AT_ONCE // self.batch_size)
+        group, row = divmod(step, steps)
+        known, order = self._order
+        if group != known:
+            order = self._order_of(group * steps, (group + 1) * steps)
+            self._order = (group, order)
+        return order[row]
+
+    def _order_of(self, start: int, stop: int) -> np.ndarray:
+        """The windows of steps start to stop - 1, int64 [stop - start, batch_size]."""
+        sequence = np.arange(start * self.batch_size, stop * self.batch_size)
+        epoch, index = np.divmod(sequence, self.n_windows)
+        chosen = np.empty_like(index)
+        for e in range(epoch[0], epoch[-1] + 1):
+            chosen[epoch == e] = permute(index[epoch == e], self.n_windows, (self.seed, e))
+        return chosen.reshape(-1, self.batch_size)
+
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[Tensor, Tensor]:
+        """This rank's rows of the global batch of `step`: idx and targets, int64 [batch_size / world_size, T].
+
+        Raises UserError for a token id outside the vocabulary.
+        """
+        rows = self.batch_size // world_size
+        return read_windows(
+            self.tokens, self.windows(step)[rank * rows : (rank + 1) * rows], self.block_size, self.vocab_size
+        )
+
+
+def count_windows(tokens: Tokens, block_size: int) -> int:
+    """Whole windows (with their last target) in a split; raises UserError when there is none."""
+    n_windows = (len(tokens) - 1) // block_size
+    if n_windows < 1:
+        raise UserError(
+            f"model.block_size={block_size} needs {block_size + 1} tokens, but a split of {tokens.paths[0].parent} "
+            f"has {len(tokens)}: take a smaller block_size, more text or another data.val_fraction"
+        )
+    return n_windows
+
+
+def read_windows(tokens: Tokens, windows: np.ndarray, block_size: int, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """idx and targets of these windows, int64 [len(windows), T]; raises UserError for a foreign token id."""
+    rows = np.empty((len(windows), block_size + 1), dtype=tokens.dtype)
+    for row, window in zip(rows, windows.tolist(), strict=True):
+        row[:] = tokens.read(window * block_size, (window + 1) * block_size + 1)
+    check_tokens(rows, vocab_size, tokens.paths[0].parent)
+    return torch.from_numpy(rows[:, :-1].astype(np.int64)), torch.from_numpy(rows[:, 1:].astype(np.int64))
+
+
+def permute(index: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
+    """A permutation of range(n) that `key` (non-negative integers) decides, applied to `index`.
+
+    A balanced Feistel network over the smallest even number of bits that holds n - 1,
+    walked on from any value that lands outside of the range (Black & Rogaway 2002).
+    """
+    half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
+    half, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
+    round_keys = np.random.SeedSequence(key).generate_state(FEISTEL_ROUNDS, np.uint64)
+
+    value = index.astype(np.uint64)
+    outside = np.ones(value.shape, dtype=bool)
+    while outside.any():
+        left, right = value[outside] >> half, value[outside] & mask
+        for round_key in round_keys:
+            left, right = right, left ^ (_mix(right ^ round_key) & mask)
+        value[outside] = left << half | right
+        outside = value >= n
+    return value.astype(np.int64)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser: every bit of x moves every bit of the result."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def prefetch(
+    batches: Batches, steps: Iterable[int], device: torch.device, rank: int = 0, world_size: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of `steps` on `device`, read ahead by one in a thread; on CUDA from pinned memory."""
+
+    def read(step: int) -> tuple[Tensor, Tensor]:
+        x, y = batches.batch(step, rank, world_size)
+        return (x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)
+
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        ahead = None
+        for step in steps:
+            current, ahead = ahead, reader.submit(read, step)
+            if current is not None:
+                yield _to(device, current.result())
+        if ahead is not None:
+            yield _to(device, ahead.result())
+
+
+def _to(device: torch.device, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    x, y = batch
+    return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+
+def spread_windows(n_windows: int, wanted: int | None) -> np.ndarray:
+    """`wanted` window numbers spread evenly over n_windows (all of them for None), int64: a fixed validation set."""
+    if wanted is None or wanted >= n_windows:
+        return np.arange(n_windows)
+    return np.arange(wanted) * n_windows // wanted

@@ -1,0 +1,72 @@
+"""A corpus: a folder of shards, opened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanodisp.data.prepare import DataConfig, prepare
+from nanodisp.data.shards import MANIFEST, Manifest, Tokens, open_split
+from nanodisp.data.tokenizer import vocab_size_of
+from nanodisp.distributed.world import World
+
+CHUNK = 1 << 20  # tokens read at a time where all of them are looked at
+CHARACTERS = "meta.pkl"  # lies beside nanoGPT's shards of characters
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A folder of shards, opened.
+
+    tokenizer: a spec for `load_tokenizer`, "none" where the tokens have no text that we know.
+    vocab_size: None when nothing but the tokenizer itself, or the tokens, tells.
+    bytes_per_token: of the validation split, None when nothing tells.
+    """
+
+    folder: Path
+    train: Tokens
+    val: Tokens
+    tokenizer: str
+    vocab_size: int | None
+    bytes_per_token: float | None
+
+
+def open_for(config: DataConfig, world: World) -> Corpus:
+    """The corpus of a run: rank 0 prepares it if need be, the other ranks wait for it."""
+    if not world.is_main:
+        world.barrier()
+    corpus = open_corpus(prepare(config), config.tokenizer)
+    if world.is_main:
+        world.barrier()
+    return corpus
+
+
+def open_corpus(folder: Path, tokenizer: str) -> Corpus:
+    """Open both splits; `tokenizer` is the spec for shards that come without a manifest.
+
+    nanoGPT's `meta.pkl` beside them says that they are characters, not GPT-2's tokens. It is a pickle: never opened.
+
+    Raises UserError as `open_split` does.
+    """
+    train, val = open_split(folder, "train"), open_split(folder, "val")
+    if not (folder / MANIFEST).exists():
+        characters = tokenizer == "gpt2" and (folder / CHARACTERS).exists()
+        return Corpus(folder, train, val, "none" if characters else tokenizer, None, None)
+    manifest = Manifest.load(folder)
+    beside = folder / manifest.tokenizer  # a .tiktoken file, if it is one
+    spec = str(beside) if beside.is_file() else manifest.tokenizer
+    return Corpus(folder, train, val, spec, manifest.vocab_size, manifest.bytes_per_token.get("val"))
+
+
+def count_vocabulary(corpus: Corpus) -> int:
+    """The vocabulary size: the manifest's or the tokenizer's; without either one more than the highest token there is.
+
+    The last reads all tokens. Raises UserError for a tokenizer that is not there.
+    """
+    if corpus.vocab_size is not None:
+        return corpus.vocab_size
+    if corpus.tokenizer != "none":
+        return vocab_size_of(corpus.tokenizer)
+    splits = (corpus.train, corpus.val)
+    chunks = (s.read(start, min(start + CHUNK, len(s))) for s in splits for start in range(0, len(s), CHUNK))
+    return 1 + max(int(chunk.max()) for chunk in chunks)

@@ -1,0 +1,188 @@
+"""Text to tokens and back: bytes, GPT-2's BPE, or a `.tiktoken` file, behind one small interface.
+
+A tokenizer is named by a spec, the same string in the config, in a manifest and in a
+checkpoint: "byte", "gpt2", or the path of a `.tiktoken` file (one token a line: its bytes
+in base64, a space, its rank). tiktoken is imported only when a spec asks for it. "none" is
+the spec of shards whose tokens nobody can turn into text: they are trained on all the same.
+
+No text encodes to the end-of-text token, not even its name: what a document says is text.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from nanodisp.errors import UserError
+
+if TYPE_CHECKING:
+    from tiktoken import Encoding
+
+# What the published encodings cut text by before they merge bytes.
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+CL100K_PATTERN = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+|"""
+    r""" ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"""
+)
+O200K_PATTERN = (
+    r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"""
+    r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"""
+    r"""\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+)
+GPT2_VOCAB_SIZE = 50_257
+# A file of ranks does not tell its pattern or its end-of-text token; the published ones are
+# known by their number of ranks (both of these leave one id unused before end-of-text).
+PUBLISHED = {100_256: (CL100K_PATTERN, 100_257), 199_998: (O200K_PATTERN, 199_999)}
+
+
+class Tokenizer(Protocol):
+    """What the rest of nanodisp knows of a tokenizer.
+
+    name: "byte", "gpt2" or a `.tiktoken` file's name without its suffix.
+    vocab_size: ids run from 0 to vocab_size - 1.
+    eot: the id of the end-of-text token, which closes every document.
+    """
+
+    name: str
+    vocab_size: int
+    eot: int
+
+    def encode(self, text: str) -> np.ndarray:
+        """Tokens of `text`, 1-D: uint16, or uint32 if vocab_size > 65,536.
+
+        Half of a surrogate pair, which UTF-8 cannot hold, is read as "?".
+        """
+        ...
+
+    def decode_bytes(self, tokens: Iterable[int]) -> bytes:
+        """The bytes that the tokens stand for: UTF-8, but a character may span two tokens.
+
+        Ids that are not text, end-of-text and unused ones, give nothing.
+        """
+        ...
+
+
+class ByteTokenizer:
+    """The 256 bytes of UTF-8 and an end-of-text token."""
+
+    name = "byte"
+    vocab_size = 257
+    eot = 256
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(np.uint16)
+
+    def decode_bytes(self, tokens: Iterable[int]) -> bytes:
+        return bytes(token for token in tokens if token < self.eot)
+
+
+class TiktokenTokenizer:
+    """A tiktoken encoding of which only the ordinary tokens and one end-of-text token are used.
+
+    Args:
+        encoding: the tiktoken encoding.
+        n_text: how many tokens stand for text; their ids are 0 to n_text - 1.
+        eot: the end-of-text id, n_text or more; the vocabulary ends with it.
+    """
+
+    def __init__(self, name: str, encoding: Encoding, n_text: int, eot: int) -> None:
+        self.name = name
+        self.encoding = encoding
+        self.n_text = n_text
+        self.eot = eot
+        self.vocab_size = eot + 1
+        self.dtype = np.uint16 if self.vocab_size <= 65_536 else np.uint32
+
+    def encode(self, text: str) -> np.ndarray:
+        try:
+            tokens = self.encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:
+            tokens = self.encoding.encode_to_numpy(text.encode("utf-8", "replace").decode(), disallowed_special=())
+        return tokens.astype(self.dtype)
+
+    def decode_bytes(self, tokens: Iterable[int]) -> bytes:
+        return self.encoding.decode_bytes([int(token) for token in tokens if token < self.n_text])
+
+
+def vocab_size_of(spec: str) -> int:
+    """The vocabulary size of a spec; GPT-2's is known without the file that its tokenizer needs."""
+    return GPT2_VOCAB_SIZE if spec == "gpt2" else load_tokenizer(spec).vocab_size
+
+
+def load_tokenizer(spec: str | Path, folder: Path = Path()) -> Tokenizer:
+    """The tokenizer that a spec names: "byte", "gpt2" or the path of a `.tiktoken` file.
+
+    Args:
+        spec: a relative path is taken from `folder`.
+        folder: of the shards, if the spec comes from their manifest.
+
+    Raises:
+        UserError: unknown spec or "none", missing or broken file, or GPT-2's ranks cannot be had.
+    """
+    if str(spec) == "byte":
+        return ByteTokenizer()
+    if str(spec) == "gpt2":
+        return _published_gpt2()
+    if str(spec).endswith(".tiktoken"):
+        return from_ranks(folder / spec, _read_ranks(folder / spec))
+    if str(spec) == "none":
+        raise UserError("tokenizer=none knows no text; choose byte, gpt2 or the path of a .tiktoken file")
+    raise UserError(f"tokenizer={spec} is unknown; choose byte, gpt2 or the path of a .tiktoken file")
+
+
+def _published_gpt2() -> TiktokenTokenizer:
+    import tiktoken
+
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError) as error:  # requests' errors are OSErrors, a wrong hash is a ValueError
+        raise UserError(
+            "tokenizer=gpt2 needs its vocabulary once from the network or from the folder that TIKTOKEN_CACHE_DIR "
+            f"names, and neither has it ({type(error).__name__}); offline, give the path of a .tiktoken file instead"
+        ) from error
+    return TiktokenTokenizer("gpt2", encoding, n_text=50_256, eot=50_256)
+
+
+def from_ranks(path: Path, ranks: dict[bytes, int]) -> TiktokenTokenizer:
+    """A tokenizer of token bytes -> rank that came from `path`; UserError for ranks that can not encode any text."""
+    import tiktoken
+
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise UserError(
+            f"{path}: the ranks of its {len(ranks)} different tokens are not 0 to {len(ranks) - 1}, each once"
+        )
+    if b"" in ranks or any(bytes([byte]) not in ranks for byte in range(256)):
+        raise UserError(f"{path} must hold each of the 256 single bytes and no empty token, to encode any text")
+    pattern, eot = PUBLISHED.get(len(ranks), (GPT2_PATTERN, len(ranks)))
+    encoding = tiktoken.Encoding(
+        path.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": eot}
+    )
+    return TiktokenTokenizer(path.stem, encoding, n_text=len(ranks), eot=eot)
+
+
+def write_ranks(path: Path, tokenizer: TiktokenTokenizer) -> None:
+    """Write a `.tiktoken` file."""
+    tokens = map(tokenizer.encoding.decode_single_token_bytes, range(tokenizer.n_text))
+    path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)))
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    """Token bytes -> rank."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except (OSError, ValueError) as error:  # a ValueError: a name that no file can have
+        raise UserError(f"tokenizer file {path} cannot be read: {error}") from error
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError as error:
+            raise UserError(f"{path} line {number} is not a token in base64 and its rank: {line[:40]!r}") from error
+    return ranks

@@ -1,0 +1,80 @@
+"""What the CPU and the GPU kernel of the pairwise-cosine family share.
+
+Every member is a function of S = sum_{i!=j} w(c_ij) over the cosines of one sequence, and its
+gradient with respect to u_i is a factor, known once S is, times sum_{j!=i} h(c_ij) u_j:
+
+    variant            s                w          h                    loss
+    angular            arcsin(c~) / pi  exp(s/tau) w / sqrt(1 - c~^2)   log(S / P) - 1 / (2 tau)
+    orthogonalization  arcsin(c~) / pi  max(0,s)^2 s+ / sqrt(1 - c~^2)  S / P
+    cosine             c                exp(s/tau) w                    log(S / P)
+
+with P = N (N - 1) pairs, c~ the clamped cosine and s+ = max(0, s). The angle D = arccos(c~) / pi of the
+formulas is 1/2 - s; centred like this, w stays within exp(+-0.27 / tau) and no maximum has to
+be found first, so that w, S and the sum over h u can all be had in one pass.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..formulas import COSINE_MARGIN
+
+FAMILY = ("angular", "orthogonalization", "cosine")
+
+LARGEST_EXPONENT = 40.0  # exp(40), its square and its inverse are float32s, times 10^3 or more at that
+
+
+def arcsin_coefficients(degree: int) -> tuple[float, ...]:
+    """a_0..a_degree with arcsin(c) = c * sum_k a_k c^(2k) on the clamped band |c| <= 1 - margin.
+
+    A Chebyshev fit in c^2. Its error relative to arcsin is 1.1e-4 at degree 3, 7e-8 at degree 7.
+    """
+    fit = np.polynomial.Chebyshev.interpolate(
+        lambda squared: np.arcsin(np.sqrt(squared)) / np.sqrt(squared), degree, domain=[0, (1 - COSINE_MARGIN) ** 2]
+    )
+    return tuple(float(a) for a in fit.convert(kind=np.polynomial.Polynomial).coef)
+
+
+def slope_at_edge(variant: str, tau: float) -> float:
+    """h at the upper edge of the clamped band, where it is largest (1 for cosine, which has no band).
+
+    All pairs of condensed tokens lie there. Divided by this, their h is 1 and survives rounding.
+    """
+    if variant == "cosine":
+        return 1.0
+    s = math.asin(1 - COSINE_MARGIN) / math.pi
+    w = math.exp(s / tau) if variant == "angular" else s
+    return w / math.sqrt(1 - (1 - COSINE_MARGIN) ** 2)
+
+
+def smallest_tau(variant: str) -> float:
+    """Below this temperature exp(s / tau) leaves float32's range (orthogonalization has none)."""
+    largest_s = {"angular": math.asin(1 - COSINE_MARGIN) / math.pi, "cosine": 1.0, "orthogonalization": 0.0}
+    return largest_s[variant] / LARGEST_EXPONENT
+
+
+def loss_and_factor(total: Tensor, variant: str, tau: float, n_tokens: int) -> tuple[Tensor, Tensor]:
+    """S of each sequence [B] -> its loss [B], and the factor [B] from sum_j h_ij u_j to dloss/du_i.
+
+    Each unordered pair counts twice in S, which is where the 2 of the factors comes from.
+    """
+    n_pairs = n_tokens * (n_tokens - 1)
+    if variant == "orthogonalization":
+        return total / n_pairs, (4 / math.pi / n_pairs) * total.new_ones(total.shape)
+    log_mean = (total / n_pairs).log()
+    if variant == "cosine":
+        return log_mean, 2 / (tau * total)
+    return log_mean - 1 / (2 * tau), 2 / (math.pi * tau * total)
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the dz that is kept for a z of this dtype: its own, but bfloat16 for float16.
+
+    dz is kept before the incoming gradient, and with it the scale that float16 training relies on, is
+    multiplied in: it lies below float16's range.
+    """
+    return torch.bfloat16 if dtype == torch.float16 else dtype

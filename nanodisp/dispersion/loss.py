@@ -1,0 +1,66 @@
+"""`DispersionLoss`: a formula as a loss to minimise, by the fastest backend that can compute it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import kernels
+from .formulas import VARIANTS
+
+BACKENDS = ("auto", "reference", "triton", "cpu")
+
+
+class DispersionLoss(nn.Module):
+    """Dispersion of hidden states as a loss to minimise.
+
+    Args:
+        variant: a key of `VARIANTS`; "angular" is the paper's.
+        tau: temperature, > 0 (unused by orthogonalization, decorrelation and variance).
+        backend: "reference" computes the formula as written below; "triton" (on a GPU) and "cpu" are
+            fused kernels of angular, orthogonalization and cosine, many times faster and smaller;
+            "auto" takes the fused kernel where there is one and the reference elsewhere. A fused loss
+            can be differentiated once: what needs second derivatives needs "reference".
+
+    Shapes:
+        z ``[B, N, F]``, any floating dtype, N >= 2 -> scalar, float32 (float64 for float64
+        z), the mean over B.
+
+    Raises:
+        ValueError: unknown variant or backend, tau not positive, z not of that shape, or a backend
+            that cannot serve.
+    """
+
+    def __init__(self, variant: str = "angular", tau: float = 1.0, backend: str = "auto") -> None:
+        super().__init__()
+        if variant not in VARIANTS:
+            raise ValueError(f"unknown dispersion variant {variant!r}; choose one of {', '.join(VARIANTS)}")
+        if not tau > 0:
+            raise ValueError(f"tau={tau} must be positive")
+        check_backend(backend, variant, tau)
+        self.variant = variant
+        self.tau = tau
+        self.backend = backend
+
+    def extra_repr(self) -> str:
+        return f"variant={self.variant!r}, tau={self.tau}, backend={self.backend!r}"
+
+    def forward(self, z: Tensor) -> Tensor:
+        if z.dim() != 3 or z.size(1) < 2 or not z.is_floating_point():
+            raise ValueError(f"z must be floating point [B, N, F] with N >= 2, not {z.dtype} {list(z.shape)}")
+        backend = kernels.choose(self.backend, self.variant, self.tau, z)
+        if backend != "reference":
+            return kernels.pairwise_dispersion(z, self.variant, self.tau, backend)
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
+            return VARIANTS[self.variant](z, self.tau).mean().to(z.dtype)
+
+
+def check_backend(backend: str, variant: str, tau: float) -> None:
+    """Raises a ValueError for a backend that is unknown or, whatever the tensor, cannot serve."""
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown dispersion backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    if backend in ("triton", "cpu"):
+        reason = kernels.why_not(backend, variant, tau)
+        if reason is not None:
+            raise ValueError(f"backend={backend} cannot serve {reason}; use backend=auto or backend=reference")

@@ -1,0 +1,121 @@
+"""The loss in training: which layers, which tokens, which weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .formulas import VARIANTS
+from .loss import check_backend
+
+
+@dataclass
+class DispersionConfig:
+    """The dispersion loss in training; 0 for `lambda_disp` turns it off.
+
+    variant: which formula, a key of `VARIANTS`.
+    lambda_disp: weight of the loss beside cross-entropy.
+    tau: temperature of the formulas that have one.
+    layers: "all" (every layer after the embedding), "last", "first_half", "last_half", or
+        a list of indices into the model's hidden states (0 is the embedding output,
+        n_layer the last layer; negative ones count from the end).
+    max_tokens: tokens of a sequence that the loss looks at, drawn anew for every layer and
+        step, the same positions for all sequences; null for all.
+    schedule: `lambda_disp` over the run: "constant", "warmup" (linear from 0 over the first
+        `warmup_fraction` of the steps, then constant) or "cosine" (decays to 0 at the end).
+    warmup_fraction: see `schedule`, as a share of all steps.
+    backend: "auto", "reference", "triton" or "cpu"; see `DispersionLoss`.
+    """
+
+    variant: str = "angular"
+    lambda_disp: float = 0.1
+    tau: float = 1.0
+    layers: Any = "all"
+    max_tokens: int | None = 256
+    schedule: str = "constant"
+    warmup_fraction: float = 0.1
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise ValueError(f"dispersion.variant={self.variant} is unknown; choose one of {', '.join(VARIANTS)}")
+        if self.schedule == "linear":
+            raise ValueError("dispersion.schedule=linear is now called dispersion.schedule=warmup")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"dispersion.schedule={self.schedule} is unknown; choose one of {', '.join(SCHEDULES)}")
+        if not 0 <= self.lambda_disp < math.inf:
+            raise ValueError(f"dispersion.lambda_disp={self.lambda_disp} must be 0 (off) or a positive number")
+        if not 0 < self.tau < math.inf:
+            raise ValueError(f"dispersion.tau={self.tau} must be a positive number")
+        if self.max_tokens is not None and self.max_tokens < 2:
+            raise ValueError(f"dispersion.max_tokens={self.max_tokens}: a pair needs 2 tokens; null takes all")
+        if not 0 < self.warmup_fraction <= 1:
+            raise ValueError(f"dispersion.warmup_fraction={self.warmup_fraction} must lie in (0, 1]")
+        check_backend(self.backend, self.variant, self.tau)
+
+
+def select_layers(layers: str | Sequence[int], n_layer: int) -> list[int]:
+    """Indices into a model's n_layer + 1 hidden states (0 is the embedding output).
+
+    Raises ValueError for a name or an index that the model does not have.
+    """
+    named = {
+        "all": range(1, n_layer + 1),
+        "last": range(n_layer, n_layer + 1),
+        "first_half": range(1, n_layer // 2 + 1),
+        "last_half": range(n_layer // 2 + 1, n_layer + 1),
+    }
+    if isinstance(layers, str) and layers in named:
+        chosen = list(named[layers])
+    elif isinstance(layers, str) or not isinstance(layers, Sequence):
+        raise ValueError(f"dispersion.layers={layers} is unknown; choose {', '.join(named)} or a list of indices")
+    else:
+        for layer in layers:
+            if type(layer) is not int or not -n_layer - 1 <= layer <= n_layer:
+                raise ValueError(f"dispersion.layers names {layer!r}; the model has hidden states 0 to {n_layer}")
+        chosen = sorted({int(layer) % (n_layer + 1) for layer in layers})
+    if not chosen:
+        raise ValueError(f"dispersion.layers={layers} selects no layer of a model with n_layer={n_layer}")
+    return chosen
+
+
+def sample_positions(seed: int, step: int, layers: Sequence[int], n_tokens: int, max_tokens: int | None) -> Tensor:
+    """Which tokens the loss looks at: int64 [len(layers), min(n_tokens, max_tokens)] on the CPU.
+
+    A row is drawn without replacement by a generator that (seed, step, layer) alone decides,
+    and sorted, so that it is the same whichever other layers, ranks or micro-batches there are.
+    """
+    if max_tokens is None or max_tokens >= n_tokens:
+        return torch.arange(n_tokens).repeat(len(layers), 1)
+    generator = torch.Generator()
+    rows = []
+    for layer in layers:
+        generator.manual_seed(int(np.random.SeedSequence((seed, step, layer)).generate_state(1, np.uint64)[0] >> 1))
+        rows.append(torch.randperm(n_tokens, generator=generator)[:max_tokens].sort().values)
+    return torch.stack(rows)
+
+
+def _warmup(progress: float, warmup_fraction: float) -> float:
+    return min(1.0, progress / warmup_fraction)
+
+
+def _cosine_decay(progress: float, warmup_fraction: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+SCHEDULES: dict[str, Callable[[float, float], float]] = {
+    "constant": lambda progress, warmup_fraction: 1.0,
+    "warmup": _warmup,
+    "cosine": _cosine_decay,
+}
+
+
+def lambda_at(config: DispersionConfig, step: int, total_steps: int) -> float:
+    """The weight of the loss at `step` (from 0) of `total_steps`, by the config's schedule."""
+    return config.lambda_disp * SCHEDULES[config.schedule](step / total_steps, config.warmup_fraction)

@@ -1,0 +1,150 @@
+"""How a model lies on the ranks: whole on each (DDP) or in shares (FSDP), and its blocks recomputed or not.
+
+With DDP every rank holds the whole model. With FSDP (Zhao et al., arXiv 2304.11277; torch's `fully_shard`) each holds
+an equal share of every weight, its gradient and its optimizer state, and the ranks put a block together just before
+they need it. So they must call the model equally often, and what leaves the ranks or comes to them (a checkpoint, a
+norm) goes through `gather`, `scatter` and `whole`, which leave tensors that are not sharded as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from nanodisp.distributed.world import World
+
+PARALLEL = ("ddp", "fsdp")
+
+
+class Model(Protocol):
+    """What is laid out: a module that names its blocks."""
+
+    @property
+    def blocks(self) -> nn.ModuleList: ...
+
+
+def place(
+    module: nn.Module, model: Model, world: World, *, parallel: str, compiled: bool, recomputed: bool
+) -> nn.Module:
+    """Lay a module around `model` out on the ranks: compiled, recomputed and shared as asked for.
+
+    Args:
+        module: what training calls, with `model` inside.
+        model: with `blocks`, the unit of sharding and recomputation.
+        parallel: "ddp" or "fsdp"; one process alone is the same under both.
+
+    Returns what to call from now on.
+    """
+    if compiled:
+        torch.compiler.reset()  # an earlier run of a sweep compiled other shapes
+        module.compile(dynamic=False)
+    if recomputed:
+        for block in model.blocks:
+            recompute(block, compiled)
+    if world.size == 1:
+        return module
+    if parallel == "fsdp":
+        shard(cast(nn.Module, model), model.blocks, world)
+        return module
+    return DistributedDataParallel(module)
+
+
+def shard(model: nn.Module, blocks: nn.ModuleList, world: World) -> None:
+    """FSDP: leave each rank its share of `model`'s weights, one of `blocks` a unit and the rest another.
+
+    Every rank comes with the same weights. They stay float32, and so does what ranks send each other:
+    matrix products in 16 bits are autocast's, as with DDP, so that hidden states and their dispersion
+    are the same in any layout. FSDP's own mixed precision would send half as much, but would keep
+    the residual stream and the LayerNorms in bfloat16. The price: autocast's 16-bit copies of a
+    block's matrices stay from forward to backward, unless the block is recomputed there.
+    """
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def recompute(module: nn.Module, compiled: bool) -> None:
+    """Activation checkpointing: keep `module`'s inputs alone for backward, and go forward once more there.
+
+    Dropout falls as it did. Comes before `shard`: weights are put together around what is recomputed.
+    `compiled` for a module within one that torch.compile takes: among FSDP's hooks, that does not see into this.
+    """
+    plain = module.forward
+    trained = torch.compile(plain) if compiled else plain
+
+    def forward(*args: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return plain(*args)
+        return checkpoint(trained, *args, use_reentrant=False)
+
+    module.forward = forward
+
+
+@contextlib.contextmanager
+def sync_if(module: nn.Module, last: bool) -> Iterator[None]:
+    """Ranks add up their gradients in the last backward pass of a step; in the others each keeps its own."""
+    if last:
+        yield
+        return
+    if isinstance(module, DistributedDataParallel):
+        with module.no_sync():
+            yield
+        return
+    units = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for unit in units:
+        unit.set_requires_gradient_sync(False, recurse=False)
+    yield
+    for unit in units:
+        unit.set_requires_gradient_sync(True, recurse=False)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded. All ranks call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gather(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Whole tensors for rank 0, what was sharded one after the other onto its CPU; the others get none.
+
+    All ranks call it.
+    """
+    gathered = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor)
+        if world.is_main:
+            gathered[name] = full if full is tensor else full.cpu()
+    return gathered
+
+
+def scatter(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """This rank's share of whole tensors, laid out as `model`'s parameters; ranks send nothing.
+
+    Names are `<parameter>`, or `<parameter>/<what>` for optimizer state, whose scalars stay as they are.
+    """
+    parameters = dict(model.named_parameters())
+
+    def share(name: str, tensor: Tensor) -> Tensor:
+        parameter = parameters.get(name.split("/")[0])
+        if not isinstance(parameter, DTensor) or tensor.dim() == 0:
+            return tensor
+        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+    return {name: share(name, tensor) for name, tensor in tensors.items()}
+
+
+def unshard(model: nn.Module) -> None:
+    """Give every rank the whole model for good, so that one can call it without the others."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()

@@ -1,0 +1,139 @@
+"""This process among its peers: what torchrun set up, in one small object.
+
+    torchrun --standalone --nproc_per_node=2 train.py
+
+Without torchrun there is one rank and no process group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import re
+import threading
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nanodisp.errors import UserError, first_line
+
+DEVICES = ("auto", "cpu", "cuda")
+SECONDS_TO_ANSWER = 10.0  # of ranks that have waited in vain, so that those who have not are known
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers: rank of size, and the device it works on."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Add `values` up over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank; the devices are not waited for."""
+        if self.size > 1:
+            count = torch.tensor([flag], dtype=torch.int32)
+            dist.all_reduce(count, group=_control_group)
+            return bool(count)
+        return flag
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            dist.barrier()
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: object) -> None:
+        """Raise UserError with the ranks' names when this one has waited for others in vain."""
+        in_vain = isinstance(error, RuntimeError) and re.search(r"tim(e|ed|ing) ?out", str(error), re.IGNORECASE)
+        if in_vain and (silent := _who_is_silent(self.rank, self.size)):
+            hang = f"rank {silent} hangs: no answer within train.timeout_minutes"
+            raise UserError(f"{hang}; the same command goes on from the last checkpoint") from error
+
+
+def _who_is_silent(rank: int, size: int) -> str:
+    """The ranks that do not ask this too, or rank 0 where it keeps the store and does not answer."""
+    silent = ["0, which keeps the store,"]
+
+    def ask() -> None:
+        assert _store is not None
+        with contextlib.suppress(RuntimeError):  # of a store that is gone
+            _store.set(f"waiting/{rank}", "")
+            time.sleep(SECONDS_TO_ANSWER)
+            silent[:] = [str(other) for other in range(size) if not _store.check([f"waiting/{other}"])]
+
+    question = threading.Thread(target=ask, daemon=True)  # a store that hangs is not waited for
+    question.start()
+    question.join(3 * SECONDS_TO_ANSWER)
+    return ", ".join(silent)
+
+
+_control_group: dist.ProcessGroup | None = None  # of the CPUs, where the default one is of the GPUs
+_store: dist.Store | None = None  # where ranks leave word for each other
+
+
+def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
+    """Join the process group that torchrun describes (gloo on CPU, NCCL on CUDA), once per process.
+
+    When a rank lets the others wait for `timeout_minutes` they fail, and torchrun ends them all. Within
+    `with world:` they name that rank.
+
+    Raises UserError for an unknown or absent device.
+    """
+    if device not in DEVICES:
+        raise UserError(f"device={device} is unknown; choose one of {', '.join(DEVICES)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but torch sees no CUDA device; use device=cpu or device=auto")
+    use_cuda = torch.cuda.is_available() and device != "cpu"
+
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if use_cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"rank {rank} wants GPU {local_rank}, but there are {torch.cuda.device_count()}")
+        torch.cuda.set_device(local_rank)
+    if size > 1 and not dist.is_initialized():
+        global _control_group, _store
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        # NCCL would end the process without a word: the CPUs, who meet once a step, shall notice first
+        backend, patience = ("nccl", 2 * timeout) if use_cuda else ("gloo", timeout)
+        try:
+            _store = _meeting_place(rank, timeout)
+            dist.init_process_group(backend, timeout=patience, store=_store, rank=rank, world_size=size)
+            _control_group = dist.new_group(backend="gloo", timeout=timeout) if use_cuda else None
+        except dist.DistError as error:
+            raise UserError(f"rank {rank} did not meet all {size} ranks: {first_line(error)}") from error
+    return World(rank, size, torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"))
+
+
+def _meeting_place(rank: int, timeout: datetime.timedelta) -> dist.Store:
+    """Where ranks leave their addresses: torchrun's own store if it has one, else rank 0's.
+
+    torchrun's outlives `--max-restarts`, and with it the addresses of dead ranks: each attempt needs names of its own.
+    """
+    of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=rank == 0 and not of_torchrun, timeout=timeout)
+    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,192 @@
+"""Benchmarks of EleutherAI's lm-evaluation-harness on a model.
+
+    python -m nanodisp.evaluate checkpoint=out/<run> tasks=paper limit=500
+    python -m nanodisp.evaluate checkpoint=hf:gpt2 tasks=hellaswag,arc_easy num_fewshot=5
+
+`checkpoint` is a run's folder, one of its checkpoints, a Hugging Face folder or hf:<id>. Our checkpoints are asked
+through `harness.py`, others through the harness's own `hf` model, from safetensors and without code of their authors.
+Figures come as a table, and go to evaluation.json beside the model, one task after the other: a later call adds its
+tasks, or replaces them. Each task is run on its own with the same seed, so its figures do not depend on the others.
+
+`tasks=paper` are the benchmarks of arXiv 2602.00217, with the shots of its authors' code for GPT-2 (github.com/
+ChenLiu-1996/LM-Dispersion): none, and one for arc, mmlu and medmcqa, which `num_fewshot` changes. They take the
+first 500 examples of each task: limit=500.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from nanodisp import cli
+from nanodisp.data.tokenizer import load_tokenizer
+from nanodisp.distributed import start
+from nanodisp.errors import UserError, first_line, optional
+from nanodisp.evaluate.results import entries, save, table
+from nanodisp.hf.open import folder_of, is_hugging_face, open_run
+from nanodisp.runs.evaluation import EVALUATION, read_evaluation
+
+ZERO_SHOT = (
+    *("anli_r1", "anli_r2", "anli_r3", "hellaswag", "lambada_openai", "openbookqa"),
+    *("paloma_wikitext_103", "piqa", "truthfulqa_mc2", "winogrande"),
+)
+FEW_SHOT = ("arc_easy", "arc_challenge", "mmlu", "medmcqa")
+SHOTS = 1  # of the paper's few-shot tasks
+
+
+@dataclass
+class EvaluateConfig:
+    """What to ask, and how.
+
+    tasks: "paper", or names of the harness (tasks, groups or tags) with commas between.
+    task_folder: of YAML files in the harness's format, with tasks of one's own. Their `!function` lines run code.
+    limit: examples of each task, the first ones; null takes all.
+    num_fewshot: examples in front of each question; null takes what the task says, 1 for the paper's few-shot ones.
+    batch_size: sequences of full context at once.
+    seed: of everything that the harness draws, such as the examples in front.
+    tokenizer: byte, gpt2 or the path of a .tiktoken file, where that of one of our runs is not at hand.
+    out: the file to write; null takes evaluation.json in the model's folder, or in out/<model> for one from the hub.
+    """
+
+    checkpoint: str = cli.MISSING
+    tasks: str = cli.MISSING
+    task_folder: str | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+    batch_size: int = 8
+    seed: int = 1234
+    device: str = "auto"
+    tokenizer: str | None = None
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "batch_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise ValueError(f"num_fewshot={self.num_fewshot} must not be negative")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must lie between 0 and 2**32 - 1")
+        if not all(self.tasks.split(",")):
+            raise ValueError(f"tasks={self.tasks} has an empty name: give paper, or names with commas between")
+
+
+def main(argv: Sequence[str]) -> None:
+    config = cli.parse(EvaluateConfig, argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("a model is asked by one process: run python -m nanodisp.evaluate without torchrun")
+    harness = optional("lm_eval")
+    device = start(config.device).device
+    names = dict.fromkeys((*ZERO_SHOT, *FEW_SHOT) if config.tasks == "paper" else config.tasks.split(","))
+    manager = find_tasks(names, config.task_folder)
+    model, model_name, folder = open_model(config, str(device))
+    out = Path(config.out) if config.out else folder / EVALUATION
+    earlier = read_evaluation(out)
+    if earlier and earlier["model"] != model_name:
+        raise UserError(
+            f"{out} is of {earlier['model']}, this is {model_name}: name another file with out=…, or delete it"
+        )
+    figures: dict[str, Any] = earlier["tasks"] if earlier else {}
+    asked: dict[str, Any] = {}
+    failures: list[str] = []
+    for name in names:
+        try:
+            loaded = load(manager, name)
+        except UserError as error:  # the other tasks are asked all the same
+            failures.append(str(error))
+            continue
+        shots = config.num_fewshot
+        if config.tasks == "paper":
+            shots = 0 if name in ZERO_SHOT else SHOTS if shots is None else shots
+        results = harness.simple_evaluate(
+            model=model,
+            tasks=loaded,
+            task_manager=manager,
+            num_fewshot=shots,
+            limit=config.limit,
+            log_samples=False,
+            random_seed=config.seed,
+            numpy_random_seed=config.seed,
+            torch_random_seed=config.seed,
+            fewshot_random_seed=config.seed,
+        )
+        new = {task: {**entry, "seed": config.seed} for task, entry in entries(results)}
+        asked |= new
+        figures |= new
+        save(out, {"model": model_name, "harness": harness.__version__, "tasks": figures})
+    if asked:
+        print(table(asked))
+        print(f"wrote {out}")
+    if failures:
+        raise UserError("\n".join(failures))
+
+
+# --- the model, the tasks ------------------------------------------------------------------------
+
+
+def open_model(config: EvaluateConfig, device: str) -> tuple[Any, str, Path]:
+    """The model that `config.checkpoint` names, as the harness calls it; its name; the folder of its figures."""
+    if not is_hugging_face(config.checkpoint):
+        from nanodisp.evaluate.harness import HarnessModel  # here: it needs the harness
+
+        run = open_run(config.checkpoint)
+        tokenizer = load_tokenizer(config.tokenizer or run.spec)
+        folder = run.folder.resolve()
+        model = HarnessModel(run.model.to(device), tokenizer, config.batch_size)
+        return model, f"{folder.name} at step {run.saved.step}", folder
+    name = config.checkpoint.removeprefix("hf:")
+    path = Path(name)
+    if config.tokenizer is not None:
+        raise UserError("tokenizer=… is for our own runs: a Hugging Face model has its own")
+    if path.is_dir() and not list(path.glob("tokenizer*")) and not (path / "vocab.json").is_file():
+        raise UserError(f"{path} has no tokenizer: put its tokenizer.json there")
+    optional("accelerate")
+    theirs = optional("lm_eval.models.huggingface")
+    try:
+        model = theirs.HFLM(
+            name, device=device, batch_size=config.batch_size, trust_remote_code=False, use_safetensors=True
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{name} cannot be loaded: {first_line(error)}") from error
+    return model, name, folder_of(name)
+
+
+def find_tasks(names: Sequence[str] | dict[str, None], folder: str | None) -> Any:
+    """The harness's `TaskManager` that knows these tasks; UserError for a name that it does not know.
+
+    Its own tasks take it seconds to list, so they are looked at only for what `folder` does not have.
+    """
+    tasks = optional("lm_eval.tasks")
+    if folder is not None and not Path(folder).is_dir():
+        raise UserError(f"task_folder={folder} is no folder: give one of YAML files in the harness's format")
+    manager = tasks.TaskManager(include_path=folder, include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):
+        manager = tasks.TaskManager(include_path=folder)
+    for name in names:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "lm-eval ls tasks lists what there is"
+            raise UserError(f"tasks={name} is unknown; {hint}")
+    return manager
+
+
+def load(manager: Any, name: str) -> list[Any]:
+    """A task or a group with its data, or a tag's tasks, for `simple_evaluate`; UserError where they can not be had."""
+    try:
+        loaded = manager.load([name])
+    except Exception as error:  # of many kinds, from the harness, three libraries and the network
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
+        raise UserError(
+            f"task {name} can not be loaded, with its data from the hub or a local file: {reason}"
+        ) from error
+    return [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,117 @@
+"""Our models as EleutherAI's lm-evaluation-harness asks them: a `TemplateLM` around a GPT and its tokenizer.
+
+It does what the harness's own `hf` model does: end-of-text stands before what has no context, what is longer than
+the model's context loses its beginning, and a long text is scored window after window. The one difference is that
+texts never encode to end-of-text. Imported by `evaluate.py` alone, when the harness is there.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+from tqdm import tqdm
+
+from nanodisp.data.tokenizer import Tokenizer
+from nanodisp.models.generate import generate
+from nanodisp.models.gpt import GPT
+from nanodisp.models.score import loglikelihoods
+
+MAX_NEW_TOKENS = 256  # where a task does not say
+
+
+class HarnessModel(TemplateLM):
+    """A GPT in eval mode, on its device.
+
+    batch_size: sequences of full context at once; shorter ones go together in greater number.
+    """
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, batch_size: int) -> None:
+        super().__init__()
+        self.model, self.text, self.batch_size = model, tokenizer, batch_size
+        self._device = model.device
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.text.eot
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        return self.text.encode(string).tolist()
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Requests are (texts, context, continuation)."""
+        pairs = [(context or [self.text.eot], continuation) for _, context, continuation in requests]
+        totals, greedy = loglikelihoods(
+            self.model,
+            pairs,
+            tokens_at_once=self.batch_size * self.model.config.block_size,
+            progress=lambda batches: tqdm(batches, "log-likelihoods", disable=disable_tqdm),
+        )
+        return list(zip(totals.tolist(), greedy.tolist(), strict=True))
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Of whole texts: every token once, after as much of the text as one window holds."""
+        block_size, of_text, windows = self.model.config.block_size, [], []
+        for number, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            for window in get_rolling_token_windows(tokens, self.text.eot, block_size, context_len=1):
+                windows.append((None, *make_disjoint_window(window)))
+                of_text.append(number)
+        totals = [0.0] * len(requests)
+        for number, (total, _) in zip(of_text, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            totals[number] += total
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Requests are (context, how to generate); together go those that are equally long, and alike in how."""
+        alike: dict[tuple[int, str], list[int]] = defaultdict(list)
+        contexts = []
+        for number, request in enumerate(requests):
+            text, how = request.args
+            room = self.model.config.block_size - self._settings(how)["max_gen_toks"]
+            tokens = self.tok_encode(text) or [self.text.eot]
+            contexts.append(tokens[-(room if room > 0 else self.model.config.block_size // 2) :])
+            alike[len(contexts[-1]), repr(how)].append(number)
+        answers = [""] * len(requests)
+        batches = [
+            group[i : i + self.batch_size] for group in alike.values() for i in range(0, len(group), self.batch_size)
+        ]
+        for batch in tqdm(batches, "generating", disable=disable_tqdm):
+            idx = torch.tensor([contexts[number] for number in batch], device=self._device)
+            for number, answer in zip(batch, self._continue(idx, requests[batch[0]].args[1]), strict=True):
+                answers[number] = answer
+        return answers
+
+    def _settings(self, how: dict[str, Any]) -> dict[str, Any]:
+        return normalize_gen_kwargs(how, MAX_NEW_TOKENS)
+
+    def _continue(self, idx: Tensor, how: dict[str, Any]) -> Iterator[str]:
+        """Texts that follow idx [B, T], each up to end-of-text or to the first of `until` in it."""
+        settings = self._settings(how)
+        temperature = settings.get("temperature", 1.0) if settings.get("do_sample") else 0.0
+        options: Any = {"top_k": settings.get("top_k"), "top_p": settings.get("top_p") or 1.0}
+        rows: list[list[int]] = [[] for _ in idx]
+        going = set(range(len(rows)))
+        for tokens in generate(self.model, idx, settings["max_gen_toks"], temperature=temperature, **options):
+            for b, token in enumerate(tokens.tolist()):
+                if b in going:
+                    rows[b].append(token)
+                    if token == self.text.eot or self._cut(rows[b], settings["until"])[1]:
+                        going.remove(b)
+            if not going:
+                break
+        return (self._cut(row, settings["until"])[0] for row in rows)
+
+    def _cut(self, tokens: list[int], until: Sequence[str]) -> tuple[str, bool]:
+        """The text before the first of `until`, and whether there is one."""
+        text = self.text.decode_bytes(tokens).decode("utf-8", errors="replace")
+        ends = [end for stop in until if stop and (end := text.find(stop)) >= 0]
+        return text[: min(ends)] if ends else text, bool(ends)

@@ -1,0 +1,150 @@
+"""GPT-2 to and from Hugging Face: safetensors and JSON, no code of their authors.
+
+    python -m nanodisp.hf export checkpoint=out/<run> to=<folder>
+    python -m nanodisp.hf import checkpoint=<folder or hub id> to=out/<run>
+
+transformers' GPT2LMHeadModel and its fast tokenizers load an exported folder. An imported model is a run at step 0, for
+sample.py, nanodisp.condensation and train.py's `init_from`. Tokenizers and the hub need packages of their own:
+pip install 'nanodisp[eval]'.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+
+from nanodisp import cli
+from nanodisp.config import Config
+from nanodisp.data.prepare import DataConfig
+from nanodisp.data.tokenizer import GPT2_VOCAB_SIZE, TiktokenTokenizer, load_tokenizer, write_ranks
+from nanodisp.dispersion.placement import DispersionConfig
+from nanodisp.errors import UserError
+from nanodisp.hf.card import model_card
+from nanodisp.hf.gpt2 import config_to_hf, read_folder, weights_to_hf
+from nanodisp.hf.open import download, read_checkpoint, spec_of
+from nanodisp.hf.tokenizer import END_OF_TEXT, build_tokenizer, read_tokenizer
+from nanodisp.runs import checkpoint
+from nanodisp.runs.folder import TOKENIZER, write_config
+
+
+@dataclass
+class ExportConfig:
+    """checkpoint: a run's folder (its newest one) or one checkpoint's. to: a folder that is new or empty.
+
+    tokenizer: byte, gpt2 or the path of a .tiktoken file, where the run's own is not at hand; null takes that. A run
+        on tokens that nobody can turn into text ("none") is exported without.
+    """
+
+    checkpoint: str = cli.MISSING
+    to: str = cli.MISSING
+    tokenizer: str | None = None
+
+
+@dataclass
+class ImportConfig:
+    """checkpoint: a folder of Hugging Face's, or an id on the hub. to: a run's folder that is new or empty.
+
+    tokenizer: byte, gpt2 or the path of a .tiktoken file; null reads the folder's tokenizer.json, and
+        takes gpt2 for a vocabulary of its size without one.
+    """
+
+    checkpoint: str = cli.MISSING
+    to: str = cli.MISSING
+    tokenizer: str | None = None
+
+
+def main(argv: Sequence[str]) -> None:
+    commands: dict[str, tuple[type, Callable[[Any, Path], None]]] = {
+        "export": (ExportConfig, export_run),
+        "import": (ImportConfig, import_run),
+    }
+    if not argv or argv[0] not in commands:
+        raise UserError("say which way: python -m nanodisp.hf export checkpoint=… to=…, or import checkpoint=… to=…")
+    schema, command = commands[argv[0]]
+    config: Any = cli.parse(schema, argv[1:])
+    folder = Path(config.to)
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"to={folder} is there already: name a new folder or an empty one")
+        command(config, folder)
+    except OSError as error:
+        raise UserError(f"to={folder} can not be written: {error}") from error
+    print(f"wrote {folder}")
+
+
+def export_run(config: ExportConfig, folder: Path) -> None:
+    """Write config.json, model.safetensors, the tokenizer and a model card into `folder`."""
+    saved = checkpoint.load(checkpoint.find(Path(config.checkpoint)))
+    source, spec = read_checkpoint(saved), config.tokenizer or spec_of(saved)
+    ours = load_tokenizer(spec) if spec != "none" else None
+    if ours is not None and ours.vocab_size > source.config.vocab_size:  # type: ignore[operator]
+        raise UserError(f"tokenizer={spec} has {ours.vocab_size} tokens, the model {source.config.vocab_size}")
+    tokenizer, card = build_tokenizer(ours) if ours is not None else None, model_card(saved)
+    folder.mkdir(parents=True, exist_ok=True)
+    if tokenizer is not None:
+        about_tokenizer = {
+            **{"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True},
+            **{"clean_up_tokenization_spaces": False, "model_max_length": source.config.block_size},
+            **{"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT},
+        }
+        tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text(json.dumps(about_tokenizer, indent=2) + "\n")
+    eot = ours.eot if ours is not None else None
+    (folder / "config.json").write_text(json.dumps(config_to_hf(source.config, eot), indent=2) + "\n")
+    safetensors.torch.save_file(weights_to_hf(source), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def import_run(config: ImportConfig, folder: Path) -> None:
+    """Write a run's folder with a checkpoint of step 0."""
+    name = config.checkpoint.removeprefix("hf:")
+    theirs = download(name)
+    source = read_folder(theirs)
+    if config.tokenizer is not None:
+        tokenizer = load_tokenizer(config.tokenizer)
+    elif (theirs / "tokenizer.json").is_file():
+        tokenizer = read_tokenizer(theirs)
+    elif source.config.vocab_size == GPT2_VOCAB_SIZE:
+        tokenizer = load_tokenizer("gpt2")
+    else:
+        raise UserError(f"{name} has no tokenizer.json: give tokenizer=byte, gpt2 or the path of a .tiktoken file")
+    if tokenizer.vocab_size > source.config.vocab_size:  # type: ignore[operator]
+        raise UserError(f"{name} has {source.config.vocab_size} tokens, its tokenizer {tokenizer.vocab_size}")
+    ranks = folder / TOKENIZER
+    data = DataConfig(name="shards", tokenizer=str(ranks) if isinstance(tokenizer, TiktokenTokenizer) else "byte")
+    try:
+        run = Config(
+            model=source.config,
+            data=data,
+            dispersion=DispersionConfig(lambda_disp=0.0),
+            init_from=f"hf:{name}",
+            out_dir=str(folder.parent),
+            run_name=folder.name,
+        )
+    except ValueError as error:
+        raise UserError(f"to={folder}: {error}") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(tokenizer, TiktokenTokenizer):
+        write_ranks(ranks, tokenizer)
+    write_config(folder, run)
+    state: dict[str, Any] = {
+        "step": 0,
+        "tokens": 0,
+        "seconds": 0.0,
+        "val_loss": None,
+        "bad_steps": 0,
+        "bad_in_a_row": 0,
+        "scaler": {},
+        "corpus": None,
+    }
+    checkpoint.save(folder / checkpoint.CHECKPOINTS, source.tensors, {}, {**state, "config": dataclasses.asdict(run)})
+
+
+if __name__ == "__main__":
+    cli.run(main)

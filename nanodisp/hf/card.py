@@ -1,0 +1,66 @@
+"""The model card of an exported run: what it is, its figures, its configuration."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from nanodisp.hf.tokenizer import END_OF_TEXT
+from nanodisp.runs import checkpoint
+from nanodisp.runs.metrics import METRICS, read_records
+
+
+def model_card(saved: checkpoint.Checkpoint) -> str:
+    """README.md: figures of the last validation up to the checkpoint, and the configuration but for the machine's."""
+    run = saved.path.resolve().parent.parent
+    told = ("model", "data", "dispersion", "optim", "train", "seed", "init_from")
+    config: dict[str, Any] = {key: saved.state["config"][key] for key in told if key in saved.state["config"]}
+    config["data"] = {key: value for key, value in config["data"].items() if key not in ("path", "folder")}
+    if done := {
+        key: value for key, value in saved.state["config"].get("intervention", {}).items() if value is not None
+    }:
+        config["intervention"] = done
+    config["train"] = {key: value for key, value in config["train"].items() if key != "eval_task"}
+    config["data"]["tokenizer"] = without_path(config["data"]["tokenizer"])
+    for section, key in ((config, "init_from"), (config.get("intervention", {}), "teacher")):
+        if section.get(key) is not None:
+            section[key] = without_path(section[key])
+    figures = ["It has not been validated."]
+    validations = [record for record in read_records(run / METRICS, "val") if record["step"] <= saved.step]
+    if validations:
+        last = validations[-1]
+        rows = {"loss, nats per token": last.get("loss"), "bits per byte": last.get("bpb")}
+        cosines = " ".join(tell(cosine, ".3f") for cosine in last.get("mean_cosine") or ())
+        figures = [f"| validation at step {last['step']} | |", "| --- | --- |"]
+        figures += [f"| {what} | {tell(value, '.4f')} |" for what, value in rows.items() if value is not None]
+        figures += [f"| mean cosine of a sequence's tokens, from the embedding to the last layer | {cosines} |"]
+    table = "\n".join(figures)
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [nanodisp, gpt2]
+---
+
+# {run.name}
+
+A GPT-2 trained with nanodisp for {saved.step:,} steps, {saved.state.get("tokens", 0):,} tokens. A document begins
+after `{END_OF_TEXT}`, which no text encodes to.
+
+{table}
+
+```yaml
+{OmegaConf.to_yaml(OmegaConf.create(config))}```
+"""
+
+
+def without_path(name: str) -> str:
+    """What a name says to others: a hub id as it is, of a local path its last part."""
+    of_hub = re.fullmatch(r"hf:[\w.-]+(/[\w.-]+)?", name) and not Path(name.removeprefix("hf:")).exists()
+    return name if of_hub else Path(name).name
+
+
+def tell(value: Any, form: str) -> str:
+    return format(value, form) if isinstance(value, (int, float)) else "nan"

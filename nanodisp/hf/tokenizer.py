@@ -1,0 +1,96 @@
+"""Our tokenizers as Hugging Face's fast ones, and back.
+
+Ours merge bytes by rank, theirs by a list of pairs. The two tell the same: within a token its bytes
+are merged as they are on their own, so there is one pair that it can come from, the last two parts
+of its bytes merged by rank. A token that they never become is only ever a whole word, which both
+look up before they merge (`ignore_merges`).
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from nanodisp.data.tokenizer import GPT2_PATTERN, PUBLISHED, ByteTokenizer, TiktokenTokenizer, Tokenizer, from_ranks
+from nanodisp.errors import UserError, first_line, optional
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def build_tokenizer(tokenizer: Tokenizer) -> Any:
+    """A `tokenizers.Tokenizer` that encodes and decodes any text as ours does.
+
+    Raises UserError when tokenizers is missing, or a token of text has end-of-text's name.
+    """
+    tokenizers = optional("tokenizers")
+    pre = tokenizers.pre_tokenizers
+    if isinstance(tokenizer, TiktokenTokenizer):
+        tokens = [tokenizer.encoding.decode_single_token_bytes(i) for i in range(tokenizer.n_text)]
+        pattern = PUBLISHED.get(tokenizer.n_text, (GPT2_PATTERN,))[0]
+        pattern = pattern.replace("{1,3}+", "{1,3}").replace("$", r"\z")  # possessive and end of text, in Oniguruma
+        split = [pre.Split(tokenizers.Regex(pattern), "isolated")]
+    else:
+        tokens, split = [bytes([byte]) for byte in range(256)], []
+    letter = letters()
+    spell = lambda token: "".join(letter[byte] for byte in token)  # noqa: E731
+    vocab = {spell(token): rank for rank, token in enumerate(tokens)}
+    if END_OF_TEXT in vocab:
+        raise UserError(f"the vocabulary {tokenizer.name} has {END_OF_TEXT} as text: it can not be exported")
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    merges = [tuple(map(spell, pair)) for token in tokens if (pair := merged_from(token, ranks))]
+    model = tokenizers.models.BPE({**vocab, END_OF_TEXT: tokenizer.eot}, merges, ignore_merges=bool(split))
+    result = tokenizers.Tokenizer(model)
+    result.pre_tokenizer = pre.Sequence([*split, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+    result.decoder = tokenizers.decoders.ByteLevel()
+    result.add_special_tokens([END_OF_TEXT])
+    return result
+
+
+def merged_from(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
+    """The two tokens that become `token` when its bytes are merged by rank; None where they never do."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        merged = [ranks.get(a + b, len(ranks)) for a, b in pairwise(parts)]
+        first = min(range(len(merged)), key=merged.__getitem__)
+        if merged[first] == len(ranks):
+            return None
+        parts[first : first + 2] = [parts[first] + parts[first + 1]]
+    return (parts[0], parts[1]) if len(parts) == 2 else None
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of ours that encodes as a folder's tokenizer.json does; UserError where there is none."""
+    tokenizers, file = optional("tokenizers"), folder / "tokenizer.json"
+    try:
+        theirs = json.loads(tokenizers.Tokenizer.from_file(str(file)).to_str())
+    except Exception as error:  # tokenizers has no class of its own for them
+        raise UserError(f"{file} can not be read: {first_line(error)}") from error
+    byte_of = {letter: byte for byte, letter in enumerate(letters())}
+    try:
+        model, pre = theirs["model"], theirs["pre_tokenizer"]
+        ranks = {bytes(map(byte_of.__getitem__, t)): rank for t, rank in model["vocab"].items() if t != END_OF_TEXT}
+        plain = ranks == {bytes([byte]): byte for byte in range(256)}
+        tokenizer = ByteTokenizer() if plain else from_ranks(folder, ranks)
+        ours = json.loads(build_tokenizer(tokenizer).to_str())
+        gpt2 = pre["type"] == "ByteLevel" and pre["use_regex"] and not pre["add_prefix_space"]
+        same = (
+            (pre == ours["pre_tokenizer"] or (gpt2 and not plain and len(ranks) not in PUBLISHED))
+            and theirs["normalizer"] is None
+            and (model["type"], model["merges"]) == ("BPE", ours["model"]["merges"])
+            and (model["ignore_merges"] or len(model["merges"]) == len(ranks) - 256)
+            and {t["content"]: t["id"] for t in theirs["added_tokens"]} == {END_OF_TEXT: tokenizer.eot}
+        )
+    except (KeyError, TypeError, UserError):
+        same = False
+    if not same:
+        raise UserError(f"{file} is neither of bytes nor a BPE like GPT-2's: give the tokenizer as tokenizer=…")
+    return tokenizer
+
+
+def letters() -> list[str]:
+    """GPT-2's letter for each byte: the byte's own where that can be seen, else the next from U+0100 on."""
+    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in visible else next(others)) for byte in range(256)]

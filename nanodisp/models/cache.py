@@ -1,0 +1,62 @@
+"""Keys and values of earlier tokens, so that a new token costs one token's work."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SPAN = 256  # places, the smallest span of a cache that attention reads
+
+
+class Past(NamedTuple):
+    """One layer of a `KVCache`, and what its T new tokens are to do with it.
+
+    keys, values: [B, n_head, span, head_dim], all that is attended to, as views of the cache.
+    positions: int64 [T], where the new tokens go.
+    mask: bool [T, span], what each of them sees: the earlier ones and itself.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    mask: Tensor
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for all layers: two [L, B, n_head, block_size, head_dim].
+
+    Attention goes over a span of places, the first power of two times `SPAN` that holds all tokens: a
+    short context does not pay for a long one, and a compiled block meets few shapes.
+    """
+
+    def __init__(
+        self,
+        *,
+        n_layer: int,
+        batch_size: int,
+        n_head: int,
+        block_size: int,
+        head_dim: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        shape = (n_layer, batch_size, n_head, block_size, head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # a weight of zero would not silence a NaN
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.places = torch.arange(block_size, device=device)
+        self.length = 0  # tokens that every layer holds
+
+    def append(self, n_tokens: int) -> list[Past]:
+        """Make room for further tokens, the same in every layer."""
+        start, self.length = self.length, self.length + n_tokens
+        span = SPAN
+        while span < self.length:
+            span *= 2
+        positions = self.places[start : self.length]
+        mask = self.places[:span] <= positions[:, None]
+        return [
+            Past(self.keys[layer, :, :, :span], self.values[layer, :, :, :span], positions, mask)
+            for layer in range(len(self.keys))
+        ]

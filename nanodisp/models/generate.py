@@ -1,0 +1,69 @@
+"""Tokens from a model, one after the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from nanodisp.models.gpt import GPT
+
+
+@torch.no_grad()
+def generate(
+    model: GPT,
+    idx: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+) -> Iterator[Tensor]:
+    """Continue `idx` (int64 [B, T], T >= 1), yielding one int64 [B] after the other.
+
+    Positions are learned, so a full context can not slide: when it is full, the last half
+    of it is read anew and generation goes on from there.
+
+    Args: temperature (0 is greedy), top_k (only the k likeliest tokens), top_p (only the
+    likeliest that together reach this probability), generator on the model's device, or one for
+    each of the B, whose draws then do not depend on the others.
+    """
+    block_size = model.config.block_size
+    cache = model.new_cache(idx.size(0))
+    context = new = idx[:, -block_size:]
+    for _ in range(max_new_tokens):
+        if cache.length == block_size:
+            cache.length, new = 0, context[:, -max(1, block_size // 2) :]
+        logits = model(new, cache=cache).logits
+        token = sample_token(logits[:, -1], temperature, top_k, top_p, generator)
+        yield token
+        new = token[:, None]
+        context = torch.cat([context, new], dim=1)[:, -block_size:]
+
+
+def sample_token(
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+) -> Tensor:
+    """Draw from logits [B, V]: int64 [B]; with B generators each row from its own."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p < 1:
+        likeliest, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
+        beyond = likeliest.cumsum(dim=-1) - likeliest >= top_p  # all that comes after top_p is reached
+        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
+    probabilities = logits.softmax(dim=-1)
+    if not isinstance(generator, Sequence):
+        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    rows = zip(probabilities, generator, strict=True)
+    return torch.cat([torch.multinomial(row, 1, generator=own) for row, own in rows])

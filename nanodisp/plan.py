@@ -1,0 +1,129 @@
+"""The plan of a run: its configuration with every open choice made once, and the numbers that follow from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nanodisp.config import Config, count_steps
+from nanodisp.data.corpus import Corpus, count_vocabulary
+from nanodisp.distributed import hardware
+from nanodisp.distributed.world import World
+from nanodisp.models.gpt import GPT, GPTConfig
+from nanodisp.training.optim import lr_for_width
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does, decided before its first step.
+
+    config: the configuration, with vocabulary size, learning rate, tokenizer, dtype and compile resolved; this is
+        what config.yaml and checkpoints keep.
+    device, dtype: where training runs, and the dtype of its matrix products.
+    n_parameters: of the model, the vocabulary's padding not counted.
+    flops_per_token: of a training step, forward and backward.
+    tokens_per_step: of the global batch.
+    total_steps: of the run.
+    n_micro: micro-batches of a step, on each rank.
+    rows: sequences of a micro-batch.
+    """
+
+    config: Config
+    device: torch.device
+    dtype: torch.dtype
+    n_parameters: int
+    flops_per_token: int
+    tokens_per_step: int
+    total_steps: int
+    n_micro: int
+    rows: int
+
+    def autocast(self) -> AbstractContextManager:
+        """The context of a forward pass."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    @property
+    def vocab_size(self) -> int:
+        assert self.config.model.vocab_size is not None
+        return self.config.model.vocab_size
+
+    def mfu(self, tokens_per_second: float) -> float | None:
+        """Model FLOPs utilisation of one rank at its rate; None where the device's peak is not known."""
+        peak = hardware.peak_flops(self.device, self.dtype)
+        return tokens_per_second * self.flops_per_token / peak if peak else None
+
+    def seed_for(self, step: int, *key: int) -> int:
+        """A seed that the run's seed, the step and `key` (a rank, …) decide."""
+        sequence = np.random.SeedSequence((self.config.seed, step, *key))
+        return int(sequence.generate_state(1, np.uint64)[0])
+
+    def is_done(self, step: int) -> bool:
+        return step >= self.total_steps
+
+    def logs_at(self, step: int) -> bool:
+        """Whether training figures are recorded after `step` updates."""
+        return self.is_done(step) or step == 1 or step % self.config.train.log_interval == 0
+
+    def validates_at(self, step: int) -> bool:
+        return self.is_done(step) or step % self.config.train.eval_interval == 0
+
+    def follows_at(self, step: int) -> bool:
+        """Whether the layers' figures are recorded on a few windows after `step` updates."""
+        interval = self.config.train.condensation_interval
+        return interval is not None and (self.is_done(step) or step % interval == 0)
+
+    def saves_at(self, step: int) -> bool:
+        return self.is_done(step) or step % self.config.train.checkpoint_interval == 0
+
+
+def resolve(config: Config, corpus: Corpus, world: World) -> Plan:
+    """Decide what `config` leaves open, for this corpus, these ranks and this machine.
+
+    Raises UserError for a token outside the vocabulary.
+    """
+    vocab_size = config.model.vocab_size or count_vocabulary(corpus)
+    corpus.train.check_range(vocab_size)
+    model = dataclasses.replace(config.model, vocab_size=vocab_size)
+    n_parameters, flops_per_token = size_of(model)
+    tokens_per_step = config.train.batch_size * model.block_size
+    total_steps = count_steps(config.train, n_parameters, tokens_per_step)
+    dtype = hardware.matmul_dtype(config.train.dtype, world.device)
+    compiled = config.train.compile
+    if compiled == "auto":
+        compiled = hardware.compile_pays(world.device, total_steps * tokens_per_step * flops_per_token / world.size)
+    resolved = dataclasses.replace(
+        config,
+        model=model,
+        data=dataclasses.replace(config.data, tokenizer=corpus.tokenizer),
+        optim=dataclasses.replace(config.optim, lr=config.optim.lr or lr_for_width(model.n_embd)),
+        train=dataclasses.replace(config.train, dtype=str(dtype).removeprefix("torch."), compile=compiled),
+    )
+    rows_of_rank = config.train.batch_size // world.size
+    n_micro = count_micro_batches(rows_of_rank, config.train.micro_batch_size)
+    return Plan(
+        config=resolved,
+        device=world.device,
+        dtype=dtype,
+        n_parameters=n_parameters,
+        flops_per_token=flops_per_token,
+        tokens_per_step=tokens_per_step,
+        total_steps=total_steps,
+        n_micro=n_micro,
+        rows=rows_of_rank // n_micro,
+    )
+
+
+def size_of(config: GPTConfig) -> tuple[int, int]:
+    """Parameters and FLOPs per token of a model, without making its weights."""
+    with torch.device("meta"):
+        model = GPT(config)
+    return model.num_parameters(), model.flops_per_token()
+
+
+def count_micro_batches(rows: int, largest: int | None) -> int:
+    """The fewest equal parts of `rows` sequences that hold at most `largest` each."""
+    return next(n for n in range(1, rows + 1) if rows % n == 0 and (largest is None or rows // n <= largest))

@@ -1,0 +1,266 @@
+"""A run and its folder: begin, record, save, resume, finish. docs/formats.md describes what lies in it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from nanodisp.config import BUDGET, Config, identity
+from nanodisp.data.corpus import Corpus
+from nanodisp.data.tokenizer import load_tokenizer
+from nanodisp.distributed import layout
+from nanodisp.distributed.world import World
+from nanodisp.errors import UserError, first_line
+from nanodisp.files import write_whole
+from nanodisp.models.generate import generate
+from nanodisp.models.gpt import GPT
+from nanodisp.plan import Plan
+from nanodisp.runs import checkpoint
+from nanodisp.runs.checkpoint import CHECKPOINTS
+from nanodisp.runs.metrics import METRICS, Metrics, read_records
+from nanodisp.training import optim
+from nanodisp.training.signals import EXIT_CODE, StopSignals
+
+CONFIG, SAMPLES, TOKENIZER = "config.yaml", "samples.txt", "tokenizer.tiktoken"
+
+
+@dataclass
+class TrainState:
+    """Where a run is.
+
+    step: updates done.
+    seconds: wall-clock time of the run's earlier parts.
+    bad_steps, bad_in_a_row: int64 scalars on the device: updates skipped because their gradient was not finite.
+    val_loss: of the validation after this step, None where there was none.
+    """
+
+    step: int
+    seconds: float
+    bad_steps: Tensor
+    bad_in_a_row: Tensor
+    val_loss: float | None = None
+
+    def count(self, bad: Tensor) -> None:
+        """One more step, its update skipped where `bad`, a bool scalar on the device, is true."""
+        self.step += 1
+        self.bad_steps += bad
+        self.bad_in_a_row = (self.bad_in_a_row + 1) * bad
+        self.val_loss = None
+
+
+class Run:
+    """A run in progress: its folder, locked; its records; its checkpoints; requests to stop.
+
+    Enter it as a context. Only rank 0 writes; all ranks call every method.
+    """
+
+    def __init__(self, plan: Plan, corpus: Corpus, world: World) -> None:
+        self.plan, self.config, self.corpus, self.world = plan, plan.config, corpus, world
+        self.folder = Path(plan.config.out_dir) / str(plan.config.run_name)
+        self.began = time.perf_counter()
+        self.stop = StopSignals()
+        train = plan.config.train
+        self.saver = checkpoint.Saver(self.folder / CHECKPOINTS, train.keep_last, train.keep_every)
+
+    def __enter__(self) -> Run:
+        self.contexts = contextlib.ExitStack()
+        with contextlib.ExitStack() as contexts:
+            contexts.enter_context(self.stop)
+            self.metrics = contexts.enter_context(Metrics(self.folder if self.world.is_main else None))
+            contexts.enter_context(self.saver)
+            contexts.enter_context(self.world)
+            self.contexts = contexts.pop_all()
+        return self
+
+    def __exit__(self, *exception: Any) -> bool | None:
+        return self.contexts.__exit__(*exception)
+
+    # --- from the beginning or a checkpoint to the first step
+
+    def resume(
+        self, model: GPT, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler
+    ) -> TrainState | None:
+        """Load the newest intact checkpoint and return its state; None where there is none.
+
+        Raises UserError for a checkpoint of another run, or one that this model cannot load.
+        """
+        if self.config.resume == "never" and (self.folder / CONFIG).exists():
+            raise UserError(f"{self.folder} holds a run: resume=auto resumes it, run_name=<another> starts a new one")
+        folder = self.folder / CHECKPOINTS
+        saved = checkpoint.load_newest(folder) if self.world.is_main else None
+        found = torch.tensor(saved.step + 1 if saved else 0, device=self.world.device)
+        step = int(self.world.sum(found)) - 1  # rank 0 tells the others
+        if step < 0:
+            return None
+        saved = saved or checkpoint.load(checkpoint.path_of(folder, step))
+        try:
+            check_same_run(saved, self.config, self.corpus)
+            model.load_state_dict(layout.scatter(saved.model, model))
+            optim.load_state_tensors(model, optimizers, layout.scatter(saved.optimizer, model))
+            scaler.load_state_dict(saved.state["scaler"])
+            bad = torch.tensor([saved.state["bad_steps"], saved.state["bad_in_a_row"]], device=self.world.device)
+            return TrainState(saved.step, saved.state["seconds"], bad[0], bad[1])
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(f"{saved.path} cannot be resumed although its checksums match: {reason}") from error
+
+    def begin(self, state: TrainState | None) -> TrainState:
+        """Write the configuration, open the records after `state` (None for a new run) and say what runs."""
+        plan, resumed = self.plan, state is not None
+        if state is None:
+            none = torch.zeros(2, dtype=torch.int64, device=self.world.device)
+            state = TrainState(0, 0.0, none[0], none[1])
+        if self.world.is_main and not plan.is_done(state.step):
+            write_config(self.folder, self.config)
+            with unwritable(self.folder):
+                if Path(self.corpus.tokenizer).is_file():
+                    shutil.copyfile(self.corpus.tokenizer, self.folder / TOKENIZER)
+        self.metrics.begin(
+            config=dataclasses.asdict(self.config),
+            wandb_config=self.config.wandb,
+            tensorboard=self.config.tensorboard,
+            step=state.step if resumed else -1,
+            total_steps=plan.total_steps,
+        )
+        self.metrics.say(
+            f"{self.folder}: {plan.n_parameters:,} parameters, {plan.total_steps} steps of {plan.tokens_per_step:,} "
+            f"tokens, {self.world.size} x {plan.device.type} in {self.config.train.dtype}"
+        )
+        if resumed:
+            done = f"the run is complete at step {state.step}"
+            self.metrics.say(done if plan.is_done(state.step) else f"resuming from step {state.step}")
+        return state
+
+    # --- on the way
+
+    def tally(self, state: TrainState) -> dict[str, float]:
+        """Tokens trained on, and seconds of the run so far."""
+        seconds = state.seconds + time.perf_counter() - self.began
+        return {"tokens": state.step * self.plan.tokens_per_step, "seconds": round(seconds, 3)}
+
+    def record(self, split: str, state: TrainState, figures: dict[str, Any]) -> None:
+        """Record figures by name, see `runs/metrics.py`."""
+        self.metrics.record({"step": state.step, "split": split, **figures, **self.tally(state)})
+
+    def save(
+        self,
+        state: TrainState,
+        model: GPT,
+        optimizers: list[torch.optim.Optimizer],
+        scaler: torch.amp.GradScaler,
+    ) -> None:
+        """Begin to write a checkpoint; training goes on once the tensors are copied."""
+        # weights first: state_dict shards again what an evaluation has put together, as the optimizers know it
+        weights = layout.gather(model.state_dict(), self.world)
+        tensors = layout.gather(optim.state_tensors(model, optimizers), self.world)
+        if self.world.is_main:
+            self.metrics.flush()
+            self.saver.save(
+                weights,
+                tensors,
+                {
+                    "step": state.step,
+                    **self.tally(state),
+                    "val_loss": state.val_loss,
+                    "bad_steps": int(state.bad_steps),
+                    "bad_in_a_row": int(state.bad_in_a_row),
+                    "scaler": scaler.state_dict(),
+                    "config": dataclasses.asdict(self.config),
+                    "corpus": self.corpus.folder.name,
+                },
+            )
+
+    def is_asked_to_stop(self) -> bool:
+        """Whether any rank was, by SIGINT, SIGTERM or SIGUSR1."""
+        return self.world.any(self.stop.received is not None)
+
+    # --- the end
+
+    def leave(self, state: TrainState) -> None:
+        """End the process after a request to stop, its checkpoint saved, with exit code 75."""
+        self.saver.wait()
+        self.world.barrier()  # until rank 0 has written: torchrun ends them all when one leaves
+        asked = self.stop.received or "another rank stops"
+        self.metrics.say(f"{asked}: saved at step {state.step}; the same command resumes")
+        raise SystemExit(EXIT_CODE)
+
+    def conclude(self, model: GPT) -> None:
+        """Report the loss, condensation before and after, a sample, and where everything lies."""
+        self.saver.wait()
+        if self.config.train.sample_tokens > 0:
+            layout.unshard(model)  # rank 0 writes the sample alone
+        if self.metrics.enabled:
+            self._report(model)
+        if self.is_asked_to_stop():  # too late for this run: a sweep ends here
+            raise SystemExit(EXIT_CODE)
+
+    def _report(self, model: GPT) -> None:
+        say, folder = self.metrics.say, self.folder
+        validations = read_records(folder / METRICS, "val")
+        for when, record in (("before", validations[0]), ("after", validations[-1])) if validations else ():
+            cosines = " ".join("nan" if value is None else f"{value:.3f}" for value in record["mean_cosine"])
+            say(f"mean cosine by layer {when:>6} training: {cosines}")
+        if not validations or validations[-1]["loss"] is None:
+            say(f"the loss is not finite: a lower optim.lr or a smaller optim.grad_clip may help; see {folder}")
+            return
+        if self.config.train.sample_tokens > 0:
+            say(f"--- sample\n{self._sample(model)}\n---")
+        last = validations[-1]
+        bpb = f", {last['bpb']:.4f} bits per byte" if last["bpb"] else ""
+        say(f"validation loss {last['loss']:.4f} nats per token{bpb} after {last['step']} steps")
+        say(f"{CONFIG}, {METRICS}, {SAMPLES} and {CHECKPOINTS}/ lie in {folder}")
+        say(f'more text: python sample.py checkpoint={folder} prompt="…"')
+
+    def _sample(self, model: GPT) -> str:
+        """Text that the model generates from nothing; also written to samples.txt."""
+        try:
+            tokenizer = load_tokenizer(self.corpus.tokenizer)
+        except UserError as error:  # training does not need the tokenizer's file: a finished run is not lost by it
+            return f"(no sample: {error})"
+        generator = torch.Generator(model.device).manual_seed(self.config.seed)
+        start = torch.full((1, 1), tokenizer.eot, device=model.device)
+        n_tokens = self.config.train.sample_tokens
+        model.eval()
+        tokens = generate(model, start, n_tokens, temperature=0.8, top_k=50, generator=generator)
+        text = tokenizer.decode_bytes(int(token) for token in tokens).decode("utf-8", errors="replace")
+        with contextlib.suppress(OSError):  # a run is not lost by that, and the text is shown anyway
+            (self.folder / SAMPLES).write_text(text, encoding="utf-8")
+        return text
+
+
+def check_same_run(saved: checkpoint.Checkpoint, config: Config, corpus: Corpus) -> None:
+    """UserError where the checkpoint's run differs in anything that decides the result; the budget may grow."""
+    theirs = {**identity(saved.state["config"]), "corpus": saved.state["corpus"]}
+    ours = {**identity(dataclasses.asdict(config)), "corpus": corpus.folder.name}
+    differing = [key for key in ours if key not in BUDGET and theirs.get(key) != ours[key]]
+    if differing:
+        changes = ", ".join(f"{key}={theirs.get(key)} (now {ours[key]})" for key in differing)
+        raise UserError(f"{saved.path} is of another run: {changes}; give this one another run_name")
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """Write the resolved configuration into a run's folder."""
+    write_whole(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
+
+
+@contextlib.contextmanager
+def unwritable(folder: Path) -> Any:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"the run's folder {folder} cannot be written: {error}; choose another out_dir") from error
+
+
+def spec_in(run: Path, spec: str) -> str:
+    """The spec of a run's tokenizer: the copy of its file in the run's folder, if it has one."""
+    beside = run / TOKENIZER
+    return str(beside) if beside.is_file() else spec

@@ -1,0 +1,201 @@
+"""Runs read back from their folders.
+
+A run may be in any state, written by a process that was killed in the middle of a line, by another version, or not by
+nanodisp: whatever is wrong with it is reported for that run, and no other run suffers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from nanodisp.condensation.cosine import trend
+from nanodisp.config import NOT_IDENTITY, TrainConfig, count_steps
+from nanodisp.errors import UserError
+from nanodisp.models.gpt import GPTConfig
+from nanodisp.plan import size_of
+from nanodisp.runs import checkpoint
+from nanodisp.runs.evaluation import EVALUATION, read_evaluation
+from nanodisp.runs.folder import CONFIG
+from nanodisp.runs.metrics import METRICS, read_records
+
+LAMBDA = "dispersion.lambda_disp"
+STANDARD = {  # keys of records that are read one by one, or say nothing of a model
+    *("step", "split", "loss", "bpb", "tokens", "seconds", "lambda_disp", "lr", "grad_norm", "bad_steps"),
+    *("tokens_per_second", "mfu"),
+}
+
+
+@dataclass
+class RunSummary:
+    """One run, as far as it can be read.
+
+    status: "finished", "unfinished", or "failed" for a run with an `error.txt`, a loss that is
+        not a number, or files that cannot be read; `problem` says what.
+    config: keys with dots -> values; empty when it cannot be read.
+    numbers: at the end of the run, by the names that `read_metrics` gives them.
+    layers: figures of the last validation by name, one for each layer.
+    steps, cosines: [S] and [S, L + 1], the mean cosine by layer of every validation.
+    trajectory_steps, trajectory: the same of the finer "condensation" records, or of the validations without those.
+    tasks: of its evaluation.json, if that is of the run's last step.
+    """
+
+    folder: Path
+    status: str = "unfinished"
+    problem: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    n_parameters: int = 0
+    step: int = 0
+    total_steps: int = 0
+    numbers: dict[str, float | None] = field(default_factory=dict)
+    layers: dict[str, list[float]] = field(default_factory=dict)
+    steps: np.ndarray = field(default_factory=lambda: np.empty(0))
+    cosines: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
+    trajectory_steps: np.ndarray = field(default_factory=lambda: np.empty(0))
+    trajectory: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
+    tasks: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether it is another's model as `python -m nanodisp.hf import` leaves it: not trained here at all."""
+        return self.status == "unfinished" and self.step == 0 and str(self.config.get("init_from")).startswith("hf:")
+
+    @property
+    def size(self) -> str:
+        return f"{readable_count(self.n_parameters)} ({self.config['model.n_layer']} x {self.config['model.n_embd']})"
+
+
+def read_runs(folder: Path) -> list[RunSummary]:
+    """All runs in `folder`, by name; raises UserError when there is none."""
+    marks = (CONFIG, METRICS, "error.txt", checkpoint.CHECKPOINTS)
+    found = sorted(f for f in folder.glob("*") if any((f / mark).exists() for mark in marks))
+    if not found:
+        raise UserError(f"{folder} holds no run: give the folder of a sweep, such as out/lambda")
+    return [read_run(f) for f in found]
+
+
+def read_run(folder: Path) -> RunSummary:
+    """One run; whatever is wrong with its files is reported in `problem`, never raised."""
+    run = RunSummary(folder)
+    try:
+        run.config = flatten(OmegaConf.to_container(OmegaConf.load(folder / CONFIG)))
+        model = {key[6:]: value for key, value in run.config.items() if key.startswith("model.")}
+        run.n_parameters = count_parameters(GPTConfig(**model))
+        budget = TrainConfig(**{key[6:]: value for key, value in run.config.items() if key.startswith("train.")})
+        run.total_steps = count_steps(budget, run.n_parameters, budget.batch_size * run.config["model.block_size"])
+        float(run.config[LAMBDA]), int(run.config["seed"])
+        read_metrics(run)
+    except (OSError, YAMLError, OmegaConfBaseException, ValueError, TypeError, KeyError, AttributeError) as error:
+        run.status, run.problem = "failed", "cannot be read: " + str(error).strip().split("\n")[0]
+    try:
+        found = read_evaluation(folder / EVALUATION)
+        if found and found["tasks"] and not str(found["model"]).endswith(f" at step {run.step}"):
+            raise UserError(f"{EVALUATION} is of {found['model']}, the run is at step {run.step}: evaluate it again")
+        run.tasks = found.get("tasks", {})
+    except UserError as error:  # of an evaluation: the run is what it was
+        run.problem = run.problem or str(error)
+    error_file = folder / "error.txt"
+    if error_file.is_file():
+        run.status, run.problem = "failed", error_file.read_text(errors="replace").strip().split("\n")[-1]
+    return run
+
+
+def read_metrics(run: RunSummary) -> None:
+    """Numbers and status from metrics.jsonl; incomplete lines are skipped.
+
+    A figure that is none of ours is read under its name: a list by layer, a number of a validation, and of a training
+    record (an added loss term) as "<name>, training".
+    """
+    records = [(record["split"], record["step"], record) for record in read_records(run.folder / METRICS)]
+    saved = [int(path.name[5:]) for path in checkpoint.all_checkpoints(run.folder / checkpoint.CHECKPOINTS)]
+    run.step = max([*saved, *(step for _, step, _ in records)], default=0)
+    all_validations = [(step, record) for split, step, record in records if split == "val"]
+    bad = [step for step, record in all_validations if not isinstance(record.get("loss"), (int, float))]
+    validations = [(step, record) for step, record in all_validations if step not in bad]
+    if bad and bad[-1] == all_validations[-1][0]:  # an update that was left out on the way is no failure
+        run.status, run.problem = "failed", f"the loss is not a number at step {bad[0]}"
+    elif validations and validations[-1][0] >= run.total_steps:
+        run.status = "finished"
+    else:
+        run.problem = f"at step {run.step} of {run.total_steps}"
+    if not validations:
+        return
+    run.steps, run.cosines = _curve(validations)
+    followed = [(step, record) for split, step, record in records if split == "condensation"]
+    run.trajectory_steps, run.trajectory = _curve(followed or validations)
+    last = validations[-1][1]
+    speeds = [speed for _, _, record in records if (speed := record.get("tokens_per_second"))]
+    rho, tau = trend(last["mean_cosine"])
+    run.layers = {name: value for name, value in last.items() if isinstance(value, list)}
+    trained = [record for split, _, record in records if split == "train"]
+    terms = trained[-1] if trained else {}
+    run.numbers = {
+        "loss": last["loss"],
+        "bpb": last["bpb"],
+        "mean_cosine": last["mean_cosine"][-1],
+        "rho": rho,
+        "tau": tau,
+        "tokens_per_second": statistics.median(speeds[1:] or speeds) if speeds else None,  # the first one warms up
+        **{name: value for name, value in last.items() if _is_added(name, value)},
+        **{f"{name}, training": value for name, value in terms.items() if _is_added(name, value)},
+    }
+
+
+def _is_added(name: str, value: Any) -> bool:
+    return name not in STANDARD and isinstance(value, (int, float))
+
+
+def _curve(records: Sequence[tuple[int, dict[str, Any]]]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps [S] and mean cosines [S, L + 1] of the records that have them."""
+    curve = [(step, record["mean_cosine"]) for step, record in records if record.get("mean_cosine")]
+    return np.array([step for step, _ in curve]), np.array([means for _, means in curve], dtype=np.float64)
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"model": {"n_layer": 6}} -> {"model.n_layer": 6}."""
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    return {key: value for name, part in tree.items() for key, value in flatten(part, f"{prefix}{name}.").items()}
+
+
+def count_parameters(config: GPTConfig) -> int:
+    return _count_parameters(dataclasses.astuple(config))
+
+
+@lru_cache
+def _count_parameters(shape: tuple[Any, ...]) -> int:
+    return size_of(GPTConfig(*shape))[0]
+
+
+def differences(runs: Sequence[RunSummary]) -> dict[str, dict[Path, Any]]:
+    """The keys that differ among the runs and decide a result, each with its values by run folder."""
+    readable = [run for run in runs if run.config]
+    keys = dict.fromkeys(key for run in readable for key in run.config)
+    values = {key: {run.folder: run.config.get(key) for run in readable} for key in keys if not _is_not_identity(key)}
+    return {key: by_run for key, by_run in values.items() if len({json.dumps(v) for v in by_run.values()}) > 1}
+
+
+def _is_not_identity(key: str) -> bool:
+    section, _, name = key.rpartition(".")
+    return name in NOT_IDENTITY.get(section, ()) or section in NOT_IDENTITY[""]
+
+
+def as_text(value: Any) -> str:
+    """A value of a configuration: a string as it is, anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+
+def readable_count(n: int) -> str:
+    """1255552 -> 1.3M."""
+    return f"{n / 1e9:.2f}B" if n >= 1e9 else f"{n / 1e6:.1f}M" if n >= 1e5 else f"{n:,}"

@@ -1,0 +1,222 @@
+"""Parameter groups, optimizers and the learning-rate schedule.
+
+AdamW decays matrices only. Muon (Jordan et al. 2024, torch's own) takes the matrices of the
+blocks and leaves embeddings, biases and LayerNorms to AdamW. Where FSDP has sharded them its
+matrix products are over all ranks, so whole matrices are made orthogonal there too.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from nanodisp.models.gpt import GPT
+
+OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+@dataclass
+class OptimConfig:
+    """How weights are updated.
+
+    name: "adamw", or "muon" with AdamW for what is not a block's matrix.
+    lr: AdamW's peak learning rate; null takes `lr_for_width`.
+    muon_lr: Muon's, scaled to match AdamW's update size (`match_rms_adamw`).
+    weight_decay: decoupled, on matrices only.
+    beta1, beta2: of AdamW.
+    muon_momentum: of Muon.
+    schedule: after warm-up "cosine" or "linear" down to `min_lr_fraction` of the peak, or "constant".
+    warmup_steps: the rate rises linearly over this many steps, at most a tenth of the run.
+    warmup_fraction: or, given in place of it, over this share of the run.
+    decay_fraction: the decay takes this last share of the run, with the peak held until
+        then: 1 is the usual cosine, "linear" with 0.2 is warm-up-stable-decay (WSD).
+    min_lr_fraction: the rate at the end, as a share of the peak.
+    grad_clip: largest norm of the gradient; null never clips.
+    """
+
+    name: str = "adamw"
+    lr: float | None = None
+    muon_lr: float = 1e-3
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    muon_momentum: float = 0.95
+    schedule: str = "cosine"
+    warmup_steps: int = 100
+    warmup_fraction: float | None = None
+    decay_fraction: float = 1.0
+    min_lr_fraction: float = 0.1
+    grad_clip: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        if self.name not in OPTIMIZERS:
+            raise ValueError(f"optim.name={self.name} is unknown; choose one of {', '.join(OPTIMIZERS)}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"optim.schedule={self.schedule} is unknown; choose one of {', '.join(SCHEDULES)}")
+        for name in ("lr", "muon_lr"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"optim.{name}={getattr(self, name)} must be a positive number")
+        for name in ("beta1", "beta2", "muon_momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optim.{name}={getattr(self, name)} must lie in [0, 1)")
+        for name in ("decay_fraction", "min_lr_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"optim.{name}={getattr(self, name)} must lie in [0, 1]")
+        if self.warmup_fraction is not None and not 0 <= self.warmup_fraction < 1:
+            raise ValueError(f"optim.warmup_fraction={self.warmup_fraction} must lie in [0, 1); null for warmup_steps")
+        if self.warmup_steps < 0 or not 0 <= self.weight_decay < math.inf:
+            raise ValueError("optim.warmup_steps and optim.weight_decay must be numbers that are not negative")
+        if self.grad_clip is not None and not self.grad_clip > 0:
+            raise ValueError(f"optim.grad_clip={self.grad_clip} must be positive; null never clips")
+
+
+def lr_for_width(n_embd: int) -> float:
+    """A peak rate to begin with, in inverse proportion to the width: 3e-3 at 128, 1e-3 at 384, 5e-4 at 768.
+
+    The proportion is that of Adam on hidden matrices in "Tensor Programs V", arXiv 2203.03466; the constant
+    was tried out on `nano`.
+    """
+    return 0.384 / n_embd
+
+
+def build_optimizers(model: GPT, config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """The optimizers that together update all of `model`. Each group keeps its peak rate as "peak_lr".
+
+    Raises ValueError when `config.lr` is not set.
+    """
+    if config.lr is None:
+        raise ValueError("optim.lr is not set: use lr_for_width")
+    block_matrices, other_matrices, vectors = model.parameter_groups()
+    use_muon = config.name == "muon"
+    decayed = other_matrices if use_muon else [*other_matrices, *block_matrices]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+    ]
+    if use_muon:
+        optimizers.append(
+            torch.optim.Muon(
+                block_matrices,
+                lr=config.muon_lr,
+                momentum=config.muon_momentum,
+                weight_decay=config.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def lr_scale(config: OptimConfig, step: int, total_steps: int) -> float:
+    """The learning rate at `step` (from 0) of `total_steps`, as a share of its peak."""
+    if config.warmup_fraction is not None:
+        warmup_steps = round(config.warmup_fraction * total_steps)
+    else:
+        warmup_steps = min(config.warmup_steps, total_steps // 10)
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    decay_start = max(warmup_steps, round(total_steps * (1 - config.decay_fraction)))
+    if config.schedule == "constant" or step < decay_start:
+        return 1.0
+    progress = (step - decay_start) / max(1, total_steps - decay_start)
+    shape = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
+    return config.min_lr_fraction + (1 - config.min_lr_fraction) * shape
+
+
+def set_lr(optimizers: list[torch.optim.Optimizer], config: OptimConfig, step: int, total_steps: int) -> None:
+    scale = lr_scale(config, step, total_steps)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * scale
+
+
+def clip_gradients(
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler,
+    max_norm: float | None,
+) -> Tensor:
+    """Undo float16's loss scale, then scale all gradients so that their common norm is at most `max_norm`.
+
+    None never scales. Returns the norm before, a scalar on the device. If it is not finite the gradients stay as they
+    are, so that one can see where it came from.
+    """
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of FSDP's parts
+    if max_norm is not None:
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).nan_to_num(1.0, posinf=1.0)
+        torch._foreach_mul_(gradients, factor.where(norm.isfinite(), 1.0))
+    return norm
+
+
+def update(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler, grad_norm: Tensor) -> Tensor:
+    """One step of each optimizer, or none where the gradient's norm is not finite.
+
+    Fused optimizers read that on the device, by the attribute that PyTorch's scaler sets for them; for the others, and
+    in float16, the device is waited for.
+
+    Returns: whether the step was bad, bool scalar on the device. An overflow of float16 is not: the scaler reacts.
+    """
+    bad = ~grad_norm.isfinite()
+    for optimizer in optimizers:
+        if optimizer.defaults.get("fused") and not scaler.is_enabled():
+            optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+            optimizer.step()
+        elif not bad:
+            scaler.step(optimizer)
+    if scaler.is_enabled() and scaler.get_scale() > 1:
+        bad = torch.zeros_like(bad)
+    scaler.update()
+    return bad
+
+
+@torch.no_grad()
+def first_not_finite(model: GPT, idx: Tensor) -> str:
+    """Where a NaN or an infinity comes from: the first such hidden state of our model on int64 [B, T], or, if all
+    are finite, the parameter nearest to the loss with such a gradient."""
+    for layer, hidden in enumerate(model.hidden_states(idx)):
+        if not hidden.isfinite().all():
+            return f"hidden state {layer}"
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    local = {name: grad.to_local() if isinstance(grad, DTensor) else grad for name, grad in gradients.items()}
+    bad = [name for name, grad in local.items() if not grad.isfinite().all()]
+    return f"the gradient of {bad[-1]}" if bad else "the loss"
+
+
+# --- optimizer state by parameter name, for checkpoints ----------------------------------
+
+
+def state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Every optimizer's state as {"<parameter>/<what>": tensor}, the same whatever the groups' order."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        f"{names[id(p)]}/{what}": value if isinstance(value, Tensor) else torch.tensor(value)
+        for optimizer in optimizers
+        for p, state in optimizer.state.items()
+        for what, value in state.items()
+    }
+
+
+def load_state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
+    """Put back what `state_tensors` gave.
+
+    Raises KeyError for a parameter that the optimizers do not have.
+    """
+    parameters = dict(model.named_parameters())
+    owner = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
+    for key, value in tensors.items():
+        name, what = key.rsplit("/", 1)
+        parameter = parameters[name]
+        # AdamW counts its steps in a tensor beside the parameter, in float32 whatever the parameter's dtype
+        dtype = parameter.dtype if value.dim() > 0 else value.dtype
+        owner[id(parameter)].state[parameter][what] = value.to(parameter.device, dtype)

@@ -1,0 +1,111 @@
+"""Validation: held-out loss, the figures of every layer, and multiple-choice questions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanodisp.condensation.layers import LAYER_FIGURES, figures_of
+from nanodisp.data.batches import count_windows, read_windows, spread_windows
+from nanodisp.data.corpus import Corpus
+from nanodisp.data.questions import Question
+from nanodisp.distributed.world import World
+from nanodisp.models.gpt import GPT
+from nanodisp.models.score import loglikelihoods
+
+FOLLOWED_WINDOWS = 4  # of the validation windows, for the figures between validations
+
+
+class Validation:
+    """Measures a model on a fixed set of validation windows, spread evenly over the split and shared among ranks.
+
+    Args:
+        corpus: its validation split is measured on.
+        world: the ranks; all of them call every method.
+        block_size: tokens of a window.
+        n_windows: how many; None takes all.
+        rows: windows of one forward pass on a rank.
+        autocast: makes the context of a forward pass.
+        compiled: whether the pass goes through torch.compile.
+        questions: what `answer` asks.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        world: World,
+        *,
+        block_size: int,
+        n_windows: int | None,
+        rows: int,
+        autocast: Callable[[], AbstractContextManager],
+        compiled: bool = False,
+        questions: Sequence[Question] = (),
+    ) -> None:
+        self.corpus, self.world, self.block_size, self.rows, self.autocast = corpus, world, block_size, rows, autocast
+        self.windows = spread_windows(count_windows(corpus.val, block_size), n_windows)
+        self.followed = self.windows[spread_windows(len(self.windows), FOLLOWED_WINDOWS)]
+        self.look = torch.compile(loss_and_figures, dynamic=False) if compiled else loss_and_figures
+        self.questions = questions
+
+    @torch.no_grad()
+    def __call__(self, model: GPT) -> dict[str, Any]:
+        """Loss in nats per token, bits per byte (None where bytes are unknown), each of `LAYER_FIGURES` by layer."""
+        world, n_windows = self.world, len(self.windows)
+        sums: Any = 0.0
+        mine = self.windows[world.rank :: world.size]
+        model.eval()
+        for start in range(0, math.ceil(n_windows / world.size), self.rows):
+            chunk = mine[start : start + self.rows]  # empty on some ranks at the end, but FSDP needs them at every call
+            windows = chunk if len(chunk) else self.windows[:1]
+            x, y = read_windows(self.corpus.val, windows, self.block_size, model.vocab_size)
+            with self.autocast():
+                figures = self.look(model, x.to(world.device), y.to(world.device))
+            sums = sums + len(chunk) * figures.double()
+        model.train()
+        loss, *by_layer = (world.sum(sums) / n_windows).tolist()
+        ratio = self.corpus.bytes_per_token
+        return {"loss": loss, "bpb": loss / math.log(2) / ratio if ratio else None, **named(by_layer)}
+
+    @torch.no_grad()
+    def follow(self, model: GPT) -> dict[str, list[float]]:
+        """`LAYER_FIGURES` by layer on a few windows: cheap enough to be recorded between validations."""
+        x, _ = read_windows(self.corpus.val, self.followed, self.block_size, model.vocab_size)
+        model.eval()
+        with self.autocast():
+            figures = figures_of(model.hidden_states(x.to(self.world.device)))  # on every rank: FSDP needs them all
+        model.train()
+        return named(figures.flatten().tolist())
+
+    def answer(self, model: GPT) -> dict[str, float]:
+        """The share of questions whose likeliest choice is the right one, and their number.
+
+        The likeliest choice has the lowest mean loss of its tokens, as in llm.c: the `acc_norm` of HellaSwag.
+        """
+        pairs = [(question.context, choice) for question in self.questions for choice in question.choices]
+        model.eval()
+        with self.autocast():
+            totals, _ = loglikelihoods(model, pairs, rank=self.world.rank, n_ranks=self.world.size)
+        model.train()
+        lengths = torch.tensor([min(len(choice), self.block_size) for _, choice in pairs])  # of what was summed
+        n_choices = [len(question.choices) for question in self.questions]
+        means = (self.world.sum(totals).cpu() / lengths).split(n_choices)
+        right = sum(int(mean.argmax()) == asked.label for mean, asked in zip(means, self.questions, strict=True))
+        return {"accuracy": right / len(self.questions), "examples": len(self.questions)}
+
+
+def loss_and_figures(model: GPT, x: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy, then every figure of every layer: [1 + len(LAYER_FIGURES) * (L + 1)]."""
+    out = model(x, y, return_hidden=True)
+    return torch.cat([out.loss[None], figures_of(out.hidden).flatten()])
+
+
+def named(values: Sequence[float]) -> dict[str, list[float]]:
+    """Flat figures as {"mean_cosine": [one for each layer], ...}."""
+    n_layers = len(values) // len(LAYER_FIGURES)
+    return {name: list(values[i * n_layers : (i + 1) * n_layers]) for i, name in enumerate(LAYER_FIGURES)}
