@@ -21,12 +21,14 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from nanodisp import checkpoint, config, shards
+from nanodisp import launch
 from nanodisp.config import Config
+from nanodisp.data import shards
+from nanodisp.runs import checkpoint
 
 torch.set_num_threads(2)
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 TINY = (
     "data=shards",
     "model.n_layer=2",
@@ -66,8 +68,8 @@ def compose(*overrides: str) -> Config:
     """The configuration that `python train.py <overrides>` gets."""
     ConfigStore.instance().store(name="schema", node=Config)
     GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(config.CONF), version_base="1.3"):
-        return config.check(hydra.compose("config", list(overrides)))
+    with hydra.initialize_config_dir(str(launch.CONF), version_base="1.3"):
+        return launch.check(hydra.compose("config", list(overrides)))
 
 
 def records(folder: Path, split: str) -> list[dict[str, Any]]:

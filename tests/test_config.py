@@ -16,7 +16,7 @@ from nanodisp.errors import UserError
 
 GROUPS = [
     f"{folder.name}={'off' if file.stem == 'off' else file.stem}"
-    for folder in sorted(config.CONF.iterdir())
+    for folder in sorted(launch.CONF.iterdir())
     if folder.is_dir()
     for file in sorted(folder.glob("*.yaml"))
 ]
@@ -66,7 +66,7 @@ def test_every_variant_has_its_file() -> None:
 def test_a_mistake_is_told_in_one_line_that_names_it(override: str, words: list[str]) -> None:
     with pytest.raises((UserError, HydraException)) as caught:
         compose(override)
-    line = config.explain(caught.value)
+    line = launch.explain(caught.value)
     assert "\n" not in line
     for word in words:
         assert word in line

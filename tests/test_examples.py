@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from nanodisp.hf_tokenizer import build_tokenizer
-from nanodisp.tokenizer import load_tokenizer
 
 from nanodisp import DispersionLoss
+from nanodisp.data.tokenizer import load_tokenizer
 from nanodisp.errors import UserError
+from nanodisp.hf.tokenizer import build_tokenizer
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY, command
 
-from nanodisp import checkpoint, report
+from nanodisp.report import __main__ as report
+from nanodisp.runs import checkpoint
 
 
 def test_a_sweep_runs_every_job_it_can_and_fails_in_one_line_for_the_rest(corpus: Path, tmp_path: Path) -> None:

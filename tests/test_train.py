@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, command, compose, losses, records, weights, write_corpus
-from nanodisp.gpt import GPT, GPTConfig
-from nanodisp.metrics import Metrics
-from nanodisp.signals import EXIT_CODE
 
 import train
-from nanodisp import checkpoint
-from nanodisp.dispersion import DispersionLoss, sample_positions
+from nanodisp.dispersion import DispersionLoss
+from nanodisp.dispersion.placement import sample_positions
 from nanodisp.errors import UserError
+from nanodisp.models.gpt import GPT, GPTConfig
+from nanodisp.runs import checkpoint
+from nanodisp.runs.metrics import Metrics
+from nanodisp.training.signals import EXIT_CODE
 
 Run = Callable[..., Path]
 

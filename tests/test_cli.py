@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from nanodisp import arguments
+from nanodisp import cli as arguments
 from nanodisp.errors import UserError
 
 

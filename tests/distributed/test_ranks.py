@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, command, losses, records
-from nanodisp.gpt import GPT, GPTConfig
 
 from nanodisp import checkpoint, distributed
+from nanodisp.models.gpt import GPT, GPTConfig
 
 Run = Callable[..., Path]
 TORCHRUN_2 = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nanodisp.shards import (
+
+from nanodisp.data.shards import (
     Manifest,
     check_tokens,
     describe_shard,
@@ -17,7 +18,6 @@ from nanodisp.shards import (
     verify,
     write_shard,
 )
-
 from nanodisp.errors import UserError
 
 

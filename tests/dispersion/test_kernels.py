@@ -13,16 +13,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nanodisp.kernels import FAMILY, cpu, pairwise
 from torch import Tensor, nn
 
-from nanodisp import kernels
-from nanodisp.dispersion import COSINE_MARGIN, NORM_EPS, VARIANTS, DispersionConfig, DispersionLoss
+from nanodisp.dispersion import COSINE_MARGIN, NORM_EPS, VARIANTS, DispersionConfig, DispersionLoss, kernels
+from nanodisp.dispersion.kernels import FAMILY, cpu, pairwise
 
 triton = pytest.importorskip("triton")
-from nanodisp.kernels import gpu  # noqa: E402
+from nanodisp.dispersion.kernels import gpu  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 FUSED = ("cpu", "triton")
 # Relative to float64. The interpreter cuts float32 off to bfloat16 where a GPU rounds: twice the error, and
 # all of one sign.

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanodisp import checkpoint
 from nanodisp.errors import UserError
+from nanodisp.runs import checkpoint
 
 MODEL = {"wte.weight": torch.randn(4, 3), "half": torch.randn(2).bfloat16()}
 OPTIMIZER = {"wte.weight/step": torch.tensor(3.0), "wte.weight/exp_avg": torch.randn(4, 3)}

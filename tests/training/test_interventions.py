@@ -12,17 +12,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY, command, compose, losses, records, weights, write_run
-from nanodisp.gpt import GPT, GPTConfig
-from nanodisp.intervention import InterventionConfig, add_noise, load_teacher, soft_targets
-from nanodisp.loader import Loader, open_corpus
 from torch import Tensor
 
 import train
-from nanodisp import checkpoint, hf
-from nanodisp.dispersion import DispersionLoss, sample_positions
+from nanodisp.data.batches import Batches
+from nanodisp.data.corpus import open_corpus
+from nanodisp.dispersion import DispersionLoss
+from nanodisp.dispersion.placement import sample_positions
 from nanodisp.errors import UserError
-from nanodisp.report import make_rows
-from nanodisp.runs import read_runs
+from nanodisp.hf import __main__ as hf
+from nanodisp.models.gpt import GPT, GPTConfig
+from nanodisp.report.tables import make_rows
+from nanodisp.runs import checkpoint
+from nanodisp.runs.read import read_runs
+from nanodisp.training.interventions import InterventionConfig, add_noise, load_teacher, soft_targets
 
 Run = Callable[..., Path]
 NOISE, FORGET = "intervention.noise_alpha=5", "intervention.forget_interval=4"
@@ -107,7 +110,7 @@ def test_the_loss_is_the_formula(run: Run, corpus: Path, teacher: Path) -> None:
     torch.manual_seed(config.seed)
     model, taught_by = GPT(config.model), hf.build(hf.open_source(str(teacher)))
     tokens = open_corpus(corpus, "byte").train
-    x, y = Loader(tokens, block_size=16, batch_size=4, seed=config.seed, vocab_size=257).batch(0)
+    x, y = Batches(tokens, block_size=16, batch_size=4, seed=config.seed, vocab_size=257).batch(0)
     ours, theirs = model(x).logits[..., :257].flatten(0, 1), taught_by(x).logits[..., :257].flatten(0, 1)
     ce = F.cross_entropy(ours, y.flatten())
     q, p = (ours / 3).log_softmax(-1), (theirs / 3).log_softmax(-1)

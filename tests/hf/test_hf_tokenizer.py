@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from nanodisp.hf_tokenizer import build_tokenizer, merged_from
-from nanodisp.tokenizer import from_ranks
 from test_hf import export, theirs, transformers, write_run
 
-from nanodisp import checkpoint, hf
+from nanodisp.data.tokenizer import from_ranks
 from nanodisp.errors import UserError
+from nanodisp.hf import __main__ as hf
+from nanodisp.hf.tokenizer import build_tokenizer, merged_from
+from nanodisp.runs import checkpoint
 
 pytest.importorskip("tokenizers")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import records
-from nanodisp.loader import open_corpus
 from omegaconf import OmegaConf
 
+from nanodisp.data.corpus import open_corpus
 from nanodisp.errors import UserError
 
 Run = Callable[..., Path]

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import compose
-from nanodisp.gpt import GPT, GPTConfig, TakeTokens
 from torch import nn
+
+from nanodisp.models.gpt import GPT, GPTConfig, TakeTokens
 
 SMALL = GPTConfig(n_layer=3, n_head=2, n_embd=16, block_size=12, vocab_size=70)
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from nanodisp.prepare import DATA, DataConfig, prepare
-from nanodisp.shards import open_split, verify
 from omegaconf import OmegaConf
 from test_prepare import config, documents_of, files_of, write_jsonl
 
+from nanodisp.data.prepare import DATA, DataConfig, prepare
+from nanodisp.data.shards import open_split, verify
 from nanodisp.errors import UserError
 
 

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from nanodisp import runs
-from nanodisp.runs import read_run, read_runs
+from nanodisp.runs import read as runs
+from nanodisp.runs.read import read_run, read_runs
 
 
 def test_finished_unfinished_and_failed_are_told_apart(sweep: Path) -> None:

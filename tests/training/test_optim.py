@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nanodisp.gpt import GPT, GPTConfig
-from nanodisp.optim import (
+
+from nanodisp.models.gpt import GPT, GPTConfig
+from nanodisp.training.optim import (
     OptimConfig,
     build_optimizers,
     clip_gradients,

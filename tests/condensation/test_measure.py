@@ -14,7 +14,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nanodisp.gpt import GPT, GPTConfig
 from scipy import stats
 from torch import Tensor, nn
 
@@ -30,6 +29,7 @@ from nanodisp.condensation import (
     trend,
 )
 from nanodisp.errors import UserError
+from nanodisp.models.gpt import GPT, GPTConfig
 
 WINDOWS = torch.randint(0, 50, (6, 24), generator=torch.Generator().manual_seed(0))
 

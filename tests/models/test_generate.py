@@ -6,12 +6,12 @@ from functools import partial
 
 import pytest
 import torch
-from nanodisp.generation import generate, sample_token
-from nanodisp.gpt import GPT, KVCache
 from test_gpt import small_model, tokens
 from torch import nn
 
 from nanodisp import gpt
+from nanodisp.models.generate import generate, sample_token
+from nanodisp.models.gpt import GPT, KVCache
 
 
 def without_cache(model: GPT, prompt: torch.Tensor, n_tokens: int) -> torch.Tensor:

@@ -15,15 +15,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nanodisp.generation import generate
 from nanodisp.multiple_choice import Question, accuracy, read_questions, write_questions
-from nanodisp.tokenizer import ByteTokenizer
 from test_hf import export, ours, write_run
 from test_multiple_choice import naive
 
 from nanodisp import evaluate, hf
+from nanodisp.data.tokenizer import ByteTokenizer
 from nanodisp.distributed import World
 from nanodisp.errors import UserError
+from nanodisp.models.generate import generate
 
 lm_eval, datasets = pytest.importorskip("lm_eval"), pytest.importorskip("datasets")
 pytest.importorskip("lm_eval.evaluator")
@@ -181,7 +181,7 @@ def test_a_group_is_one_task(run: Path, tasks: Path, tmp_path: Path) -> None:
 def test_the_seed_decides_the_examples_in_front(
     run: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nanodisp.harness import HarnessModel
+    from nanodisp.evaluate.harness import HarnessModel
 
     encode, read = HarnessModel.tok_encode, set()
     monkeypatch.setattr(HarnessModel, "tok_encode", lambda self, text: read.add(text) or encode(self, text))
@@ -271,7 +271,7 @@ def test_figures_of_another_step_are_not_mixed_in(run: Path, tasks: Path, tmp_pa
 
 @pytest.fixture(scope="module")
 def asked(run: Path) -> Any:
-    from nanodisp.harness import HarnessModel
+    from nanodisp.evaluate.harness import HarnessModel
 
     return HarnessModel(ours(run), BYTE, batch_size=2)
 

@@ -15,16 +15,16 @@ import torch
 from conftest import compose, records
 from hypothesis import given
 from hypothesis import strategies as st
-from nanodisp.generation import generate
-from nanodisp.gpt import GPT, GPTConfig
-from nanodisp.hf_tokenizer import build_tokenizer
-from nanodisp.tokenizer import load_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sample
 from nanodisp import checkpoint, condensation, hf, runs
+from nanodisp.data.tokenizer import load_tokenizer
 from nanodisp.errors import UserError
+from nanodisp.hf.tokenizer import build_tokenizer
+from nanodisp.models.generate import generate
+from nanodisp.models.gpt import GPT, GPTConfig
 
 transformers = pytest.importorskip("transformers")
 

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nanodisp.prepare import DATA, DataConfig, prepare, prepare_documents
-from nanodisp.shards import Manifest, open_split, read_shard, verify
-from nanodisp.tokenizer import load_tokenizer
 
-from nanodisp import corpus
+from nanodisp.data import documents as corpus
+from nanodisp.data.prepare import DATA, DataConfig, prepare, prepare_documents
+from nanodisp.data.shards import Manifest, open_split, read_shard, verify
+from nanodisp.data.tokenizer import load_tokenizer
 from nanodisp.errors import UserError
 
 EOT = 256
@@ -244,7 +244,7 @@ def test_a_preparation_that_stopped_goes_on(tmp_path, unkilled, stop, n_left):
 
 KILLED = """
 import os, signal, sys
-from nanodisp import prepare
+from nanodisp.data import prepare
 prepare.PIECE = 2
 def documents():
     for number in range(300):

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 import triton
-from nanodisp.kernels import FAMILY, gpu
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from nanodisp.dispersion.kernels import FAMILY, gpu
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nanodisp.cross_entropy import linear_cross_entropy, linear_kl_divergence
 from torch import Tensor
 
-from nanodisp import cross_entropy
+from nanodisp.models import head as cross_entropy
+from nanodisp.models.head import linear_cross_entropy, linear_kl_divergence
 
 
 def case(n: int, n_features: int, vocab_size: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from nanodisp import figures
+from nanodisp.condensation import figures
 from nanodisp.errors import UserError
 
 HISTOGRAM = np.full((7, 128), 0.5)

@@ -17,12 +17,12 @@ import pytest
 from conftest import write_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nanodisp.tables import QUANTITIES, make_layer_table, make_rows, make_table, make_task_table, paired_interval
 from scipy import stats
 
-from nanodisp import report
 from nanodisp.errors import UserError
-from nanodisp.runs import read_runs
+from nanodisp.report import __main__ as report
+from nanodisp.report.tables import QUANTITIES, make_layer_table, make_rows, make_table, make_task_table, paired_interval
+from nanodisp.runs.read import read_runs
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from nanodisp.tokenizer import load_tokenizer
 
+from nanodisp.data.tokenizer import load_tokenizer
 from nanodisp.errors import UserError
 
 MERGES = [b"th", b"the", b" the", b"  ", b"\n\n", b"a b", b"\xc3\xa9"]

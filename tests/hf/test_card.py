@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from conftest import records
-from nanodisp.model_card import model_card
 
-from nanodisp import checkpoint
+from nanodisp.hf.card import model_card
+from nanodisp.runs import checkpoint
 
 Run = Callable[..., Path]
 

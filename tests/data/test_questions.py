@@ -13,13 +13,13 @@ import torch
 from conftest import ROOT, TINY, command, compose, records
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nanodisp.gpt import GPT, GPTConfig
 from nanodisp.multiple_choice import Question, accuracy, loglikelihoods, read_questions, write_questions
-from nanodisp.tokenizer import ByteTokenizer
 
 from nanodisp.config import name_of
+from nanodisp.data.tokenizer import ByteTokenizer
 from nanodisp.distributed import World
 from nanodisp.errors import UserError
+from nanodisp.models.gpt import GPT, GPTConfig
 
 VOCAB = 65_535
 ALONE = World(0, 1, torch.device("cpu"))

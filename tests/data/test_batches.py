@@ -10,9 +10,10 @@ import torch
 from conftest import write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nanodisp.loader import Loader, open_corpus, permute, prefetch, spread_windows
 
-from nanodisp import shards
+from nanodisp.data import shards
+from nanodisp.data.batches import Batches, permute, prefetch, spread_windows
+from nanodisp.data.corpus import open_corpus
 from nanodisp.errors import UserError
 
 
@@ -26,7 +27,7 @@ def counting(tmp_path_factory: pytest.TempPathFactory) -> shards.Tokens:
 
 
 def loader(tokens: shards.Tokens, block_size: int = 7, batch_size: int = 12, seed: int = 0) -> Loader:
-    return Loader(tokens, block_size=block_size, batch_size=batch_size, seed=seed, vocab_size=1000)
+    return Batches(tokens, block_size=block_size, batch_size=batch_size, seed=seed, vocab_size=1000)
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**40), st.integers(0, 100))
@@ -110,7 +111,7 @@ def test_a_corpus_shorter_than_a_window_is_refused(counting: shards.Tokens) -> N
 
 
 def test_a_token_outside_the_vocabulary_is_named(counting: shards.Tokens) -> None:
-    data = Loader(counting, block_size=7, batch_size=100, seed=0, vocab_size=500)
+    data = Batches(counting, block_size=7, batch_size=100, seed=0, vocab_size=500)
     with pytest.raises(UserError, match="vocabulary ends at 499"):
         for step in range(10):
             data.batch(step)

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 from conftest import records
-from nanodisp.metrics import Metrics, WandbConfig, describe, drop_records_after
 
 from nanodisp.errors import UserError
+from nanodisp.runs.metrics import Metrics, WandbConfig, describe, drop_records_after
 
 Run = Callable[..., Path]
 INTERRUPTED = ("train.steps=4", "train.checkpoint_interval=2", "train.log_interval=1", "train.eval_interval=2")
