@@ -1,1 +1,1 @@
-"""Measuring embedding condensation: hidden states in, numbers and pictures out."""
+"""Embedding condensation, measured: from hidden states to numbers and figures."""

@@ -9,7 +9,6 @@ spread out. `measure.py` documents the other figures. Writes condensation.json, 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,21 +27,21 @@ from nanodisp.distributed import start
 from nanodisp.errors import UserError
 from nanodisp.hf.open import Measurable, open_for_measuring
 
-LONGEST_BLOCK = 512  # tokens of a window unless told otherwise
-TOKENS_AT_ONCE = 2048  # of a forward pass
+LONGEST_BLOCK = 512  # tokens of a window, unless `block` is given
+TOKENS_AT_ONCE = 2048  # tokens per forward pass
 
 
 @dataclass
 class CondensationConfig:
-    """What to measure, and on what.
+    """The model to measure, and the text to measure it on.
 
     checkpoint: a run's folder (its newest checkpoint), one checkpoint's, a Hugging Face folder, or hf:<id>.
-    windows, block: how many windows of how many tokens, spread evenly over the text; block null
-        takes the model's context, 512 at most.
-    data, text: a folder of shards (its validation split) or a text file; null takes the data of the run.
+    windows, block: number of windows and tokens per window, spread evenly over the text; block null is the
+        model's context, at most 512.
+    data, text: a folder of shards (its validation split) or a text file; null is the run's own data.
     include_diagonal: see `measure`.
-    projection: how a window's tokens are drawn in the plane: pca, tsne or umap (where installed).
-    out: the folder to write to; null takes the run's, or out/<model>.
+    projection: how the tokens of a window are projected onto the plane: pca, tsne or umap (if installed).
+    out: the folder to write to; null is the run's, or out/<model>.
     """
 
     checkpoint: str = cli.MISSING
@@ -59,9 +58,9 @@ class CondensationConfig:
         if self.windows < 1:
             raise ValueError(f"windows={self.windows} must be at least 1")
         if self.block is not None and self.block < 2:
-            raise ValueError(f"block={self.block}: a pair needs 2 tokens; null takes the model's context")
+            raise ValueError(f"block={self.block}: a pair needs 2 tokens; null is the model's context")
         if self.data is not None and self.text is not None:
-            raise ValueError("data and text are both given: keep one")
+            raise ValueError("data and text are both given: give one of them")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -89,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def open_windows(config: CondensationConfig, subject: Measurable) -> Iterator[Tensor]:
-    """The windows as batches int64 [B, T]; raises UserError when there is nothing to make them from."""
+    """The windows as batches, int64 [B, T]; raises UserError without data, or if it is shorter than one window."""
     block = config.block or min(subject.context, LONGEST_BLOCK)
     if block > subject.context:
         raise UserError(f"block={block} is longer than the model's context of {subject.context} tokens")
@@ -104,10 +103,9 @@ def open_windows(config: CondensationConfig, subject: Measurable) -> Iterator[Te
         chosen = spread_windows(len(ids) // block, config.windows)
         yield from ids[: len(ids) // block * block].view(-1, block)[chosen].split(rows)
         return
-    if config.data is None and subject.data is None:
-        raise UserError("a model from Hugging Face brings no data: give text=<file> or data=<folder of its shards>")
-    data = subject.data if config.data is None else dataclasses.replace(DataConfig(), name="shards", path=config.data)
-    assert data is not None
+    data = subject.data if config.data is None else DataConfig(name="shards", path=config.data)
+    if data is None:
+        raise UserError("a Hugging Face model comes without data: give text=<file> or data=<folder of shards>")
     tokens = open_split(prepare(data), "val")
     chosen = spread_windows(count_windows(tokens, block), config.windows)
     for first in range(0, len(chosen), rows):

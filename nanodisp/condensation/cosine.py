@@ -11,7 +11,7 @@ from torch import Tensor, nn
 def mean_cosine(z: Tensor) -> Tensor:
     """Mean over pairs i != j of cos(z_i, z_j), and over sequences: [B, N, F] -> float32 scalar.
 
-    No N x N matrix is needed: sum_ij u_i . u_j = |sum_i u_i|^2. A zero token has cosine 0 with all.
+    No N x N matrix is needed: sum_ij u_i . u_j = |sum_i u_i|^2. A zero token has cosine 0 with every token.
     """
     u = nn.functional.normalize(z.float(), dim=-1)  # [B, N, F]
     n_tokens = z.size(1)
@@ -23,9 +23,9 @@ def mean_cosine(z: Tensor) -> Tensor:
 def trend(layer_means: Sequence[float]) -> tuple[float, float]:
     """Spearman's rho and Kendall's tau-b of layer means against depth, the embedding being depth 0.
 
-    1: every layer is more condensed than the one before; -1: less. NaN where they are all equal.
+    1: every layer is more condensed than the one before; -1: less. NaN if all are equal.
     """
-    from scipy import stats  # here, because it takes a second and training does without
+    from scipy import stats  # here, because the import takes a second and training does not need it
 
     if len(set(layer_means)) < 2:
         return math.nan, math.nan

@@ -1,10 +1,10 @@
-"""Pictures of condensation and of what dispersion does about it, in one look.
+"""Figures of condensation and of the effect of dispersion, in one style.
 
-Every function takes plain arrays and gives a matplotlib Figure; `save` writes it as PNG and SVG.
-Colours run from dark to light in the order of what they stand for (viridis), so they stay apart
-in grayscale and for the colour-blind, and each line has a marker of its own besides.
+Every function takes plain arrays and returns a matplotlib Figure; `save` writes it as PNG and SVG.
+Colours run from dark to light in the order of the values (viridis), so that they can be told apart
+in grayscale and by colour-blind readers; each line also has a marker of its own.
 
-Nothing here touches pyplot's global state, so figures can be made from any thread and program.
+pyplot's global state is not used, so figures can be made from any thread and program.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ STYLE: Any = {
     "lines.linewidth": 1.5,
     "lines.markersize": 4,
     "savefig.dpi": 160,
-    "svg.hashsalt": "nanodisp",  # the same figure gives the same file
+    "svg.hashsalt": "nanodisp",  # makes the files reproducible
 }
 MARKERS = "osD^vP*Xh<>p"
 COLUMNS = 3  # of panels, at most
 PANEL = (2.7, 2.3)  # inches
-DENSEST = 10.0  # density at the dark end of a heatmap, in all figures alike, so that they compare
+DENSEST = 10.0  # density at the dark end of every heatmap, so that figures can be compared
 LONGEST_TITLE = 34  # characters
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write `<stem>.png` and `<stem>.svg`, their folder included; raises UserError when that is not possible."""
+    """Write `<stem>.png` and `<stem>.svg` and create their folder; raises UserError if that fails."""
     paths = [stem.with_name(stem.name + ending) for ending in (".png", ".svg")]
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
@@ -55,12 +55,12 @@ def save(figure: Figure, stem: Path) -> list[Path]:
             for path in paths:
                 figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     except OSError as error:
-        raise UserError(f"{stem} can not be written: {error}") from error
+        raise UserError(f"{stem} cannot be written: {error}") from error
     return paths
 
 
 def density(histograms: Mapping[str, np.ndarray]) -> Figure:
-    """Where the cosine similarities lie, by layer fraction: one panel per model or step.
+    """Distribution of the cosine similarities by layer fraction: one panel per model or step.
 
     histograms: title -> density over [-1, 1], [L + 1, bins] (`Condensation.histogram`).
     """
@@ -120,17 +120,17 @@ def over_training(runs: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
 def against_lambda(series: Mapping[str, Mapping[float, Sequence[float]]], quantity: str) -> Figure:
     """A quantity against lambda, a line per model size, with standard errors over seeds.
 
-    series: size -> lambda -> the seeds' values. Lambdas stand side by side at equal distances:
-    0 has no place on a logarithmic axis.
+    series: size -> lambda -> the seeds' values. Lambdas are at equal distances, because a logarithmic
+    axis has no place for 0.
     """
     lambdas = sorted({value for line in series.values() for value in line})
     with matplotlib.rc_context(STYLE):
         figure, ax = _single("lambda", quantity)
         for index, (label, line) in enumerate(series.items()):
-            there = [value for value in lambdas if value in line]
-            means = [np.mean(line[value]) for value in there]
-            errors = [standard_error(line[value]) for value in there]
-            places = [lambdas.index(value) for value in there]
+            present = [value for value in lambdas if value in line]
+            means = [np.mean(line[value]) for value in present]
+            errors = [standard_error(line[value]) for value in present]
+            places = [lambdas.index(value) for value in present]
             ax.errorbar(places, means, np.nan_to_num(errors), capsize=3, label=label, **_look(index, len(series)))
         ax.set_xticks(range(len(lambdas)), [f"{value:g}" for value in lambdas])
         _legend(figure, ax)
@@ -138,16 +138,16 @@ def against_lambda(series: Mapping[str, Mapping[float, Sequence[float]]], quanti
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean, s / sqrt(n); NaN for a single value."""
+    """Standard error of the mean, s / sqrt(n); NaN for a single value."""
     return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
 def projection(tokens: Mapping[str, np.ndarray], method: str = "pca") -> Figure:
-    """One sequence's tokens in the plane, one panel per layer, coloured by their place in the sequence.
+    """One sequence's tokens projected onto the plane, one panel per layer, coloured by position.
 
     tokens: title -> [N, F]. method: a key of `PROJECTIONS`; tsne needs scikit-learn, umap umap-learn.
 
-    Raises UserError when the package of a method is missing.
+    Raises UserError if the package of the method is not installed.
     """
     with matplotlib.rc_context(STYLE):
         figure, axes = _panels(list(tokens), f"{method} 1", f"{method} 2", shared=False)
@@ -162,7 +162,7 @@ def projection(tokens: Mapping[str, np.ndarray], method: str = "pca") -> Figure:
 
 
 def pca(z: np.ndarray) -> np.ndarray:
-    """The directions of the greatest variance: [N, F] -> [N, 2]; a direction's largest entry is positive."""
+    """Project onto the two directions of greatest variance: [N, F] -> [N, 2]; a direction's largest entry is positive."""
     centred = z - z.mean(axis=0)
     _, _, directions = np.linalg.svd(centred, full_matrices=False)
     plane = np.zeros((2, z.shape[1]))
@@ -176,7 +176,7 @@ def tsne(z: np.ndarray) -> np.ndarray:
     try:
         from sklearn.manifold import TSNE
     except ImportError as error:
-        raise UserError("projection=tsne needs scikit-learn: pip install scikit-learn, or take pca") from error
+        raise UserError("projection=tsne needs scikit-learn: pip install scikit-learn, or use pca") from error
     return TSNE(perplexity=min(30, (len(z) - 1) / 3), init="pca", random_state=0).fit_transform(z)
 
 
@@ -184,14 +184,14 @@ def umap(z: np.ndarray) -> np.ndarray:
     try:
         from umap import UMAP
     except ImportError as error:
-        raise UserError("projection=umap needs umap-learn: pip install umap-learn, or take pca") from error
+        raise UserError("projection=umap needs umap-learn: pip install umap-learn, or use pca") from error
     return UMAP(n_neighbors=min(15, len(z) - 1), random_state=0).fit_transform(z)
 
 
 PROJECTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"pca": pca, "tsne": tsne, "umap": umap}
 
 
-# --- what the figures share ------------------------------------------------------------
+# --- shared by the figures -------------------------------------------------------------
 
 
 def _single(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
@@ -214,7 +214,7 @@ def _panels(titles: Sequence[str], xlabel: str, ylabel: str, shared: bool = True
         if index >= len(titles):
             ax.remove()
         elif shared and index + columns >= len(titles):
-            ax.xaxis.set_tick_params(labelbottom=True)  # the last of its column, whatever row it is in
+            ax.xaxis.set_tick_params(labelbottom=True)  # the last panel of its column, in whatever row
     figure.supxlabel(xlabel, fontsize=STYLE["font.size"])
     figure.supylabel(ylabel, fontsize=STYLE["font.size"])
     return figure, list(grid[: len(titles)])
@@ -240,6 +240,6 @@ def _band(ax: Axes, x: np.ndarray, values: np.ndarray, colour: object) -> None:
 
 
 def _legend(figure: Figure, ax: Axes) -> None:
-    """Beside the axes, so that it hides no line."""
+    """A legend beside the axes, where it hides no line."""
     handles, labels = ax.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", ncols=1 + (len(labels) - 1) // 16)

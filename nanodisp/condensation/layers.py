@@ -1,8 +1,8 @@
-"""The figures that training follows for every layer, by name.
+"""The figures that training tracks for every layer, by name.
 
-To add one, write a function of a hidden state, [B, N, F] -> float32 scalar, cheap and differentiable or not, and
-register it in `LAYER_FIGURES`. Validation, metrics.jsonl, terminal, W&B, TensorBoard and the report take it along by
-its name.
+To add one, write a function of a hidden state, [B, N, F] -> float32 scalar, and register it in `LAYER_FIGURES`. It
+must be cheap; it need not be differentiable. Validation, metrics.jsonl, the terminal, W&B, TensorBoard and the report
+pick it up by its name.
 """
 
 from __future__ import annotations

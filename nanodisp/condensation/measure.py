@@ -1,16 +1,16 @@
-"""Every figure of a model's condensation: how far the tokens of a sequence have turned into one cone.
+"""All figures of a model's condensation: how far the tokens of a sequence have collapsed into one cone.
 
 The measure is the cosine similarity of all pairs of different tokens of a sequence, layer by layer,
-from the embedding on: near 1 is condensed, near 0 is spread out. What else is told of a layer
-says how many directions its tokens take up. Three ways of putting windows together:
+from the embedding on: near 1 is condensed, near 0 is spread out. The other figures of a layer
+say how many directions its tokens occupy. Windows are combined in three ways:
 
-- cosines (mean, standard deviation, histogram): pairs lie within a window, and the pairs of all
-  windows count alike;
-- the ratio of high to low frequencies belongs to a sequence: measured per window, then averaged;
+- cosines (mean, standard deviation, histogram): pairs within a window, and the pairs of all
+  windows have equal weight;
+- the ratio of high to low frequencies is a property of a sequence: measured per window, then averaged;
 - spectrum and covariance: of all tokens of all windows together, so that they are not bounded
   by the length of a window.
 
-Windows come and go; what stays of them is a few sums per layer (`sums.py`).
+Windows are not kept in memory, only a few sums per layer (`sums.py`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from nanodisp.errors import UserError
 
 @dataclass(frozen=True)
 class Condensation:
-    """What was measured; arrays are float64 with a row per layer, [L + 1], hidden state 0 first.
+    """The results; arrays are float64 with a row per layer, [L + 1], hidden state 0 first.
 
     With X the tokens of a layer, [n_tokens, F], sigma its singular values and p = sigma / sum sigma:
 
@@ -43,9 +43,9 @@ class Condensation:
     explained: sigma_1^2 / sum sigma^2, the largest explained variance (of X itself, not centred).
     frequency_ratio: |X - mean|_F / |mean part|_F along a window, high frequencies over frequency 0;
         Wang et al., "Anti-Oversmoothing in Deep Vision Transformers", arXiv 2203.05962.
-    condition: largest over smallest eigenvalue of the tokens' covariance. Infinite where that is
-        singular to the precision of the tokens: with no more of them than features, and after the
-        last LayerNorm, whose outputs lie in a hyperplane.
+    condition: largest over smallest eigenvalue of the tokens' covariance. Infinite if that is
+        singular to the precision of the tokens: with at most as many tokens as features, and after
+        the last LayerNorm, whose outputs are in a hyperplane.
     variance: [L + 1, F], the covariance's diagonal.
     """
 
@@ -68,7 +68,7 @@ class Condensation:
         return np.cumsum(self.mean[::-1]) / np.arange(1, len(self.mean) + 1)
 
     def save(self, folder: Path, source: str) -> None:
-        """Write condensation.json (figures of a layer) and condensation.npz (those and the arrays) into `folder`."""
+        """Write condensation.json (the figures of each layer) and condensation.npz (the same and the arrays)."""
         arrays: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
         scalars = {name: value for name, value in arrays.items() if value.ndim == 1}
         rho, tau = trend(self.mean.tolist())
@@ -91,7 +91,7 @@ class Condensation:
             (folder / "condensation.json").write_text(json.dumps(summary, indent=2) + "\n")
             np.savez_compressed(folder / "condensation.npz", **arrays)
         except OSError as error:
-            raise UserError(f"{folder} can not be written: {error}; choose another with out=…") from error
+            raise UserError(f"{folder} cannot be written: {error}; choose another with out=…") from error
 
     def __str__(self) -> str:
         head = f"{'layer':>5} {'mean':>8} {'std':>8} {'eff. rank':>9} {'entropy':>8} {'explained':>9} {'high/low':>9}"
@@ -109,17 +109,17 @@ class Condensation:
 
 
 def measure(model: nn.Module, windows: Iterable[Tensor], *, include_diagonal: bool = False) -> Condensation:
-    """Condensation of a model on `windows`, in memory that does not grow with their number.
+    """Measure a model on `windows`, in memory that does not grow with their number.
 
     Args:
-        model: anything that `hidden_states` understands; measured in eval mode, where its parameters lie.
-        windows: int64 [B, T] each, or [T]; T the same for all, at least 2. One [W, T] will do.
-        include_diagonal: count a token's cosine with itself too, as the PyPI package
+        model: anything that `hidden_states` accepts; measured in eval mode, on the device of its parameters.
+        windows: batches of int64 [B, T] or [T], with the same T of at least 2; or one tensor [W, T].
+        include_diagonal: also count the cosine of a token with itself, as the PyPI package
             `embedding-condensation` does.
 
-    On CUDA, cosines are as exact as torch.set_float32_matmul_precision lets them be.
+    On CUDA, the precision of the cosines is that of torch.set_float32_matmul_precision.
 
-    Raises ValueError without windows, or for windows of other lengths.
+    Raises ValueError without windows, or if their lengths differ.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     layers: list[LayerSums] = []
@@ -131,7 +131,7 @@ def measure(model: nn.Module, windows: Iterable[Tensor], *, include_diagonal: bo
             for idx in windows:
                 idx = idx.reshape(-1, idx.size(-1)).to(device)  # [B, T]
                 if idx.size(1) < 2 or idx.size(1) != (block := block or idx.size(1)):
-                    raise ValueError(f"a window of {idx.size(1)} tokens: all need the same length, at least 2")
+                    raise ValueError(f"a window of {idx.size(1)} tokens: all windows need the same length, at least 2")
                 for depth, z in enumerate(hidden_states(model, idx)):
                     if depth == len(layers):
                         layers.append(LayerSums(z.size(-1), device, include_diagonal))
@@ -139,7 +139,7 @@ def measure(model: nn.Module, windows: Iterable[Tensor], *, include_diagonal: bo
     finally:
         model.train(was_training)
     if block is None:
-        raise ValueError("there are no windows to measure on")
+        raise ValueError("no windows to measure")
     rows = [layer.finish() for layer in layers]
     stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     return Condensation(windows=layers[0].windows, block=block, include_diagonal=include_diagonal, **stacked)
@@ -148,8 +148,8 @@ def measure(model: nn.Module, windows: Iterable[Tensor], *, include_diagonal: bo
 def hidden_states(model: nn.Module, idx: Tensor) -> Iterable[Tensor]:
     """The hidden states [B, T, F] of int64 [B, T], embedding first.
 
-    `model` has a method `hidden_states`; or is one of transformers'; or returns, for `model(idx)`, a tuple or list of
-    them, or something that has it as `hidden` or `hidden_states`. Raises TypeError for anything else.
+    `model` has a method `hidden_states`, or is a transformers model, or `model(idx)` returns a tuple or list of them,
+    or an object with the attribute `hidden` or `hidden_states`. Raises TypeError for anything else.
     """
     if (ours := getattr(model, "hidden_states", None)) is not None:
         return ours(idx)

@@ -1,7 +1,7 @@
-"""What condensation.py keeps of a layer: sums over its tokens, from which all of its figures follow.
+"""Streaming sums over the tokens of a layer, from which all of its figures are computed.
 
 The largest is an F x F matrix, whatever the number of tokens. The sums are in float64, so that a
-singular value down to 1e-7 of the largest one is right.
+singular value down to 1e-7 of the largest one is correct.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ STRIPE = 128  # rows of a symmetric matrix that are added to at a time
 
 
 class LayerSums:
-    """What is kept of one layer."""
+    """The sums of one layer."""
 
     def __init__(self, n_features: int, device: torch.device, include_diagonal: bool) -> None:
         self.include_diagonal = include_diagonal
@@ -30,7 +30,7 @@ class LayerSums:
         self.outer = torch.zeros(n_features, n_features, dtype=torch.float64, device=device)  # of x x^T, upper triangle
 
     def add(self, z: Tensor) -> None:
-        """Take in z [B, N, F], floating."""
+        """Add the tokens z [B, N, F], of a floating dtype."""
         self.rounding = torch.finfo(z.dtype).eps
         z = z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
         n_windows, n_tokens, n_features = z.shape
@@ -45,16 +45,16 @@ class LayerSums:
         self.ratio += (high.clamp(min=0) / low).sqrt().sum()
         self.token += n_tokens * window_mean.sum(dim=0)
         x = x.view(-1, n_features)
-        for start in range(0, n_features, STRIPE):  # symmetric, so that the blocks on and above the diagonal will do
+        for start in range(0, n_features, STRIPE):  # symmetric: the blocks on and above the diagonal are enough
             stop = start + STRIPE
             self.outer[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
 
     def _add_cosines(self, z: Tensor) -> None:
-        """Each pair is counted both ways round: as fast as masking half of the matrix, and simpler."""
+        """Each pair is counted in both orders: as fast as masking half of the matrix, and simpler."""
         n_windows, n_tokens, _ = z.shape
         u = nn.functional.normalize(z, dim=-1)
         cosines = (u @ u.mT).clamp_(-1, 1)  # [B, N, N]
-        itself = (u != 0).any(dim=-1).to(u.dtype)  # [B, N]: 1, and 0 for a zero token
+        itself = (u != 0).any(dim=-1).to(u.dtype)  # [B, N]: 1, or 0 for a zero token
         cosines.diagonal(dim1=1, dim2=2).copy_(itself)
         bins = lambda c: torch.bincount(((c + 1) * (BINS / 2)).int().clamp_(max=BINS - 1).flatten(), minlength=BINS)  # noqa: E731
         self.pairs += n_windows * n_tokens * n_tokens
@@ -93,9 +93,9 @@ class LayerSums:
 
 
 def _eigenvalues(matrix: Tensor, rank: int, floor: float = 0.0) -> np.ndarray:
-    """Eigenvalues of a positive semi-definite [F, F] (its upper triangle) of at most `rank`.
+    """Eigenvalues of a positive semi-definite matrix [F, F] (its upper triangle) of at most this `rank`.
 
-    Those that rounding alone may have made are 0: the sums' here, the tokens' own up to `floor`.
+    Those that may be due to rounding alone are 0: rounding of the sums, and of the tokens, which is up to `floor`.
     """
     values = torch.linalg.eigvalsh(matrix, UPLO="U").numpy()[-rank:]  # ascending
     floor = max(floor, len(matrix) * np.finfo(np.float64).eps * values.max())

@@ -1,1 +1,1 @@
-"""A folder of runs as one page."""
+"""A folder of runs summarised on one page."""

@@ -1,4 +1,4 @@
-"""A folder of runs becomes an answer on one page.
+"""A folder of runs summarised on one page.
 
     python -m nanodisp.report out/<sweep>
 
@@ -12,7 +12,7 @@ import csv
 import math
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -23,6 +23,7 @@ from yaml import YAMLError
 
 from nanodisp import cli
 from nanodisp.condensation import figures
+from nanodisp.condensation.layers import LAYER_FIGURES
 from nanodisp.errors import UserError
 from nanodisp.report.page import Report, render
 from nanodisp.report.tables import (
@@ -36,7 +37,7 @@ from nanodisp.report.tables import (
 )
 from nanodisp.runs.read import RunSummary, as_text, differences, read_runs
 
-MOST_LINES = 12  # of one figure
+MOST_LINES = 12  # in one figure
 
 
 def main(argv: Sequence[str]) -> None:
@@ -65,9 +66,10 @@ def gather(folder: Path, target: Path) -> Report:
     lambdas = sorted({disp for row in rows for disp in row.cells})
     head = ["lambda", *(f"{disp:g}" for disp in lambdas)]
     labels = [row.label for row in rows]
+    quantities = quantities_of(rows)
     tables = {
         quantity.name: (head, dict(zip(labels, make_table(rows, key, quantity, lambdas), strict=True)))
-        for key, quantity in quantities_of(rows).items()
+        for key, quantity in quantities.items()
     }
     for name, layers in make_layer_tables(rows).items():
         tables[f"{name.replace('_', ' ')} by layer"] = (
@@ -77,28 +79,32 @@ def gather(folder: Path, target: Path) -> Report:
     heads, benchmarks = make_task_table(rows, [run for run in runs if run.is_imported])
     if benchmarks:
         tables["benchmarks"] = (["task", *heads], benchmarks)
+    by_layer = dict.fromkeys([*LAYER_FIGURES, *(name for run in runs for name in run.layers)])
+    varied = differences(runs)
     return Report(
         title=str(folder),
         facts=list(facts_of(folder, runs)),
         tables=tables,
         figures=draw(rows, runs, target / "figures"),
-        runs=[line_of(run, differences(runs)) for run in runs],
+        runs=[line_of(run, quantities, by_layer, varied) for run in runs],
     )
 
 
 def facts_of(folder: Path, runs: Sequence[RunSummary]) -> Iterator[str]:
-    """How many runs there are and how they ended; the command of the sweep."""
+    """The number of runs and how they ended; the command of the sweep."""
     counts = Counter(run.status for run in runs)
     yield f"{len(runs)} runs: " + ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
     try:
         task = OmegaConf.load(folder / "multirun.yaml").hydra.overrides.task
         yield "the sweep: " + shlex.join(["python", "train.py", "-m", *task])
     except (OSError, YAMLError, OmegaConfBaseException, AttributeError, TypeError):
-        pass  # it was not one sweep of Hydra's
+        pass  # the runs are not one sweep of Hydra's
 
 
-def line_of(run: RunSummary, varied: dict[str, dict[Path, object]]) -> dict[str, str]:
-    """A run's line of runs.csv: numbers in full precision, empty where there is none."""
+def line_of(
+    run: RunSummary, quantities: Iterable[str], by_layer: Iterable[str], varied: dict[str, dict[Path, object]]
+) -> dict[str, str]:
+    """A run's line of runs.csv: numbers in full precision, empty if missing."""
     differs = {key: by_run[run.folder] for key, by_run in varied.items() if run.folder in by_run}
     return {
         "run": run.folder.name,
@@ -107,8 +113,8 @@ def line_of(run: RunSummary, varied: dict[str, dict[Path, object]]) -> dict[str,
         "step": str(run.step),
         "total_steps": str(run.total_steps),
         "parameters": str(run.n_parameters),
-        **{key: plain(run.numbers.get(key)) for key in QUANTITIES},
-        "mean_cosine_by_layer": " ".join(plain(mean) for mean in run.layers.get("mean_cosine", [])),
+        **{key: plain(run.numbers.get(key)) for key in quantities},
+        **{f"{name}_by_layer": " ".join(map(plain, run.layers.get(name, []))) for name in by_layer},
         "differs": " ".join(f"{key}={as_text(value)}" for key, value in differs.items()),
         "command": str(run.config.get("command") or ""),
     }
@@ -122,7 +128,7 @@ def plain(value: float | None) -> str:
 
 
 def draw(rows: Sequence[Row], runs: Sequence[RunSummary], folder: Path) -> list[tuple[str, Path]]:
-    """Draw what the runs have data for: captions, and the SVG files (PNGs beside them)."""
+    """Draw every figure that the runs have data for: captions and SVG files (PNGs beside them)."""
     drawn: list[tuple[str, Path]] = []
 
     def keep(figure: figures.Figure, name: str, caption: str) -> None:
@@ -130,7 +136,7 @@ def draw(rows: Sequence[Row], runs: Sequence[RunSummary], folder: Path) -> list[
 
     for key, name in (("loss", "loss"), ("tokens_per_second", "cost")):
         series = {row.label: {disp: [*row.values(disp, key).values()] for disp in row.cells} for row in rows}
-        series = {label: {disp: there for disp, there in line.items() if there} for label, line in series.items()}
+        series = {label: {disp: values for disp, values in line.items() if values} for label, line in series.items()}
         if any(series.values()):
             quantity = QUANTITIES[key].name
             keep(
@@ -151,12 +157,12 @@ def draw(rows: Sequence[Row], runs: Sequence[RunSummary], folder: Path) -> list[
         }
         keep(figures.over_training(trajectory), f"training_{number}", "Mean cosine of every layer over training")
     if measured := dict(list(_histograms(runs))[:MOST_LINES]):
-        keep(figures.density(measured), "density", "Density of cosine similarity by layer, where it was measured")
+        keep(figures.density(measured), "density", "Density of cosine similarity by layer, of the runs that were measured")
     return drawn
 
 
 def _lines(rows: Sequence[Row]) -> list[dict[str, list[RunSummary]]]:
-    """Seeds that have the same validations, by label: all in one figure if they fit, else a figure per row."""
+    """Seeds with the same validations, by label: all in one figure if they fit, else a figure per row."""
     per_row: list[dict[str, list[RunSummary]]] = []
     known: set[tuple[Path, ...]] = set()  # a baseline that rows share is drawn once
     for row in rows:
@@ -176,7 +182,7 @@ def _lines(rows: Sequence[Row]) -> list[dict[str, list[RunSummary]]]:
 
 
 def _histograms(runs: Sequence[RunSummary]) -> Iterator[tuple[str, np.ndarray]]:
-    """Of the runs that `python -m nanodisp.condensation` has looked at."""
+    """Name and histogram of each run that `python -m nanodisp.condensation` has measured."""
     for run in runs:
         try:
             with np.load(run.folder / "condensation.npz", allow_pickle=False) as arrays:

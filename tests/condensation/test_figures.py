@@ -1,4 +1,4 @@
-"""Figures: what they show, that they can be told apart, and that nothing is cut off."""
+"""Figures: what they show, that lines are distinguishable, and that nothing is cut off."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from matplotlib.figure import Figure
 from nanodisp.condensation import figures
 from nanodisp.errors import UserError
 
+RNG = np.random.default_rng(0)
 HISTOGRAM = np.full((7, 128), 0.5)
 LAMBDAS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 SAMPLES: dict[str, Callable[[], Figure]] = {
     "density": lambda: figures.density({f"a run with quite a long name, number {i}": HISTOGRAM for i in range(5)}),
-    "layers": lambda: figures.mean_by_layer({f"lambda {disp:g}": np.random.rand(3, 7) for disp in LAMBDAS}),
-    "training": lambda: figures.over_training({f"{d:g}": (np.arange(4), np.random.rand(4, 7)) for d in LAMBDAS}),
+    "layers": lambda: figures.mean_by_layer({f"lambda {disp:g}": RNG.random((3, 7)) for disp in LAMBDAS}),
+    "training": lambda: figures.over_training({f"{d:g}": (np.arange(4), RNG.random((4, 7))) for d in LAMBDAS}),
     "loss": lambda: figures.against_lambda({"1.3M": {disp: [1.0, 2.0] for disp in LAMBDAS}}, "validation loss"),
-    "tokens": lambda: figures.projection({f"layer {i}": np.random.rand(30, 8) for i in range(4)}),
+    "tokens": lambda: figures.projection({f"layer {i}": RNG.random((30, 8)) for i in range(4)}),
 }
 
 
 @pytest.mark.parametrize("name", list(SAMPLES))
-def test_nothing_reaches_over_the_edge(name: str, tmp_path: Path) -> None:
+def test_nothing_extends_beyond_the_edge(name: str, tmp_path: Path) -> None:
     figure = SAMPLES[name]()
     paths = figures.save(figure, tmp_path / "deep" / name)
     assert [path.suffix for path in paths] == [".png", ".svg"]
@@ -47,7 +48,7 @@ def test_the_same_figure_gives_the_same_file(tmp_path: Path) -> None:
     assert contents[0] == contents[1]
 
 
-def test_figures_leave_matplotlib_as_they_found_it(tmp_path: Path) -> None:
+def test_figures_do_not_change_matplotlibs_settings(tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
     figures.save(figures.density({"a": HISTOGRAM}), tmp_path / "a")
     assert dict(matplotlib.rcParams) == before
@@ -56,7 +57,7 @@ def test_figures_leave_matplotlib_as_they_found_it(tmp_path: Path) -> None:
 @settings(max_examples=5, deadline=None)
 @given(st.integers(2, 6))
 def test_lines_differ_in_gray_and_in_marker(n: int) -> None:
-    ax = figures.mean_by_layer({str(i): np.random.rand(1, 3) for i in range(n)}).axes[0]
+    ax = figures.mean_by_layer({str(i): RNG.random((1, 3)) for i in range(n)}).axes[0]
     lines = ax.get_lines()[:n]
     gray = [np.dot(to_rgb(line.get_color()), (0.299, 0.587, 0.114)) for line in lines]
     assert all(b - a > 0.05 for a, b in itertools.pairwise(gray)), gray
@@ -83,7 +84,7 @@ def test_a_band_spans_one_standard_deviation_of_the_seeds() -> None:
     np.testing.assert_array_equal(ax.get_lines()[0].get_ydata(), [1, 1])
 
 
-def test_lambdas_stand_side_by_side_and_a_size_may_lack_some() -> None:
+def test_lambdas_are_equally_spaced_and_a_size_may_lack_some() -> None:
     ax = figures.against_lambda({"small": {0.0: [3.0, 5.0], 1.0: [2.0]}, "large": {0.1: [1.0]}}, "loss").axes[0]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "0.1", "1"]
     data = [container.lines[0].get_xydata().tolist() for container in ax.containers]
@@ -101,19 +102,19 @@ def test_pca_keeps_the_variance_of_the_first_two_directions(n: int, f: int, seed
     np.testing.assert_allclose(figures.pca(z + 5), plane, atol=1e-8)
 
 
-def test_pca_of_less_than_a_plane() -> None:
+def test_pca_of_fewer_than_two_dimensions() -> None:
     assert figures.pca(np.array([[1.0], [2.0]])).shape == (2, 2)
     assert (figures.pca(np.ones((4, 3))) == 0).all()
 
 
 @pytest.mark.parametrize(("method", "module"), [("umap", "umap"), ("tsne", "sklearn.manifold")])
-def test_a_missing_package_is_told_with_its_name(method: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported_with_the_command_that_installs_it(method: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match="pip install"):
-        figures.projection({"a": np.random.rand(9, 4)}, method)
+        figures.projection({"a": RNG.random((9, 4))}, method)
 
 
-def test_a_folder_that_can_not_be_written_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="can not be written"):
+    with pytest.raises(UserError, match="cannot be written"):
         figures.save(figures.density({"a": HISTOGRAM}), tmp_path / "file" / "a")

@@ -1,4 +1,4 @@
-"""Condensation: the mean cosine of all pairs, and the instrument, against the full matrices in numpy and scipy."""
+"""The figures of condensation against the full matrices in numpy and scipy, and the command."""
 
 from __future__ import annotations
 
@@ -18,16 +18,10 @@ from scipy import stats
 from torch import Tensor, nn
 
 from bench.condensation import package_on
-from nanodisp import condensation
-from nanodisp.condensation import (
-    Condensation,
-    LayerSums,
-    hidden_states,
-    mean_cosine,
-    mean_cosine_by_layer,
-    measure,
-    trend,
-)
+from nanodisp.condensation import __main__ as condensation
+from nanodisp.condensation.cosine import mean_cosine, trend
+from nanodisp.condensation.measure import Condensation, hidden_states, measure
+from nanodisp.condensation.sums import LayerSums
 from nanodisp.errors import UserError
 from nanodisp.models.gpt import GPT, GPTConfig
 
@@ -66,7 +60,7 @@ def test_mean_cosine_is_the_mean_over_all_pairs(b: int, n: int, f: int, shift: f
     assert mean_cosine(z).item() == pytest.approx(torch.stack(pairs).mean().item(), abs=1e-5)
 
 
-def test_the_extremes() -> None:
+def test_equal_orthogonal_and_opposite_tokens() -> None:
     same = torch.ones(2, 5, 8, dtype=torch.bfloat16)
     assert mean_cosine(same).item() == pytest.approx(1)
     assert mean_cosine(torch.eye(6)[None]).item() == pytest.approx(0, abs=1e-6)
@@ -84,7 +78,7 @@ def pairs(z: np.ndarray, include_diagonal: bool) -> np.ndarray:
 
 
 @pytest.mark.parametrize("include_diagonal", [False, True])
-def test_cosines_are_those_of_the_full_matrix(include_diagonal: bool) -> None:
+def test_cosines_equal_those_of_the_full_matrix(include_diagonal: bool) -> None:
     model = lookup()
     result = measure(model, WINDOWS.split(4), include_diagonal=include_diagonal)
     for layer, z in enumerate(model(WINDOWS)):
@@ -98,7 +92,7 @@ def test_cosines_are_those_of_the_full_matrix(include_diagonal: bool) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 6), st.integers(2, 24), st.integers(2, 16), st.integers(0, 999))
-def test_spectrum_and_covariance_are_those_of_all_tokens(windows: int, block: int, n_features: int, seed: int) -> None:
+def test_spectrum_and_covariance_equal_those_of_all_tokens(windows: int, block: int, n_features: int, seed: int) -> None:
     model, idx = lookup(2, n_features, seed), WINDOWS[:windows, :block]
     result = measure(model, idx)
     for layer, z in enumerate(model(idx)):
@@ -125,17 +119,17 @@ def test_frequencies_are_split_within_each_window() -> None:
         assert result.frequency_ratio[layer] == pytest.approx(ratios.mean().item(), abs=1e-6)
 
 
-def test_float32_states_are_as_good_as_their_own_digits() -> None:
+def test_float32_states_lose_no_further_precision() -> None:
     model = gpt().eval()
     result = measure(model, WINDOWS)
     for layer, z in enumerate(model(WINDOWS, return_hidden=True).hidden):
         x = z.detach().double().flatten(0, 1).numpy()
         assert result.mean[layer] == pytest.approx(pairs(z.detach().double().numpy(), False).mean(), abs=1e-6)
         assert result.entropy[layer] == pytest.approx(stats.entropy(np.linalg.svd(x, compute_uv=False)), abs=1e-6)
-    assert math.isinf(result.condition[-1]), "LayerNorm's outputs lie in a hyperplane"
+    assert math.isinf(result.condition[-1]), "LayerNorm's outputs are in a hyperplane"
 
 
-def test_a_token_of_zeros_has_cosine_0_with_all_and_itself() -> None:
+def test_a_token_of_zeros_has_cosine_0_with_every_token_and_itself() -> None:
     model = lookup(1)
     with torch.no_grad():
         model.tables[:, 0] = 0
@@ -149,7 +143,7 @@ def test_a_token_of_zeros_has_cosine_0_with_all_and_itself() -> None:
 
 @settings(max_examples=7, deadline=None)
 @given(st.integers(1, 7))
-def test_how_windows_are_batched_does_not_matter(rows: int) -> None:
+def test_the_batch_size_does_not_change_the_figures(rows: int) -> None:
     model = lookup()
     whole, parts = measure(model, [WINDOWS]), measure(model, WINDOWS.split(rows))
     assert whole.windows == parts.windows == 6
@@ -157,8 +151,8 @@ def test_how_windows_are_batched_does_not_matter(rows: int) -> None:
     np.testing.assert_allclose(parts.entropy, whole.entropy, atol=1e-9)
 
 
-def test_windows_are_not_kept() -> None:
-    """What is held after each batch is the same however many came before."""
+def test_windows_are_not_kept_in_memory() -> None:
+    """The sums have the same size after every batch."""
     sizes = []
 
     def batches() -> Iterator[Tensor]:
@@ -188,11 +182,11 @@ def test_trend_counts_concordant_pairs(values: list[int]) -> None:
     assert rho == pytest.approx(1 - 6 * ((ranks - np.arange(n)) ** 2).sum() / (n * (n**2 - 1)))
 
 
-def test_no_trend_where_all_layers_are_equal() -> None:
+def test_equal_layers_have_no_trend() -> None:
     assert all(math.isnan(value) for value in trend([0.5, 0.5, 0.5]))
 
 
-def test_mean_over_the_last_n_layers() -> None:
+def test_mean_of_last_averages_the_last_n_layers() -> None:
     result = measure(lookup(), WINDOWS)
     assert result.mean_of_last[0] == result.mean[-1]
     assert result.mean_of_last[2] == pytest.approx(result.mean[-3:].mean())
@@ -202,18 +196,13 @@ def test_mean_over_the_last_n_layers() -> None:
 # --- models ----------------------------------------------------------------------------------
 
 
-def test_our_model_is_walked_layer_by_layer_as_forward_does() -> None:
+def test_hidden_states_of_our_model_are_those_of_forward() -> None:
     model = gpt().eval()
     for walked, forward in zip(hidden_states(model, WINDOWS), model(WINDOWS, return_hidden=True).hidden, strict=True):
         assert torch.equal(walked, forward)
 
 
-def test_following_a_run_gives_the_same_means() -> None:
-    model = gpt().eval()
-    assert mean_cosine_by_layer(model, WINDOWS) == pytest.approx(measure(model, WINDOWS).mean.tolist(), abs=1e-6)
-
-
-def test_the_model_is_left_in_the_mode_it_was_in() -> None:
+def test_measuring_leaves_the_model_in_its_mode() -> None:
     model = gpt().train()
     first, second = (measure(model, WINDOWS).mean for _ in range(2))
     assert model.training
@@ -221,7 +210,7 @@ def test_the_model_is_left_in_the_mode_it_was_in() -> None:
 
 
 @pytest.mark.parametrize("name", ["hidden", "hidden_states"])
-def test_any_module_that_returns_hidden_states_will_do(name: str) -> None:
+def test_any_module_that_returns_hidden_states_can_be_measured(name: str) -> None:
     class Wrapped(nn.Module):
         def forward(self, idx: Tensor) -> SimpleNamespace:
             return SimpleNamespace(**{name: tuple(lookup()(idx))})
@@ -229,7 +218,7 @@ def test_any_module_that_returns_hidden_states_will_do(name: str) -> None:
     assert (measure(Wrapped(), WINDOWS).mean == measure(lookup(), WINDOWS).mean).all()
 
 
-def test_what_has_no_hidden_states_is_refused() -> None:
+def test_models_without_hidden_states_and_unequal_windows_are_rejected() -> None:
     with pytest.raises(TypeError, match="no hidden states"):
         measure(nn.Embedding(50, 4), WINDOWS)
     with pytest.raises(ValueError, match="no windows"):
@@ -269,7 +258,7 @@ def test_layer_means_agree_with_the_embedding_condensation_package() -> None:
 # --- the command -----------------------------------------------------------------------------
 
 
-def test_a_run_is_measured_and_drawn(run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_measured_and_plotted(run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     folder = run("train.steps=1", "train.sample_tokens=0")
     condensation.main([f"checkpoint={folder}", "windows=5"])
     out = capsys.readouterr().out
@@ -285,11 +274,11 @@ def test_a_run_is_measured_and_drawn(run: Callable[..., Path], capsys: pytest.Ca
         assert (folder / "figures" / name).stat().st_size > 1000
 
 
-def test_a_text_file_will_do_for_data(run: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_text_file_can_be_measured_on(run: Callable[..., Path], tmp_path: Path) -> None:
     folder = run("train.steps=1", "train.sample_tokens=0")
     (tmp_path / "text.txt").write_text("some words " * 50)
-    condensation.main([f"checkpoint={folder}", f"text={tmp_path / 'text.txt'}", "block=8", f"out={tmp_path / 'there'}"])
-    assert json.loads((tmp_path / "there" / "condensation.json").read_text())["windows"] == 550 // 8
+    condensation.main([f"checkpoint={folder}", f"text={tmp_path / 'text.txt'}", "block=8", f"out={tmp_path / 'measured'}"])
+    assert json.loads((tmp_path / "measured" / "condensation.json").read_text())["windows"] == 550 // 8
 
 
 def test_a_hugging_face_folder_is_measured(corpus: Path, tmp_path: Path) -> None:
@@ -310,12 +299,12 @@ def test_a_hugging_face_folder_is_measured(corpus: Path, tmp_path: Path) -> None
         (["checkpoint={run}", "block=17"], "longer than the model's context of 16"),
         (["checkpoint=nowhere", "block=1"], "a pair needs 2 tokens"),
         (["checkpoint=nowhere", "windows=0"], "windows=0"),
-        (["checkpoint=nowhere", "text=a", "data=b"], "keep one"),
-        (["checkpoint={run}", "text=nowhere"], "text=nowhere can not be read"),
+        (["checkpoint=nowhere", "text=a", "data=b"], "give one of them"),
+        (["checkpoint={run}", "text=nowhere"], "text=nowhere cannot be read"),
         (["checkpoint=nowhere", "projection=sphere"], "choose one of pca, tsne, umap"),
     ],
 )
-def test_mistakes_are_told_in_one_line(run: Callable[..., Path], arguments: list[str], message: str) -> None:
+def test_mistakes_are_reported_in_one_line(run: Callable[..., Path], arguments: list[str], message: str) -> None:
     folder = run("train.steps=1", "train.sample_tokens=0") if "{run}" in arguments[0] else Path()
     with pytest.raises(UserError, match=message) as error:
         condensation.main([argument.format(run=folder) for argument in arguments])
