@@ -1,4 +1,4 @@
-"""The report's pages: one HTML file that needs nothing but itself, and the same in Markdown.
+"""The report's pages: one self-contained HTML file, and the same in Markdown.
 
 Both are templates (`page.html`, `page.md`) over the same `Report`.
 """
@@ -14,18 +14,18 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from nanodisp.report.tables import Cell
 
 READING = """Mean ± standard error over seeds. Δ: difference to lambda 0 over the seeds that both have, with the
-95% interval of a paired t test. Best of a row in bold: highest for tokens per second, lowest for all else. On
-benchmarks the best of a task; ± of a single run is the standard error over examples; mean and mean rank are of the
-tasks that all rows have, the mean of those of which more is better."""
+95% interval of a paired t test. Best of a row in bold: the highest tokens per second, else the lowest value. On
+benchmarks, the best of a task; ± of a single run is the standard error over examples; mean and mean rank are over the
+tasks that all rows have, the mean over those where higher is better."""
 
 
 @dataclass
 class Report:
-    """All that the pages show, as text.
+    """The content of the pages, as text.
 
-    tables: name -> heads of the columns, row -> cells.
-    figures: caption and SVG file, a PNG of the same name beside it.
-    runs: a row of runs.csv each.
+    tables: name -> column heads, and row label -> cells.
+    figures: caption and SVG file, with a PNG of the same name beside it.
+    runs: the rows of runs.csv.
     """
 
     title: str
@@ -36,7 +36,7 @@ class Report:
 
 
 def render(report: Report, template: str, folder: Path) -> str:
-    """The report as "page.html" or "page.md", to lie in `folder`."""
+    """The report through the template "page.html" or "page.md", for a file in `folder`."""
     pages = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=template.endswith(".html"),
@@ -46,7 +46,7 @@ def render(report: Report, template: str, folder: Path) -> str:
         keep_trailing_newline=True,
     )
     pages.filters |= {
-        "plain": lambda text: text.replace("|", "\\|").replace("<", "&lt;"),  # in Markdown
+        "plain": lambda text: text.replace("|", "\\|").replace("<", "&lt;"),  # for Markdown
         "base64": lambda path: base64.b64encode(path.read_bytes()).decode(),
         "png": lambda path: path.with_suffix(".png").relative_to(folder).as_posix(),
     }

@@ -1,9 +1,9 @@
-"""The tables of the report: finished runs grouped by what they are, and each cell as text.
+"""The tables of the report: finished runs grouped by configuration, and each cell as text.
 
-Seeds are grouped: runs that differ in their seed alone are one cell. Rows are model sizes (and whatever else the sweep
-varied), columns are lambda; on benchmarks rows are these two and columns the tasks. Without dispersion its other
-settings mean nothing, so a run at lambda 0 is what all rows of its kind are compared with.
-Every number that is shown anywhere goes through `Quantity.show`.
+Runs that differ only in their seed share a cell. Rows are model sizes (and whatever else the sweep varied), columns are
+lambda; for benchmarks the rows are both of these, the columns are tasks. At lambda 0 the other settings of dispersion
+have no effect, so these runs are the baseline of all rows that share the remaining settings. Every number that is shown
+goes through `Quantity.show`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from nanodisp.condensation.figures import standard_error
 from nanodisp.runs.evaluation import main_metric
 from nanodisp.runs.read import LAMBDA, RunSummary, as_text, differences
 
-SHAPE = ("model.n_layer", "model.n_embd", "model.n_head", "model.block_size")  # told by a row's size
-NOTHING = "\N{EN DASH}"  # in place of a number that there is not
+SHAPE = ("model.n_layer", "model.n_embd", "model.n_head", "model.block_size")  # part of a row's size
+NOTHING = "\N{EN DASH}"  # in place of a missing number
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number of a run in the report: its name, its format, and which value is best (None: nobody can say)."""
+    """A number of a run in the report: its name, its format, and which value is best (None: unknown)."""
 
     name: str
     form: str
@@ -61,18 +61,18 @@ class Row:
 
     @property
     def n_layer(self) -> int:
-        """Of all its runs: their size is part of what a row is."""
+        """Layers of the model, the same for all runs of a row."""
         return next(run for seeds in self.cells.values() for run in seeds.values()).config["model.n_layer"]
 
     def values(self, disp: float, quantity: str) -> dict[int, float]:
-        """The seeds' values that there are."""
+        """Seed -> value, of the seeds that have one."""
         numbers = {seed: run.numbers.get(quantity) for seed, run in self.cells.get(disp, {}).items()}
         return {seed: value for seed, value in numbers.items() if value is not None and math.isfinite(value)}
 
 
 @dataclass
 class Cell:
-    """What a table shows: mean ± standard error, the difference to lambda 0, whether it is the row's best."""
+    """The content of a cell: mean ± standard error, the difference to lambda 0, whether it is the row's best."""
 
     text: str
     difference: str = ""
@@ -80,7 +80,7 @@ class Cell:
 
 
 def make_rows(runs: Sequence[RunSummary]) -> list[Row]:
-    """Group finished runs; of two with the same configuration and seed the later name counts."""
+    """Group finished runs; of two with the same configuration and seed, the one with the later name is used."""
     finished = [run for run in runs if run.status == "finished"]
     differing = {key: by_run for key, by_run in differences(finished).items() if key not in (LAMBDA, "seed", *SHAPE)}
     varied = [key for key, by_run in differing.items() if not _follows_from_a_teacher(key, by_run)]
@@ -89,9 +89,12 @@ def make_rows(runs: Sequence[RunSummary]) -> list[Row]:
 
     def parts(run: RunSummary, of_dispersion: bool) -> str:
         keys = [key for key in varied if key.startswith("dispersion.") == of_dispersion]
-        told = {key: run.config.get(key) for key in keys}  # an intervention that there was not is not told
-        told = {key: value for key, value in told.items() if value is not None or not key.startswith("intervention.")}
-        return ", ".join(f"{key.split('.')[-1]}={as_text(value)}" for key, value in told.items())
+        values = {key: run.config.get(key) for key in keys}
+        return ", ".join(
+            f"{key.split('.')[-1]}={as_text(value)}"
+            for key, value in values.items()
+            if value is not None or not key.startswith("intervention.")  # null: the run has no such intervention
+        )
 
     for run in finished:
         base = (run.n_parameters, run.size, parts(run, of_dispersion=False))
@@ -111,7 +114,7 @@ def make_rows(runs: Sequence[RunSummary]) -> list[Row]:
 
 
 def _follows_from_a_teacher(key: str, by_run: dict[Path, Any]) -> bool:
-    """Whether a setting of distillation is the same wherever there is a teacher: then naming that is enough."""
+    """Whether all runs with a teacher share this setting of distillation: then naming the teacher is enough."""
     return key.startswith("intervention.distillation_") and len(set(by_run.values()) - {None}) == 1
 
 
@@ -127,7 +130,7 @@ def make_table(rows: Sequence[Row], key: str, quantity: Quantity, lambdas: Seque
     table = []
     for row in rows:
         values = {disp: row.values(disp, key) for disp in lambdas}
-        means = {disp: statistics.fmean(there.values()) for disp, there in values.items() if there}
+        means = {disp: statistics.fmean(seeds.values()) for disp, seeds in values.items() if seeds}
         best = quantity.best(list(means.values())) if quantity.best and len(means) > 1 else None
         cells = []
         for disp in lambdas:
@@ -144,7 +147,7 @@ def make_table(rows: Sequence[Row], key: str, quantity: Quantity, lambdas: Seque
 
 
 def make_layer_tables(rows: Sequence[Row]) -> dict[str, dict[str, list[Cell]]]:
-    """Figure name -> row of runs and lambda -> a cell for each layer, at the last validation, averaged over seeds."""
+    """Figure name -> row and lambda -> one cell per layer, of the last validation, averaged over seeds."""
     tables: dict[str, dict[str, list[Cell]]] = {}
     for row in rows:
         for disp, seeds in row.cells.items():
@@ -183,12 +186,12 @@ def _difference(quantity: Quantity, values: dict[int, float], baseline: dict[int
 
 # --- benchmarks -------------------------------------------------------------------------
 
-Score = tuple[float, float]  # value, standard error over examples (NaN where there is none)
+Score = tuple[float, float]  # value, standard error over examples (NaN if unknown)
 
 
 @dataclass
 class Group:
-    """Runs of one row and lambda that have been evaluated: column -> seed -> score."""
+    """Evaluated runs of one row and lambda: column -> seed -> score."""
 
     label: str
     scores: dict[str, dict[int, Score]]
@@ -200,30 +203,30 @@ class Group:
 def make_task_table(
     rows: Sequence[Row], imported: Sequence[RunSummary] = ()
 ) -> tuple[list[str], dict[str, list[Cell]]]:
-    """The heads of the columns, and the cells by row, of the runs that have been evaluated.
+    """Column heads, and row label -> cells, of the runs that have been evaluated.
 
-    Each of `imported`, the models that others trained, is a row of its own, before ours.
+    Each of `imported`, models that were not trained here, is a row of its own, before the others.
 
-    A column is a task as it was asked: another metric, other shots or another number of examples is another column.
-    Mean and mean rank are of the tasks that all rows have: the mean of those of which more is better, the rank (1 is
-    best, equal values share theirs) of all. Their standard errors are those over seeds; of one run, over examples.
+    A column is a task with its settings: another metric, other shots or another number of examples is another column.
+    Mean and mean rank are over the tasks that all rows have: the mean over those where higher is better, the rank (1 is
+    best, ties share their mean rank) over all. Standard errors are over seeds, or over examples for a single run.
     """
     kinds = {f"{run.folder.name}, imported": {0: run} for run in imported}
     kinds |= {f"{row.label}, lambda {disp:g}": runs for row in rows for disp, runs in row.cells.items()}
     groups = [Group(label, {}) for label in kinds]
-    rising: dict[str, bool] = {}  # column -> whether more is better
+    rising: dict[str, bool] = {}  # column -> whether higher is better
     for group in groups:
         for seed, run in kinds[group.label].items():
-            for column, score, more_is_better in _scores(run):
+            for column, score, higher_is_better in _scores(run):
                 group.scores.setdefault(column, {})[seed] = score
-                rising[column] = more_is_better
+                rising[column] = higher_is_better
     groups = [group for group in groups if group.scores]
     shared = [column for column in rising if all(column in group.scores for group in groups)]
     averaged = [column for column in shared if rising[column]]
     cells: dict[str, list[Cell]] = {group.label: [] for group in groups}
-    for column, more_is_better in rising.items():
+    for column, higher_is_better in rising.items():
         means = {group.label: group.mean(column) for group in groups if column in group.scores}
-        best = (max if more_is_better else min)(means.values()) if len(means) > 1 else None
+        best = (max if higher_is_better else min)(means.values()) if len(means) > 1 else None
         for group in groups:
             cells[group.label].append(_cell(group.scores.get(column, {}), means.get(group.label) == best))
     for group in groups:
@@ -234,7 +237,7 @@ def make_task_table(
 
 
 def _scores(run: RunSummary) -> Iterator[tuple[str, Score, bool]]:
-    """Column, score and whether more is better, of each task that the run has a figure of."""
+    """Column, score and whether higher is better, of each task that the run has a value for."""
     for name, entry in run.tasks.items():
         metric = main_metric(entry)
         value, stderr = (entry["metrics"][metric][key] for key in ("value", "stderr"))
@@ -246,7 +249,7 @@ def _scores(run: RunSummary) -> Iterator[tuple[str, Score, bool]]:
 
 
 def _mean_scores(group: Group, columns: Sequence[str]) -> dict[int, Score]:
-    """The seeds that have all of the columns, each with their mean."""
+    """Seed -> mean over the columns, of the seeds that have all of them."""
     of_seed: dict[int, list[Score]] = defaultdict(list)
     for column in columns:
         for seed, score in group.scores[column].items():
@@ -271,7 +274,7 @@ def _cell(seeds: dict[int, Score], best: bool = False) -> Cell:
 
 
 def _rank(group: Group, groups: Sequence[Group], task: str, rising: bool) -> float:
-    """Of 1 to len(groups); half of those that are equal stand before."""
+    """1 to len(groups); ties share their mean rank."""
     own, others = group.mean(task), [other.mean(task) for other in groups if other is not group]
     before = sum(value > own if rising else value < own for value in others)
     return 1 + before + sum(value == own for value in others) / 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -137,7 +138,11 @@ def read_metrics(run: RunSummary) -> None:
     last = validations[-1][1]
     speeds = [speed for _, _, record in records if (speed := record.get("tokens_per_second"))]
     rho, tau = trend(last["mean_cosine"])
-    run.layers = {name: value for name, value in last.items() if isinstance(value, list)}
+    run.layers = {
+        name: [math.nan if each is None else float(each) for each in value]  # JSON has no NaN
+        for name, value in last.items()
+        if isinstance(value, list)
+    }
     trained = [record for split, _, record in records if split == "train"]
     terms = trained[-1] if trained else {}
     run.numbers = {

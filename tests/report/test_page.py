@@ -21,7 +21,15 @@ from scipy import stats
 
 from nanodisp.errors import UserError
 from nanodisp.report import __main__ as report
-from nanodisp.report.tables import QUANTITIES, make_layer_table, make_rows, make_table, make_task_table, paired_interval
+from nanodisp.report.tables import (
+    QUANTITIES,
+    make_layer_tables,
+    make_rows,
+    make_table,
+    make_task_table,
+    paired_interval,
+    quantities_of,
+)
 from nanodisp.runs.read import read_runs
 
 
@@ -37,18 +45,18 @@ def pages(sweep: Path) -> Path:
 def test_a_cell_is_the_mean_and_standard_error_over_seeds(sweep: Path) -> None:
     rows = make_rows(read_runs(sweep))
     assert [list(row.cells) for row in rows] == [[0.0, 0.1, 1.0]]
-    none, tenth, one = make_table(rows, "loss", [0.0, 0.1, 1.0])[0]
+    none, tenth, one = make_table(rows, "loss", QUANTITIES["loss"], [0.0, 0.1, 1.0])[0]
     assert none.text == f"2.0200 ± {0.01 / math.sqrt(3):.4f}"
     assert (none.difference, none.best) == ("", False)
     assert tenth.best
     assert not one.best
     assert one.text.startswith("2.3150 ±"), "the unfinished seed is left out"
-    assert one.difference.startswith("Δ +0.3000 ["), "and compared with the same two seeds"
+    assert one.difference.startswith("Δ +0.3000 ["), "and the others are compared with the same two seeds"
 
 
 @settings(deadline=None)
 @given(st.dictionaries(st.integers(0, 9), st.floats(-5, 5), min_size=2), st.integers(0, 99))
-def test_the_interval_is_the_one_of_a_paired_t_test(values: dict[int, float], seed: int) -> None:
+def test_the_interval_is_that_of_a_paired_t_test(values: dict[int, float], seed: int) -> None:
     rng = np.random.default_rng(seed)
     baseline = {key: float(rng.normal()) for key in values} | {100: 0.0}
     mean, half = paired_interval({**values, 200: 1.0}, baseline)
@@ -70,7 +78,8 @@ def test_variants_are_rows_that_share_the_baseline(tmp_path: Path) -> None:
         write_run(tmp_path / variant, f"dispersion={variant}", loss=loss)
     write_run(tmp_path / "wide", "dispersion=off", "model.d_ff=200", loss=1.0)
     rows = make_rows(read_runs(tmp_path))
-    table = {row.label: [cell.text for cell in make_table([row], "loss", [0.0, 0.1])[0]] for row in rows}
+    tables = {row.label: make_table([row], "loss", QUANTITIES["loss"], [0.0, 0.1])[0] for row in rows}
+    table = {label: [cell.text for cell in cells] for label, cells in tables.items()}
     found = {re.sub(r".*\), d_ff=(\w+)(, variant=(\w+))?.*", r"\1 \3", label): cells for label, cells in table.items()}
     assert found == {
         "null angular": ["3.0000", "2.0000"],
@@ -82,7 +91,7 @@ def test_variants_are_rows_that_share_the_baseline(tmp_path: Path) -> None:
 def test_layers_are_averaged_over_the_seeds_of_the_last_validation(tmp_path: Path) -> None:
     for seed in (1, 2):
         write_run(tmp_path / f"s{seed}", f"seed={seed}", "dispersion=off")
-    write_run(tmp_path / "deep", "model.n_layer=3")  # one more layer than its records tell
+    write_run(tmp_path / "deep", "model.n_layer=3")  # one layer more than its records have
     metrics = tmp_path / "s2" / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace("[0.1, 0.2,", "[0.1, -0.4,"))
     report.main([str(tmp_path)])
@@ -92,8 +101,8 @@ def test_layers_are_averaged_over_the_seeds_of_the_last_validation(tmp_path: Pat
     assert [line.split(", lambda ")[1] for line in table[2:]] == ["0 | 0.1000 | \N{MINUS SIGN}0.1000 | 0.3400 |"]
     assert '<td data-column="layer 1">\N{MINUS SIGN}0.1000<' in page
     with (tmp_path / "report" / "runs.csv").open(newline="") as file:
-        told = {line["run"]: line["mean_cosine_by_layer"] for line in csv.DictReader(file)}
-    assert told["s2"] == "0.1000 \N{MINUS SIGN}0.4000 0.3400"
+        by_run = {line["run"]: line["mean_cosine_by_layer"] for line in csv.DictReader(file)}
+    assert by_run["s2"] == "0.1 -0.4 0.33999999999999997"
 
 
 def test_a_shallower_model_has_fewer_layers_in_the_table(tmp_path: Path) -> None:
@@ -101,11 +110,32 @@ def test_a_shallower_model_has_fewer_layers_in_the_table(tmp_path: Path) -> None
     folder = write_run(tmp_path / "three", "model.n_layer=3")
     text = (folder / "metrics.jsonl").read_text()
     (folder / "metrics.jsonl").write_text(text.replace("[0.1,", "[0.0, 0.1,"))
-    table = make_layer_table(make_rows(read_runs(tmp_path)))
+    table = make_layer_tables(make_rows(read_runs(tmp_path)))["mean_cosine"]
     assert sorted([cell.text for cell in cells] for cells in table.values()) == [
         ["0.0000", "0.1000", "0.2000", "0.3400"],
         ["0.1000", "0.2000", "0.3400", "\N{EN DASH}"],
     ]
+
+
+def test_figures_that_nanodisp_does_not_know_are_reported_by_name(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        metrics = write_run(tmp_path / f"s{seed}", f"seed={seed}", "dispersion=off") / "metrics.jsonl"
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        lines[-1] |= {"spread": [1.0, None, float(seed)], "surprise": seed / 2}
+        lines[-2] |= {"penalty": 0.25}
+        metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = make_rows(read_runs(tmp_path))
+    added = {key: quantity for key, quantity in quantities_of(rows).items() if key not in QUANTITIES}
+    assert list(added) == ["surprise", "penalty, training"]
+    (cell,) = make_table(rows, "surprise", added["surprise"], [0.0])[0]
+    assert (cell.text, cell.best) == ("0.7500 ± 0.2500", False)
+    (cells,) = make_layer_tables(rows)["spread"].values()
+    assert [cell.text for cell in cells] == ["1.0000", "\N{EN DASH}", "1.5000"], "null is a value that is not finite"
+    report.main([str(tmp_path)])
+    with (tmp_path / "report" / "runs.csv").open(newline="") as file:
+        line = next(csv.DictReader(file))
+    assert [line[key] for key in ("surprise", "penalty, training", "spread_by_layer")] == ["0.5", "0.25", "1.0  1.0"]
+    assert "## Surprise\n" in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_sizes_are_ordered_by_their_parameters(tmp_path: Path) -> None:
@@ -125,7 +155,7 @@ def test_sizes_are_ordered_by_their_parameters(tmp_path: Path) -> None:
         ("tau", math.nan, "\N{EN DASH}"),
     ],
 )
-def test_how_numbers_are_written(key: str, value: float | None, text: str) -> None:
+def test_format_of_numbers(key: str, value: float | None, text: str) -> None:
     assert QUANTITIES[key].show(value) == text
 
 
@@ -138,7 +168,7 @@ def write_evaluation(run: Path, examples: int = 100, shots: int = 0, **accuracie
         name: {"acc_norm": figure(0.0), "acc": figure(accuracy, 0.03)} for name, accuracy in accuracies.items()
     }
     metrics["text"] = {"perplexity": {**figure(10 * accuracies["easy"]), "higher_is_better": False}}
-    tasks = {name: {"metrics": there, "shots": shots, "examples": examples} for name, there in metrics.items()}
+    tasks = {name: {"metrics": values, "shots": shots, "examples": examples} for name, values in metrics.items()}
     (run / "evaluation.json").write_text(json.dumps({"model": "run at step 40", "tasks": tasks}))
 
 
@@ -165,7 +195,7 @@ def test_benchmarks_have_a_row_per_lambda_and_a_column_per_task(tmp_path: Path) 
     assert [cell.best for cell in one] == [True, True, False, False, False]
 
 
-def test_tasks_that_were_asked_otherwise_are_other_columns_and_not_in_the_mean(tmp_path: Path) -> None:
+def test_other_settings_of_a_task_are_other_columns_and_not_in_the_mean(tmp_path: Path) -> None:
     for number, (examples, shots) in enumerate(((100, 0), (10, 0), (100, 5))):
         run = write_run(tmp_path / f"run{number}", f"dispersion.lambda_disp={number}")
         write_evaluation(run, examples, shots, easy=0.5)
@@ -174,7 +204,7 @@ def test_tasks_that_were_asked_otherwise_are_other_columns_and_not_in_the_mean(t
     assert all([cell.text for cell in cells].count("\N{EN DASH}") == 4 + 2 for cells in table.values())
 
 
-def test_figures_of_another_step_are_left_out_and_told(tmp_path: Path) -> None:
+def test_an_evaluation_of_another_step_is_left_out_and_reported(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     write_evaluation(run, easy=0.5)
     text = (run / "evaluation.json").read_text()
@@ -184,7 +214,7 @@ def test_figures_of_another_step_are_left_out_and_told(tmp_path: Path) -> None:
     assert read.problem == "evaluation.json is of run at step 4, the run is at step 40: evaluate it again"
 
 
-def test_an_imported_model_stands_beside_its_trained_versions(tmp_path: Path) -> None:
+def test_an_imported_model_has_a_row_beside_its_trained_versions(tmp_path: Path) -> None:
     write_evaluation(write_run(tmp_path / "trained", "init_from=hf:gpt2"), easy=0.5)
     released = write_run(tmp_path / "gpt2", "init_from=hf:gpt2", "data=shards")
     (released / "metrics.jsonl").unlink()
@@ -197,8 +227,8 @@ def test_an_imported_model_stands_beside_its_trained_versions(tmp_path: Path) ->
     assert "lambda 0.1 | 0.5000 ± 0.0300" in table
 
 
-def test_the_page_shows_benchmarks_and_tells_of_a_damaged_file(tmp_path: Path) -> None:
-    write_evaluation(write_run(tmp_path / "whole", "seed=1"), easy=0.5)
+def test_the_page_shows_benchmarks_and_reports_a_damaged_file(tmp_path: Path) -> None:
+    write_evaluation(write_run(tmp_path / "intact", "seed=1"), easy=0.5)
     for number, damage in enumerate(('{"tas', '{"tasks": {"easy": {"metrics": {}}}}', "[]", '{"tasks": {"easy": 1}}')):
         (write_run(tmp_path / f"damaged{number}", f"seed={number + 2}") / "evaluation.json").write_text(damage)
     report.main([str(tmp_path)])
@@ -214,7 +244,7 @@ def test_the_page_shows_benchmarks_and_tells_of_a_damaged_file(tmp_path: Path) -
 
 
 class Page(HTMLParser):
-    """What a page loads, and the tags that it leaves open."""
+    """What a page loads, and which tags it does not close."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -231,7 +261,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_is_whole_and_needs_nothing_else(pages: Path) -> None:
+def test_the_page_is_complete_and_self_contained(pages: Path) -> None:
     text = (pages / "index.html").read_text()
     page = Page(text)
     assert page.open == []
@@ -254,13 +284,23 @@ def test_the_csv_has_a_line_per_run(pages: Path, sweep: Path) -> None:
     with (pages / "runs.csv").open(newline="") as file:
         lines = {line["run"]: line for line in csv.DictReader(file)}
     assert set(lines) == {run.folder.name for run in read_runs(sweep)}
-    assert lines["disp0.1-s2"]["loss"] == "1.9200"
+    assert lines["disp0.1-s2"]["loss"] == "1.92"
+    assert lines["nan"]["loss"] == ""
     assert lines["disp0.1-s2"]["differs"] == "dispersion.lambda_disp=0.1 seed=2"
-    assert lines["disp0.1-s2"]["command"].startswith("python train.py model.n_layer=2 ")
-    assert lines["damaged"]["command"] == ""
+    assert all(line["command"] == "" for line in lines.values()), "these runs were not launched by a command"
 
 
-def test_a_report_can_be_made_again_beside_itself(pages: Path, sweep: Path) -> None:
+def test_the_command_of_a_run_is_shown_as_it_was_launched(tmp_path: Path) -> None:
+    config = write_run(tmp_path / "run") / "config.yaml"
+    config.write_text(re.sub("^command: .*$", "command: python train.py 'a=<b>'", config.read_text(), flags=re.M))
+    report.main([str(tmp_path)])
+    assert "<code>python train.py &#39;a=&lt;b&gt;&#39;</code>" in (tmp_path / "report" / "index.html").read_text()
+    assert "  - `python train.py 'a=<b>'`" in (tmp_path / "report" / "report.md").read_text()
+    with (tmp_path / "report" / "runs.csv").open(newline="") as file:
+        assert next(csv.DictReader(file))["command"] == "python train.py 'a=<b>'"
+
+
+def test_a_second_report_is_identical(pages: Path, sweep: Path) -> None:
     before = (pages / "index.html").read_bytes()
     report.main([str(sweep)])
     assert (pages / "index.html").read_bytes() == before
@@ -274,14 +314,14 @@ def test_a_measured_run_is_shown(tmp_path: Path) -> None:
     assert (tmp_path / "report" / "figures" / "density.svg").exists()
 
 
-def test_the_command_of_the_sweep_is_told(tmp_path: Path) -> None:
+def test_the_command_of_the_sweep_is_shown(tmp_path: Path) -> None:
     write_run(tmp_path / "run")
     (tmp_path / "multirun.yaml").write_text("hydra: {overrides: {task: [experiment=lambda, 'seed=1,2']}}")
     report.main([str(tmp_path)])
     assert "python train.py -m experiment=lambda seed=1,2" in (tmp_path / "report" / "index.html").read_text()
 
 
-def test_many_runs_take_little_time(tmp_path: Path) -> None:
+def test_many_runs_are_read_quickly(tmp_path: Path) -> None:
     template = write_run(tmp_path / "r000")
     text, metrics = ((template / name).read_text() for name in ("config.yaml", "metrics.jsonl"))
     for number in range(1, 40):
@@ -296,14 +336,14 @@ def test_many_runs_take_little_time(tmp_path: Path) -> None:
     assert sum(len(seeds) for row in rows for seeds in row.cells.values()) == 40
 
 
-def test_nothing_to_report_is_told(tmp_path: Path) -> None:
+def test_a_folder_without_runs_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no run"):
         report.main([str(tmp_path)])
     with pytest.raises(UserError, match="give one folder"):
         report.main([])
 
 
-def test_runs_that_all_failed_make_a_page_too(tmp_path: Path) -> None:
+def test_failed_runs_alone_make_a_page_too(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "error.txt").write_text("")
     report.main([str(tmp_path)])
