@@ -1,1 +1,1 @@
-"""Hugging Face in and out, and the one place where a model is opened by name."""
+"""Export to and import from Hugging Face, and the one place where a model is opened by name."""

@@ -1,10 +1,10 @@
-"""GPT-2 to and from Hugging Face: safetensors and JSON, no code of their authors.
+"""GPT-2 to and from Hugging Face, as safetensors and JSON; no code from the hub is run.
 
     python -m nanodisp.hf export checkpoint=out/<run> to=<folder>
     python -m nanodisp.hf import checkpoint=<folder or hub id> to=out/<run>
 
 transformers' GPT2LMHeadModel and its fast tokenizers load an exported folder. An imported model is a run at step 0, for
-sample.py, nanodisp.condensation and train.py's `init_from`. Tokenizers and the hub need packages of their own:
+sample.py, nanodisp.condensation and train.py's `init_from`. Tokenizers and the hub need further packages:
 pip install 'nanodisp[eval]'.
 """
 
@@ -35,10 +35,10 @@ from nanodisp.runs.folder import TOKENIZER, write_config
 
 @dataclass
 class ExportConfig:
-    """checkpoint: a run's folder (its newest one) or one checkpoint's. to: a folder that is new or empty.
+    """checkpoint: a run's folder (its newest checkpoint) or one checkpoint's. to: a new or empty folder.
 
-    tokenizer: byte, gpt2 or the path of a .tiktoken file, where the run's own is not at hand; null takes that. A run
-        on tokens that nobody can turn into text ("none") is exported without.
+    tokenizer: byte, gpt2 or the path of a .tiktoken file, if the run's own is not available; null is the run's own. A
+        run on shards without a tokenizer ("none") is exported without one.
     """
 
     checkpoint: str = cli.MISSING
@@ -48,10 +48,10 @@ class ExportConfig:
 
 @dataclass
 class ImportConfig:
-    """checkpoint: a folder of Hugging Face's, or an id on the hub. to: a run's folder that is new or empty.
+    """checkpoint: a Hugging Face folder, or an id on the hub. to: the run's folder, new or empty.
 
-    tokenizer: byte, gpt2 or the path of a .tiktoken file; null reads the folder's tokenizer.json, and
-        takes gpt2 for a vocabulary of its size without one.
+    tokenizer: byte, gpt2 or the path of a .tiktoken file; null reads the folder's tokenizer.json, or else
+        uses gpt2 if the vocabulary has its size.
     """
 
     checkpoint: str = cli.MISSING
@@ -65,16 +65,16 @@ def main(argv: Sequence[str]) -> None:
         "import": (ImportConfig, import_run),
     }
     if not argv or argv[0] not in commands:
-        raise UserError("say which way: python -m nanodisp.hf export checkpoint=… to=…, or import checkpoint=… to=…")
+        raise UserError("give export or import: python -m nanodisp.hf export checkpoint=… to=…, or import checkpoint=… to=…")
     schema, command = commands[argv[0]]
     config: Any = cli.parse(schema, argv[1:])
     folder = Path(config.to)
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"to={folder} is there already: name a new folder or an empty one")
+            raise UserError(f"to={folder} is not empty: give a new or an empty folder")
         command(config, folder)
     except OSError as error:
-        raise UserError(f"to={folder} can not be written: {error}") from error
+        raise UserError(f"to={folder} cannot be written: {error}") from error
     print(f"wrote {folder}")
 
 
@@ -84,7 +84,7 @@ def export_run(config: ExportConfig, folder: Path) -> None:
     source, spec = read_checkpoint(saved), config.tokenizer or spec_of(saved)
     ours = load_tokenizer(spec) if spec != "none" else None
     if ours is not None and ours.vocab_size > source.config.vocab_size:  # type: ignore[operator]
-        raise UserError(f"tokenizer={spec} has {ours.vocab_size} tokens, the model {source.config.vocab_size}")
+        raise UserError(f"tokenizer={spec} has a vocabulary of {ours.vocab_size} tokens, the model of {source.config.vocab_size}")
     tokenizer, card = build_tokenizer(ours) if ours is not None else None, model_card(saved)
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
@@ -102,7 +102,7 @@ def export_run(config: ExportConfig, folder: Path) -> None:
 
 
 def import_run(config: ImportConfig, folder: Path) -> None:
-    """Write a run's folder with a checkpoint of step 0."""
+    """Write a run's folder with a checkpoint at step 0."""
     name = config.checkpoint.removeprefix("hf:")
     theirs = download(name)
     source = read_folder(theirs)
@@ -115,7 +115,7 @@ def import_run(config: ImportConfig, folder: Path) -> None:
     else:
         raise UserError(f"{name} has no tokenizer.json: give tokenizer=byte, gpt2 or the path of a .tiktoken file")
     if tokenizer.vocab_size > source.config.vocab_size:  # type: ignore[operator]
-        raise UserError(f"{name} has {source.config.vocab_size} tokens, its tokenizer {tokenizer.vocab_size}")
+        raise UserError(f"{name} has a vocabulary of {source.config.vocab_size} tokens, its tokenizer of {tokenizer.vocab_size}")
     ranks = folder / TOKENIZER
     data = DataConfig(name="shards", tokenizer=str(ranks) if isinstance(tokenizer, TiktokenTokenizer) else "byte")
     try:

@@ -1,4 +1,4 @@
-"""The model card of an exported run: what it is, its figures, its configuration."""
+"""The model card of an exported run: description, figures, configuration."""
 
 from __future__ import annotations
 
@@ -14,28 +14,27 @@ from nanodisp.runs.metrics import METRICS, read_records
 
 
 def model_card(saved: checkpoint.Checkpoint) -> str:
-    """README.md: figures of the last validation up to the checkpoint, and the configuration but for the machine's."""
+    """README.md: figures of the last validation up to the checkpoint, and the configuration without local paths."""
     run = saved.path.resolve().parent.parent
-    told = ("model", "data", "dispersion", "optim", "train", "seed", "init_from")
-    config: dict[str, Any] = {key: saved.state["config"][key] for key in told if key in saved.state["config"]}
+    published = ("model", "data", "dispersion", "optim", "train", "seed", "init_from")
+    config: dict[str, Any] = {key: saved.state["config"][key] for key in published if key in saved.state["config"]}
     config["data"] = {key: value for key, value in config["data"].items() if key not in ("path", "folder")}
-    if done := {
-        key: value for key, value in saved.state["config"].get("intervention", {}).items() if value is not None
-    }:
-        config["intervention"] = done
+    interventions = saved.state["config"].get("intervention", {})
+    if used := {key: value for key, value in interventions.items() if value is not None}:
+        config["intervention"] = used
     config["train"] = {key: value for key, value in config["train"].items() if key != "eval_task"}
     config["data"]["tokenizer"] = without_path(config["data"]["tokenizer"])
     for section, key in ((config, "init_from"), (config.get("intervention", {}), "teacher")):
         if section.get(key) is not None:
             section[key] = without_path(section[key])
-    figures = ["It has not been validated."]
+    figures = ["The model has not been validated."]
     validations = [record for record in read_records(run / METRICS, "val") if record["step"] <= saved.step]
     if validations:
         last = validations[-1]
         rows = {"loss, nats per token": last.get("loss"), "bits per byte": last.get("bpb")}
-        cosines = " ".join(tell(cosine, ".3f") for cosine in last.get("mean_cosine") or ())
+        cosines = " ".join(as_text(cosine, ".3f") for cosine in last.get("mean_cosine") or ())
         figures = [f"| validation at step {last['step']} | |", "| --- | --- |"]
-        figures += [f"| {what} | {tell(value, '.4f')} |" for what, value in rows.items() if value is not None]
+        figures += [f"| {what} | {as_text(value, '.4f')} |" for what, value in rows.items() if value is not None]
         figures += [f"| mean cosine of a sequence's tokens, from the embedding to the last layer | {cosines} |"]
     table = "\n".join(figures)
     return f"""---
@@ -57,10 +56,10 @@ after `{END_OF_TEXT}`, which no text encodes to.
 
 
 def without_path(name: str) -> str:
-    """What a name says to others: a hub id as it is, of a local path its last part."""
+    """A hub id as it is; of a local path the last part."""
     of_hub = re.fullmatch(r"hf:[\w.-]+(/[\w.-]+)?", name) and not Path(name.removeprefix("hf:")).exists()
     return name if of_hub else Path(name).name
 
 
-def tell(value: Any, form: str) -> str:
+def as_text(value: Any, form: str) -> str:
     return format(value, form) if isinstance(value, (int, float)) else "nan"

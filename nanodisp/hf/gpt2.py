@@ -1,7 +1,7 @@
-"""GPT-2 as Hugging Face stores it: config.json and model.safetensors, both ways.
+"""GPT-2 as Hugging Face stores it: config.json and model.safetensors, read and written.
 
-- Their linear layers in the blocks ("Conv1D") are transposed, and their vocabulary is not padded.
-- GPT-2 has biases: a model without is exported with biases of zero, which is the same function.
+- Its linear layers in the blocks ("Conv1D") are transposed, and its vocabulary is not padded.
+- GPT-2 has biases: a model without biases is exported with biases of zero, which is the same function.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
 class Weights(NamedTuple):
-    """A model's shape, and its tensors by our names (float32, the vocabulary padded)."""
+    """A model's shape, and its tensors under our names (float32, the vocabulary padded)."""
 
     config: GPTConfig
     tensors: dict[str, Tensor]
@@ -55,7 +55,7 @@ def config_to_hf(config: GPTConfig, eot: int | None) -> dict[str, Any]:
 
 
 def weights_to_hf(source: Weights) -> dict[str, Tensor]:
-    """Their tensors by their names: no padding of the vocabulary, and biases of zero where there are none."""
+    """The tensors under Hugging Face's names: no padding of the vocabulary, and zeros for missing biases."""
     tensors = {name: tensor.T if name.endswith(TRANSPOSED) else tensor for name, tensor in source.tensors.items()}
     tensors["wte.weight"] = tensors["wte.weight"][: source.config.vocab_size]
     for name, tensor in list(tensors.items()) if not source.config.bias else ():
@@ -65,7 +65,7 @@ def weights_to_hf(source: Weights) -> dict[str, Tensor]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or the parts that its index names."""
+    """model.safetensors, or the shards that its index lists."""
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
@@ -74,31 +74,31 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_folder(folder: Path) -> Weights:
-    """The model of a folder with config.json and model.safetensors, whole or in parts.
+    """The model of a folder with config.json and model.safetensors, in one file or sharded.
 
-    Raises UserError when it is not there, or ours can not be the same function; told by the first thing in the way.
+    Raises UserError if it is missing, or if our GPT cannot compute the same function, with the first reason.
     """
     try:
         config = json.loads((folder / "config.json").read_text())
         for key, allowed in FIXED.items():
             if (value := config.get(key, allowed[0])) not in allowed:
-                raise UserError(f"{folder} is not a GPT-2 of our kind: its {key} is {value}, ours {allowed[0]}")
+                raise UserError(f"{folder} is an unsupported variant of GPT-2: its {key} is {value}, not {allowed[0]}")
         dropouts = {key: config.get(key, 0.1) for key in DROPOUTS}
         if len(set(dropouts.values())) > 1:
-            raise UserError(f"{folder} is not a GPT-2 of our kind, which has one dropout: it has {dropouts}")
+            raise UserError(f"{folder} is an unsupported variant of GPT-2: its dropouts differ, {dropouts}")
         sizes = {key: config.get(key, default) for key, default in SIZES.items()}
         for key, value in {**sizes, "n_inner": config.get("n_inner") or 1}.items():
             if type(value) is not int:
-                raise UserError(f"{folder} can not be read as a GPT-2: its {key} is {value!r}, not a whole number")
+                raise UserError(f"{folder} cannot be read as a GPT-2: its {key} is {value!r}, not an integer")
         sizes["block_size"] = sizes.pop("n_positions")
         ours = GPTConfig(**sizes, d_ff=config.get("n_inner"), dropout=dropouts["resid_pdrop"])
         theirs: dict[str, Tensor] = {}
         for file in weight_files(folder):
             theirs |= safetensors.torch.load_file(file)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{folder} can not be read as a GPT-2: {first_line(error)}") from error
+        raise UserError(f"{folder} cannot be read as a GPT-2: {first_line(error)}") from error
     if not theirs:
-        raise UserError(f"{folder} has no model.safetensors, and weights in other formats are not read")
+        raise UserError(f"{folder} has no model.safetensors; other formats of weights are not supported")
     head = theirs.pop("lm_head.weight", None)
     weights = {
         (name := key.removeprefix("transformer.")): (tensor.T if name.endswith(TRANSPOSED) else tensor).float()
@@ -107,24 +107,24 @@ def read_folder(folder: Path) -> Weights:
     }
     wte = weights.get("wte.weight", torch.empty(0, 0))
     if head is not None and not torch.equal(head.float(), wte):
-        raise UserError(f"{folder} is not a GPT-2 of our kind: its output head is not its token embedding")
+        raise UserError(f"{folder} is an unsupported variant of GPT-2: its output head is not its token embedding")
     assert ours.vocab_size is not None
     weights["wte.weight"] = nn.functional.pad(wte, (0, 0, 0, -ours.vocab_size % VOCAB_MULTIPLE))
     return checked(folder, Weights(ours, weights))
 
 
 def checked(path: Path, source: Weights) -> Weights:
-    """The source, if its tensors are those of a GPT of its shape."""
+    """The source itself; raises UserError unless its tensors are those of a GPT of its shape."""
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in GPT(source.config).state_dict().items()}
     found = {name: tensor.shape for name, tensor in source.tensors.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             wanted, got = (list(shapes[name]) if name in shapes else "none" for shapes in (expected, found))
-            raise UserError(f"{path} is not a GPT-2 of the shape it tells: {name} should be {wanted}, is {got}")
+            raise UserError(f"{path} does not have the shape in its config: {name} should be {wanted}, is {got}")
     return source
 
 
 def cropped(tensors: dict[str, Tensor], block_size: int) -> dict[str, Tensor]:
-    """The tensors of a model with a context of `block_size` tokens, no longer than theirs."""
+    """The tensors with the context cut to `block_size` tokens."""
     return {**tensors, "wpe.weight": tensors["wpe.weight"][:block_size]}

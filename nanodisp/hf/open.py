@@ -3,9 +3,9 @@
 A name is a run's folder (its newest checkpoint), one of its checkpoints, a folder with config.json as Hugging Face
 writes it, or hf:<folder or id on the hub>.
 
-- `open_run`: a checkpoint of ours as a model, for sample.py, evaluation and condensation;
-- `open_source`: weights to train from or to learn from, ours or a Hugging Face GPT-2;
-- `open_for_measuring`: any decoder that returns hidden states, ours or any of transformers'.
+- `open_run`: the model of a run's checkpoint, for sample.py, evaluation and condensation;
+- `open_source`: weights to start from or to distil from, a run's or a Hugging Face GPT-2's;
+- `open_for_measuring`: any decoder that returns hidden states, a run's or any of transformers'.
 """
 
 from __future__ import annotations
@@ -32,10 +32,9 @@ from nanodisp.models.gpt import GPT, GPTConfig
 from nanodisp.runs import checkpoint
 from nanodisp.runs.folder import spec_in
 
-DEFAULT_CONTEXT = 512  # tokens, of a transformers model that does not name its own
-PROBE = (
-    "The quick brown fox: 1234567 naïve cafés, 東京 😀\n\n\tdef f(x):\n        return x  \n"  # tells tokenizers apart
-)
+DEFAULT_CONTEXT = 512  # tokens, for a transformers model whose config does not give one
+# A text that different tokenizers split differently.
+PROBE = "The quick brown fox: 1234567 naïve cafés, 東京 😀\n\n\tdef f(x):\n        return x  \n"
 
 
 def is_hugging_face(name: str) -> bool:
@@ -50,8 +49,8 @@ class OpenRun:
     """A checkpoint of a run.
 
     model: on the CPU, in eval mode.
-    spec: of its tokenizer, for `load_tokenizer`.
-    folder: of the run.
+    spec: its tokenizer, for `load_tokenizer`.
+    folder: the run's folder.
     """
 
     saved: checkpoint.Checkpoint
@@ -61,18 +60,18 @@ class OpenRun:
 
 
 def open_run(name: str) -> OpenRun:
-    """UserError where there is no checkpoint, or it is not of a model of ours."""
+    """Raises UserError without a checkpoint, or if this version does not build its model."""
     saved = checkpoint.load(checkpoint.find(Path(name)))
     return OpenRun(saved, build(read_checkpoint(saved)), spec_of(saved), saved.path.parent.parent)
 
 
 def read_checkpoint(saved: checkpoint.Checkpoint) -> Weights:
-    """The model of a checkpoint; UserError when this version does not build it."""
+    """The weights of a checkpoint; raises UserError if this version does not build its model."""
     try:
         spec_of(saved)
         return gpt2.checked(saved.path, Weights(GPTConfig(**saved.state["config"]["model"]), saved.model))
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{saved.path} is not of a model that this version builds: {first_line(error)}") from error
+        raise UserError(f"{saved.path} holds a model that this version does not build: {first_line(error)}") from error
 
 
 def spec_of(saved: checkpoint.Checkpoint) -> str:
@@ -81,38 +80,38 @@ def spec_of(saved: checkpoint.Checkpoint) -> str:
 
 
 def build(weights: Weights) -> GPT:
-    """The model itself, on the CPU in eval mode."""
+    """The model with these weights, on the CPU in eval mode."""
     model = GPT(weights.config)
     model.load_state_dict(weights.tensors)
     return model.eval()
 
 
-# --- weights to start from, or to learn from -----------------------------------------------
+# --- weights to start from or to distil from ------------------------------------------------
 
 
 class Source(NamedTuple):
-    """The weights of a model, and its tokenizer if that is at hand."""
+    """The weights of a model, and its tokenizer if that is available."""
 
     weights: Weights
     tokenizer: Tokenizer | None
 
 
 def open_source(name: str) -> Source:
-    """UserError where there is no such model, or it is not a GPT-2."""
+    """Raises UserError if there is no such model, or it is not a GPT-2."""
     if is_hugging_face(name):
         folder = download(name.removeprefix("hf:"))
-        return Source(gpt2.read_folder(folder), _at_hand(read_tokenizer, folder))
+        return Source(gpt2.read_folder(folder), _if_available(read_tokenizer, folder))
     saved = checkpoint.load(checkpoint.find(Path(name)))
-    return Source(read_checkpoint(saved), _at_hand(load_tokenizer, spec_of(saved)))
+    return Source(read_checkpoint(saved), _if_available(load_tokenizer, spec_of(saved)))
 
 
 def initial_weights(config: Config) -> dict[str, Tensor]:
     """The state dict that a run with `init_from` starts from.
 
-    The source's shape must be the run's; the context may be shorter, dropout is free. Where both tokenizers are at
-    hand, they must agree.
+    The source must have the run's shape; the run's context may be shorter and its dropout may differ. If both
+    tokenizers are available, they must agree.
 
-    Raises UserError when there is no such source, or it has another shape or tokenizer.
+    Raises UserError if there is no such source, or it has another shape or tokenizer.
     """
     name = str(config.init_from)
     source = open_source(name)
@@ -132,7 +131,7 @@ def initial_weights(config: Config) -> dict[str, Tensor]:
 def open_teacher(config: Config, device: torch.device) -> GPT | None:
     """The teacher of a run, frozen and in eval mode; None without `intervention.teacher`.
 
-    Raises UserError when there is no such source, or it has another vocabulary, a shorter context or another tokenizer.
+    Raises UserError if there is no such source, or it has another vocabulary, a shorter context or another tokenizer.
     """
     name = config.intervention.teacher
     if name is None:
@@ -153,31 +152,31 @@ def open_teacher(config: Config, device: torch.device) -> GPT | None:
 
 
 def check_tokenizer(setting: str, source: Source, tokenizer: str) -> None:
-    """UserError naming `setting` where the tokenizers of source and run are both at hand, and differ."""
-    probes = [t.encode(PROBE).tolist() for t in (source.tokenizer, _at_hand(load_tokenizer, tokenizer)) if t]
+    """Raises UserError naming `setting` if the tokenizers of source and run are both available and differ."""
+    probes = [t.encode(PROBE).tolist() for t in (source.tokenizer, _if_available(load_tokenizer, tokenizer)) if t]
     if len(probes) == 2 and probes[0] != probes[1]:
         raise UserError(f"{setting} was trained with another tokenizer than data.tokenizer={tokenizer}")
 
 
-def _at_hand(load: Callable[[Any], Tokenizer], what: Any) -> Tokenizer | None:
-    """None for a tokenizer whose file or package is not here."""
+def _if_available(load: Callable[[Any], Tokenizer], what: Any) -> Tokenizer | None:
+    """The tokenizer, or None if its file or package is missing."""
     try:
         return load(what)
     except UserError:
         return None
 
 
-# --- any model, to measure ------------------------------------------------------------------
+# --- any model, to be measured --------------------------------------------------------------
 
 
 @dataclass
 class Measurable:
     """A model and what is needed to measure it.
 
-    context: most tokens of a window.
-    encode: text -> int64 [n]; its tokenizer is loaded when it is called.
-    data: the run's data; None for a model of Hugging Face's.
-    folder: where figures go.
+    context: the longest window, in tokens.
+    encode: text -> int64 [n]; the tokenizer is loaded when it is called.
+    data: the run's data; None for a Hugging Face model.
+    folder: where figures are written.
     """
 
     model: nn.Module
@@ -189,7 +188,7 @@ class Measurable:
 
 
 def open_for_measuring(name: str) -> Measurable:
-    """A run, or any model that transformers knows, without its head and in float32; else UserError."""
+    """A run, or any model that transformers knows, without its head and in float32; else raises UserError."""
     if is_hugging_face(name):
         return _open_transformers(name.removeprefix("hf:"))
     run = open_run(name)
@@ -219,7 +218,7 @@ def _open_transformers(name: str) -> Measurable:
 
 
 def download(name: str) -> Path:
-    """A folder as it is; else config, tokenizer and weights of an id on the hub, downloaded or from its cache."""
+    """A folder as it is; of an id on the hub, its config, tokenizer and weights, downloaded or from the cache."""
     if Path(name).is_dir():
         return Path(name)
     hub = optional("huggingface_hub")
@@ -230,9 +229,9 @@ def download(name: str) -> Path:
             )
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"{name} is not a folder and cannot be had from the hub: {first_line(error)}") from error
+        raise UserError(f"{name} is not a folder and cannot be downloaded from the hub: {first_line(error)}") from error
 
 
 def folder_of(name: str) -> Path:
-    """Where figures of a Hugging Face model go: its own folder, out/<model> for one from the hub."""
+    """Where figures of a Hugging Face model are written: its own folder, or out/<model> for one from the hub."""
     return Path(name) if Path(name).is_dir() else Path("out") / re.sub(r"[^\w.-]", "-", name)

@@ -1,9 +1,9 @@
-"""Our tokenizers as Hugging Face's fast ones, and back.
+"""Our tokenizers as Hugging Face's fast tokenizers, and back.
 
-Ours merge bytes by rank, theirs by a list of pairs. The two tell the same: within a token its bytes
-are merged as they are on their own, so there is one pair that it can come from, the last two parts
-of its bytes merged by rank. A token that they never become is only ever a whole word, which both
-look up before they merge (`ignore_merges`).
+Ours merge bytes by rank, theirs by a list of pairs. The two are equivalent: the bytes of a token are
+merged within a text as they are on their own, so a token has exactly one pair that it is merged from,
+the last two parts of its bytes merged by rank. A token that its bytes are never merged to occurs only
+as a whole word, which both look up before they merge (`ignore_merges`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def build_tokenizer(tokenizer: Tokenizer) -> Any:
-    """A `tokenizers.Tokenizer` that encodes and decodes any text as ours does.
+    """A `tokenizers.Tokenizer` that encodes and decodes any text as `tokenizer` does.
 
-    Raises UserError when tokenizers is missing, or a token of text has end-of-text's name.
+    Raises UserError if tokenizers is not installed, or if a text token is spelled like end-of-text.
     """
     tokenizers = optional("tokenizers")
     pre = tokenizers.pre_tokenizers
@@ -37,7 +37,7 @@ def build_tokenizer(tokenizer: Tokenizer) -> Any:
     spell = lambda token: "".join(letter[byte] for byte in token)  # noqa: E731
     vocab = {spell(token): rank for rank, token in enumerate(tokens)}
     if END_OF_TEXT in vocab:
-        raise UserError(f"the vocabulary {tokenizer.name} has {END_OF_TEXT} as text: it can not be exported")
+        raise UserError(f"the vocabulary {tokenizer.name} has {END_OF_TEXT} as text: it cannot be exported")
     ranks = {token: rank for rank, token in enumerate(tokens)}
     merges = [tuple(map(spell, pair)) for token in tokens if (pair := merged_from(token, ranks))]
     model = tokenizers.models.BPE({**vocab, END_OF_TEXT: tokenizer.eot}, merges, ignore_merges=bool(split))
@@ -49,7 +49,7 @@ def build_tokenizer(tokenizer: Tokenizer) -> Any:
 
 
 def merged_from(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
-    """The two tokens that become `token` when its bytes are merged by rank; None where they never do."""
+    """The two tokens that `token` is merged from when its bytes are merged by rank; None if they never are."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         merged = [ranks.get(a + b, len(ranks)) for a, b in pairwise(parts)]
@@ -61,12 +61,12 @@ def merged_from(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | 
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of ours that encodes as a folder's tokenizer.json does; UserError where there is none."""
+    """Our tokenizer that encodes as a folder's tokenizer.json does; raises UserError if none of ours does."""
     tokenizers, file = optional("tokenizers"), folder / "tokenizer.json"
     try:
         theirs = json.loads(tokenizers.Tokenizer.from_file(str(file)).to_str())
-    except Exception as error:  # tokenizers has no class of its own for them
-        raise UserError(f"{file} can not be read: {first_line(error)}") from error
+    except Exception as error:  # tokenizers raises no class of its own
+        raise UserError(f"{file} cannot be read: {first_line(error)}") from error
     byte_of = {letter: byte for byte, letter in enumerate(letters())}
     try:
         model, pre = theirs["model"], theirs["pre_tokenizer"]
@@ -85,12 +85,12 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     except (KeyError, TypeError, UserError):
         same = False
     if not same:
-        raise UserError(f"{file} is neither of bytes nor a BPE like GPT-2's: give the tokenizer as tokenizer=…")
+        raise UserError(f"{file} is neither a byte tokenizer nor a BPE like GPT-2's: give the tokenizer as tokenizer=…")
     return tokenizer
 
 
 def letters() -> list[str]:
-    """GPT-2's letter for each byte: the byte's own where that can be seen, else the next from U+0100 on."""
+    """GPT-2's letter for each byte: its own character if that is printable, else the next from U+0100 on."""
     visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(byte if byte in visible else next(others)) for byte in range(256)]

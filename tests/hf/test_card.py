@@ -14,13 +14,13 @@ from nanodisp.runs import checkpoint
 Run = Callable[..., Path]
 
 
-def test_a_model_card_tells_the_run_and_nothing_of_the_machine(run: Run, tmp_path: Path) -> None:
+def test_a_model_card_describes_the_run_and_names_no_local_path(run: Run, tmp_path: Path) -> None:
     start = run("train.steps=1", "train.sample_tokens=0", name="start")
     settings = (f"init_from={start}", f"intervention.teacher={start}")
-    folder = run("train.steps=2", "train.sample_tokens=0", *settings, name="told")
+    folder = run("train.steps=2", "train.sample_tokens=0", *settings, name="described")
     card = model_card(checkpoint.load(checkpoint.find(folder)))
     loss = records(folder, "val")[-1]["loss"]
-    for words in ("# told", "2 steps", "128 tokens", "validation at step 2", f"{loss:.4f}", "lambda_disp: 0.1"):
+    for words in ("# described", "2 steps", "128 tokens", "validation at step 2", f"{loss:.4f}", "lambda_disp: 0.1"):
         assert words in card
     assert "init_from: start" in card
     assert str(tmp_path) not in card
@@ -42,7 +42,7 @@ def test_a_model_card_tells_the_run_and_nothing_of_the_machine(run: Run, tmp_pat
     ],
     ids=lambda line: line[:40],
 )
-def test_lines_that_are_no_whole_record_cost_no_card(run: Run, line: str) -> None:
+def test_damaged_records_do_not_prevent_a_card(run: Run, line: str) -> None:
     folder = run("train.steps=1", "train.sample_tokens=0")
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(line[:100_001] + "\n")

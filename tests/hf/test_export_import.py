@@ -1,8 +1,7 @@
-"""Hugging Face, in and out: the same weights, the same function, the same tokens; the rest is refused in one line."""
+"""Export and import: the same weights, function and tokens; unsupported models are rejected in one line."""
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import json
 import sys
@@ -16,73 +15,29 @@ from conftest import compose, records
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tiny_models import MERGES, export, model_of, write_checkpointed_run, write_ranks_file
 from torch import Tensor
 
 import sample
-from nanodisp import checkpoint, condensation, hf, runs
+from nanodisp.condensation import __main__ as condensation
+from nanodisp.config import TrainConfig
 from nanodisp.data.tokenizer import load_tokenizer
 from nanodisp.errors import UserError
+from nanodisp.hf import __main__ as hf
+from nanodisp.hf.open import initial_weights, open_run
 from nanodisp.hf.tokenizer import build_tokenizer
 from nanodisp.models.generate import generate
-from nanodisp.models.gpt import GPT, GPTConfig
+from nanodisp.runs.read import read_runs
 
 transformers = pytest.importorskip("transformers")
 
 Run = Callable[..., Path]
-SINGLE_BYTES = [bytes([byte]) for byte in range(256)]
-MERGES = [
-    b"th",
-    b"he",
-    b"the",
-    b" the",
-    b"  ",
-    b"\n\n",
-    b"a b",
-    b"\xc3\xa9",
-    b"12",
-    b"ab",
-    b"aba",
-    b"bab",
-    b"\xc3",
-    b"xyz",
-]
-
-
-def write_ranks_file(path: Path) -> Path:
-    tokens = dict.fromkeys([*SINGLE_BYTES[::-1], *MERGES])
-    path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)))
-    return path
-
-
-def write_run(folder: Path, spec: str, **shape: Any) -> Path:
-    """A run's folder with a checkpoint of a random model, biases and LayerNorms random too."""
-    torch.manual_seed(0)
-    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "d_ff": 24, **shape}
-    model = GPT(GPTConfig(**shape, vocab_size=load_tokenizer(spec).vocab_size))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    config = dataclasses.asdict(compose(f"data.tokenizer={spec}"))
-    state = {"step": 3, "tokens": 96, "config": {**config, "model": dataclasses.asdict(model.config)}, "corpus": "text"}
-    checkpoint.save(folder / "checkpoints", model.state_dict(), {}, state)
-    return folder
-
-
-def ours(folder: Path) -> GPT:
-    saved = checkpoint.load(checkpoint.find(folder))
-    model = GPT(GPTConfig(**saved.state["config"]["model"]))
-    model.load_state_dict(saved.model)
-    return model.eval()
 
 
 def theirs(folder: Path) -> Any:
     model, found = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(found.values()), "no weight is missing, too many or of another shape"
+    assert not any(found.values()), "no weight is missing, superfluous or of another shape"
     return model.eval()
-
-
-def export(run: Path, to: Path) -> Path:
-    hf.main(["export", f"checkpoint={run}", f"to={to}"])
-    return to
 
 
 def logits(model: Any, idx: Tensor) -> Tensor:
@@ -98,7 +53,7 @@ def close(a: Tensor, b: Tensor) -> bool:
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     spec = "byte" if request.param == "byte" else str(write_ranks_file(folder / "tiny.tiktoken"))
-    return write_run(folder / "run", spec)
+    return write_checkpointed_run(folder / "run", spec)
 
 
 @pytest.fixture(scope="module")
@@ -123,40 +78,40 @@ def change_config(folder: Path, **values: Any) -> None:
     (folder / "config.json").write_text(json.dumps({**config, **values}))
 
 
-# --- out -------------------------------------------------------------------------------------
+# --- export ----------------------------------------------------------------------------------
 
 
 def test_transformers_computes_the_same_logits_from_an_exported_folder(trained: Path, exported: Path) -> None:
     idx = torch.randint(256, (3, 32))
     model = theirs(exported)
-    assert model.config.vocab_size == ours(trained).vocab_size
-    assert close(logits(model, idx), logits(ours(trained), idx)[..., : model.config.vocab_size])
+    assert model.config.vocab_size == model_of(trained).vocab_size
+    assert close(logits(model, idx), logits(model_of(trained), idx)[..., : model.config.vocab_size])
 
 
-def test_transformers_continues_a_prompt_as_we_do(trained: Path, exported: Path) -> None:
+def test_transformers_continues_a_prompt_with_the_same_tokens(trained: Path, exported: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
     model = theirs(exported)
     prompt = tokenizer("the first", return_tensors="pt").input_ids
     model.generation_config.eos_token_id = None  # ours does not stop there
-    expected = [int(token) for token in generate(ours(trained), prompt, 20, temperature=0)]
+    expected = [int(token) for token in generate(model_of(trained), prompt, 20, temperature=0)]
     got = model.generate(prompt, do_sample=False, max_new_tokens=20, pad_token_id=0)[0, prompt.size(1) :]
     assert got.tolist() == expected
-    assert len(set(expected)) > 1, "one token alone would tell little"
+    assert len(set(expected)) > 1, "a constant text would prove little"
 
 
 def test_a_model_without_biases_is_exported_with_biases_of_zero(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", "byte", bias=False, d_ff=None)
+    run = write_checkpointed_run(tmp_path / "run", "byte", bias=False, d_ff=None)
     folder = export(run, tmp_path / "exported")
     idx = torch.randint(257, (2, 32))
-    assert close(logits(theirs(folder), idx), logits(ours(run), idx)[..., :257])
+    assert close(logits(theirs(folder), idx), logits(model_of(run), idx)[..., :257])
     biases = [tensor for name, tensor in load_file(folder / "model.safetensors").items() if name.endswith("bias")]
     assert len(biases) == 2 * 6 + 1 and not any(bias.any() for bias in biases)
 
 
-def test_nothing_is_written_over(trained: Path, exported: Path) -> None:
-    with pytest.raises(UserError, match="is there already"):
+def test_existing_folders_are_not_overwritten(trained: Path, exported: Path) -> None:
+    with pytest.raises(UserError, match="is not empty"):
         export(trained, exported)
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="is not empty"):
         hf.main(["import", f"checkpoint={exported}", f"to={trained}"])
 
 
@@ -165,8 +120,7 @@ def test_nothing_is_written_over(trained: Path, exported: Path) -> None:
 
 @pytest.fixture(scope="module")
 def both(trained: Path, exported: Path) -> tuple[Any, Any]:
-    saved = checkpoint.load(checkpoint.find(trained))
-    return load_tokenizer(hf.spec_of(saved)), transformers.AutoTokenizer.from_pretrained(exported)
+    return load_tokenizer(open_run(str(trained)).spec), transformers.AutoTokenizer.from_pretrained(exported)
 
 
 PIECES = st.sampled_from(
@@ -175,33 +129,33 @@ PIECES = st.sampled_from(
 
 
 @given(st.lists(PIECES | st.text(max_size=8), max_size=8).map("".join))
-def test_an_exported_tokenizer_encodes_any_text_as_ours_does(both: tuple[Any, Any], text: str) -> None:
+def test_an_exported_tokenizer_encodes_any_text_to_the_same_tokens(both: tuple[Any, Any], text: str) -> None:
     assert both[1](text).input_ids == both[0].encode(text).tolist()
 
 
 @given(st.lists(st.integers(0, 256), max_size=12))
-def test_an_exported_tokenizer_decodes_any_tokens_as_ours_does(both: tuple[Any, Any], tokens: list[int]) -> None:
+def test_an_exported_tokenizer_decodes_any_tokens_to_the_same_text(both: tuple[Any, Any], tokens: list[int]) -> None:
     expected = both[0].decode_bytes(tokens).decode("utf-8", "replace")
     assert both[1].decode(tokens, skip_special_tokens=True) == expected
 
 
-def test_end_of_text_has_its_id(both: tuple[Any, Any]) -> None:
+def test_an_exported_tokenizer_has_the_id_of_end_of_text(both: tuple[Any, Any]) -> None:
     assert both[1].eos_token_id == both[1].bos_token_id == both[0].eot
     assert len(both[1]) == both[0].vocab_size
 
 
-# --- in --------------------------------------------------------------------------------------
+# --- import ----------------------------------------------------------------------------------
 
 
-def test_export_and_import_give_the_weights_and_the_tokenizer_back(
+def test_export_then_import_restores_weights_and_tokenizer(
     trained: Path, exported: Path, tmp_path: Path
 ) -> None:
     hf.main(["import", f"checkpoint={exported}", f"to={tmp_path / 'back'}"])
-    before, after = ours(trained), ours(tmp_path / "back")
+    before, after = model_of(trained), model_of(tmp_path / "back")
     assert after.config == before.config
     for (name, a), b in zip(before.state_dict().items(), after.state_dict().values(), strict=True):
         assert torch.equal(a[: before.vocab_size] if name == "wte.weight" else a, b[: len(a)][: before.vocab_size])
-    specs = [hf.spec_of(checkpoint.load(checkpoint.find(run))) for run in (trained, tmp_path / "back")]
+    specs = [open_run(str(run)).spec for run in (trained, tmp_path / "back")]
     text = "the bab  abaaba éa 12"
     assert load_tokenizer(specs[0]).encode(text).tolist() == load_tokenizer(specs[1]).encode(text).tolist()
 
@@ -214,12 +168,12 @@ def test_an_imported_gpt2_computes_the_same_logits(gpt2: Path, tmp_path: Path, p
     expected = logits(theirs(gpt2), idx := torch.randint(257, (2, 24)))
     save_file({**tensors, **mask}, gpt2 / "model.safetensors", metadata={"format": "pt"})
     hf.main(["import", f"checkpoint=hf:{gpt2}", f"to={tmp_path / 'run'}", "tokenizer=byte"])
-    got = logits(ours(tmp_path / "run"), idx)
+    got = logits(model_of(tmp_path / "run"), idx)
     assert close(got[..., :257], expected)
     assert got.size(-1) == 320 and got[..., 257:].isneginf().all()
 
 
-def test_a_gpt2_tokenizer_comes_along(gpt2: Path, tmp_path: Path) -> None:
+def test_a_gpt2_tokenizer_is_imported_too(gpt2: Path, tmp_path: Path) -> None:
     """As transformers saves GPT-2's: a vocabulary, merges, and no pattern of its own."""
     tokenizer = load_tokenizer(write_ranks_file(tmp_path / "tiny.tiktoken"))
     built = json.loads(build_tokenizer(tokenizer).to_str())["model"]
@@ -250,31 +204,31 @@ def test_an_imported_run_is_sampled_and_measured(
     assert json.loads((run / "condensation.json").read_text())["windows"] == 3
     with pytest.raises(UserError, match="give text="):
         condensation.main([f"checkpoint={run}", "device=cpu"])
-    assert [(found.status, found.problem) for found in runs.read_runs(tmp_path)] == [
-        ("unfinished", "at step 0 of 1000")
+    assert [(found.status, found.problem) for found in read_runs(tmp_path)] == [
+        ("unfinished", f"at step 0 of {TrainConfig().steps}")
     ]
 
 
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"model_type": "llama"}, "its model_type is llama, ours gpt2"),
+        ({"model_type": "llama"}, "its model_type is llama, not gpt2"),
         ({"activation_function": "relu"}, "its activation_function is relu"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
         ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn is True"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06"),
-        ({"attn_pdrop": 0.2}, "one dropout"),
+        ({"attn_pdrop": 0.2}, "its dropouts differ"),
         ({"n_layer": 3}, r"h\.2\.\S+ should be .*, is none"),
         ({"n_layer": 1}, r"h\.1\.\S+ should be none"),
-        ({"n_layer": 2.0}, r"its n_layer is 2\.0, not a whole number"),
-        ({"vocab_size": None}, "its vocab_size is None, not a whole number"),
+        ({"n_layer": 2.0}, r"its n_layer is 2\.0, not an integer"),
+        ({"vocab_size": None}, "its vocab_size is None, not an integer"),
         ({"n_head": 3}, "n_embd=16 is not divisible by model.n_head=3"),
         ({"vocab_size": 300}, "has no tokenizer.json: give tokenizer="),
     ],
     ids=str,
 )
-def test_what_ours_can_not_be_is_refused(gpt2: Path, tmp_path: Path, values: dict[str, Any], words: str) -> None:
+def test_unsupported_variants_are_rejected(gpt2: Path, tmp_path: Path, values: dict[str, Any], words: str) -> None:
     change_config(gpt2, **values)
     if values.get("vocab_size"):
         tensors = load_file(gpt2 / "model.safetensors")
@@ -285,7 +239,7 @@ def test_what_ours_can_not_be_is_refused(gpt2: Path, tmp_path: Path, values: dic
     assert "\n" not in str(error.value) and not (tmp_path / "run" / "config.yaml").exists()
 
 
-def test_an_output_head_of_its_own_is_refused(gpt2: Path, tmp_path: Path) -> None:
+def test_an_untied_output_head_is_rejected(gpt2: Path, tmp_path: Path) -> None:
     tensors = load_file(gpt2 / "model.safetensors")
     save_file({**tensors, "lm_head.weight": torch.zeros(257, 16)}, gpt2 / "model.safetensors")
     with pytest.raises(UserError, match="its output head is not its token embedding"):
@@ -301,20 +255,20 @@ def test_weights_in_pickles_are_not_read(gpt2: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "say which way"),
-        (["out"], "say which way"),
+        ([], "give export or import"),
+        (["out"], "give export or import"),
         (["export", "checkpoint=nowhere", "to={tmp}/a"], "nowhere holds no checkpoint"),
         (["export", "checkpoint=nowhere"], "to is missing"),
-        (["import", "checkpoint={tmp}", "to={tmp}/a"], "can not be read as a GPT-2"),
+        (["import", "checkpoint={tmp}", "to={tmp}/a"], "cannot be read as a GPT-2"),
     ],
 )
-def test_mistakes_are_told_in_one_line(tmp_path: Path, arguments: list[str], words: str) -> None:
+def test_mistakes_are_reported_in_one_line(tmp_path: Path, arguments: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words) as error:
         hf.main([argument.format(tmp=tmp_path) for argument in arguments])
     assert "\n" not in str(error.value)
 
 
-def test_what_is_not_installed_is_told_with_the_command_that_installs_it(
+def test_a_missing_package_is_reported_with_the_command_that_installs_it(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
@@ -327,17 +281,17 @@ def test_what_is_not_installed_is_told_with_the_command_that_installs_it(
 SHORT = ("train.steps=4", "train.checkpoint_interval=2", "train.sample_tokens=0", "train.log_interval=1")
 
 
-def test_a_run_begins_with_the_weights_of_another(run: Run, tmp_path: Path) -> None:
+def test_a_run_starts_from_the_weights_of_another(run: Run, tmp_path: Path) -> None:
     source = run(*SHORT, name="source")
     folder = run(*SHORT, f"init_from={source}", "seed=2", name="on")
     assert records(folder, "val")[0]["loss"] == records(source, "val")[-1]["loss"]
     assert records(folder, "train")[0]["loss"] < records(source, "train")[0]["loss"]
-    there = export(source, tmp_path / "exported")
-    again = run(*SHORT, f"init_from=hf:{there}", "seed=2", name="again")
+    exported = export(source, tmp_path / "exported")
+    again = run(*SHORT, f"init_from=hf:{exported}", "seed=2", name="again")
     assert [r["loss"] for r in records(again, "train")] == [r["loss"] for r in records(folder, "train")]
 
 
-def test_a_resumed_run_does_not_begin_again(run: Run, tmp_path: Path) -> None:
+def test_a_resumed_run_does_not_load_the_initial_weights_again(run: Run, tmp_path: Path) -> None:
     source = run(*SHORT, name="source")
     whole = run(*SHORT, f"init_from={source}", name="whole")
     run(*SHORT, f"init_from={source}", "train.steps=2", "optim.schedule=constant", name="parts")
@@ -349,11 +303,11 @@ def test_a_resumed_run_does_not_begin_again(run: Run, tmp_path: Path) -> None:
         run(*SHORT, "optim.schedule=constant", name="parts")
 
 
-def test_a_shorter_context_and_another_dropout_will_do(run: Run, gpt2: Path) -> None:
+def test_a_shorter_context_and_another_dropout_are_accepted(run: Run, gpt2: Path) -> None:
     change_config(gpt2, n_positions=24)
     options = ("model.d_ff=40", "model.dropout=0.2", "train.steps=1", "train.sample_tokens=0")
     folder = run(*options, f"init_from={gpt2}")
-    assert checkpoint.load(checkpoint.find(folder)).model["wpe.weight"].shape == (16, 16)
+    assert model_of(folder).config.block_size == model_of(folder).wpe.weight.size(0) == 16
 
 
 @pytest.mark.parametrize(
@@ -369,7 +323,7 @@ def test_a_shorter_context_and_another_dropout_will_do(run: Run, gpt2: Path) -> 
     ],
     ids=str,
 )
-def test_another_shape_is_refused_with_the_keys_to_give(
+def test_another_shape_is_rejected_with_the_keys_to_give(
     run: Run, gpt2: Path, tmp_path: Path, options: tuple[str, ...], words: str
 ) -> None:
     with pytest.raises(UserError, match=words) as error:
@@ -378,15 +332,20 @@ def test_another_shape_is_refused_with_the_keys_to_give(
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-def test_another_tokenizer_of_the_same_size_is_refused(tmp_path: Path) -> None:
+def test_another_tokenizer_of_the_same_size_is_rejected(tmp_path: Path) -> None:
     spec = str(write_ranks_file(tmp_path / "tiny.tiktoken"))
     shuffled = tmp_path / "other.tiktoken"
     lines = (tmp_path / "tiny.tiktoken").read_bytes().splitlines()
     tokens = [line.split()[0] for line in lines][::-1]
     shuffled.write_bytes(b"".join(b"%s %d\n" % (token, rank) for rank, token in enumerate(tokens)))
-    run = write_run(tmp_path / "run", spec)
-    config = ours(run).config
-    assert hf.initial_weights(str(run), config, spec).keys() == ours(run).state_dict().keys()
-    assert hf.initial_weights(str(run), config, "nowhere.tiktoken"), "taken at its word"
+    run = write_checkpointed_run(tmp_path / "run", spec)
+    model = model_of(run)
+
+    def weights_for(tokenizer: str) -> dict[str, Tensor]:
+        config = compose(f"init_from={run}", f"data.tokenizer={tokenizer}")
+        return initial_weights(dataclasses.replace(config, model=model.config))
+
+    assert weights_for(spec).keys() == model.state_dict().keys()
+    assert weights_for("nowhere.tiktoken"), "a tokenizer that is not at hand is not compared"
     with pytest.raises(UserError, match=r"another tokenizer than data.tokenizer=.*other\.tiktoken"):
-        hf.initial_weights(str(run), config, str(shuffled))
+        weights_for(str(shuffled))

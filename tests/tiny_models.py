@@ -1,0 +1,64 @@
+"""Tiny random models as runs with a checkpoint, for the tests of hf/ and evaluate/."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import compose
+
+from nanodisp.data.tokenizer import load_tokenizer
+from nanodisp.hf import __main__ as hf
+from nanodisp.hf.open import open_run
+from nanodisp.models.gpt import GPT, GPTConfig
+from nanodisp.runs import checkpoint
+
+SINGLE_BYTES = [bytes([byte]) for byte in range(256)]
+MERGES = [
+    *(b"th", b"he", b"the", b" the", b"  ", b"\n\n", b"a b", b"\xc3\xa9", b"12", b"ab", b"aba", b"bab", b"\xc3"),
+    b"xyz",  # never merged, because neither "xy" nor "yz" is a token: only ever a whole word
+]
+
+
+def write_ranks_file(path: Path) -> Path:
+    """The single bytes in another order, then `MERGES`; the byte that both have counts once."""
+    tokens = dict.fromkeys([*SINGLE_BYTES[::-1], *MERGES])
+    path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)))
+    return path
+
+
+def write_checkpointed_run(folder: Path, spec: str, **shape: Any) -> Path:
+    """A run's folder with a checkpoint of a random model; biases and LayerNorms are random too."""
+    torch.manual_seed(0)
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "d_ff": 24, **shape}
+    model = GPT(GPTConfig(**shape, vocab_size=load_tokenizer(spec).vocab_size))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    config = dataclasses.asdict(compose(f"data.tokenizer={spec}"))
+    state = {"step": 3, "tokens": 96, "config": {**config, "model": dataclasses.asdict(model.config)}, "corpus": "text"}
+    checkpoint.save(folder / "checkpoints", model.state_dict(), {}, state)
+    return folder
+
+
+def model_of(run: Path) -> GPT:
+    return open_run(str(run)).model
+
+
+def export(run: Path, to: Path) -> Path:
+    hf.main(["export", f"checkpoint={run}", f"to={to}"])
+    return to
+
+
+def loglikelihood(model: GPT, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    """One token at a time, within the window that ends the pair; and whether every token was the likeliest."""
+    row = [*context, *continuation][-(model.config.block_size + 1) :]
+    total, greedy = 0.0, True
+    for end in range(len(row) - min(len(continuation), len(row) - 1), len(row)):
+        with torch.no_grad():
+            logits = model(torch.tensor([row[:end]])).logits[0, -1]
+        total += logits.double().log_softmax(0)[row[end]].item()
+        greedy &= int(logits.argmax()) == row[end]
+    return total, greedy
