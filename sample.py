@@ -1,8 +1,8 @@
-"""Text from a checkpoint, written to the terminal as it is made.
+"""Generate text from a checkpoint, written to the terminal token by token.
 
     python sample.py checkpoint=out/<run> prompt="def " max_new_tokens=200 temperature=0.8 top_k=50 seed=1
 
-Standard output holds the text alone, the prompt included; of several samples, a line `---` between them.
+Standard output is the text alone, including the prompt; several samples are separated by lines of `---`.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 @dataclass
 class SampleConfig:
-    """What to write, and how.
+    """What to generate, and how.
 
-    checkpoint: a run's folder (its newest one) or one checkpoint's.
+    checkpoint: a run's folder (its newest checkpoint) or one checkpoint's.
     temperature, top_k, top_p: see `nanodisp.models.generate.generate`; temperature=0 is greedy.
-    num_samples: continuations of the prompt; the i-th, from 0, is what `seed` + i alone would give.
-    batch_size: how many of them are made at once: faster together, each with a cache of its own in memory.
-    dtype: of weights and cache. "float32" gives the tokens that the whole model would; "bfloat16", half
-        the bytes to read and so up to twice as fast, rounds logits to three digits; "auto" is bfloat16
-        where the hardware multiplies it.
-    compile: compile a block first, which takes some seconds. It spares small operations; a CPU waits for
-        the weights, and gains little by it.
+    num_samples: continuations of the prompt; the i-th, from 0, is the sample that `seed` + i alone gives.
+    batch_size: samples generated together, which is faster; each has a cache of its own in memory.
+    dtype: of weights and cache. "float32" generates the tokens of the full-precision model; "bfloat16" reads
+        half the bytes, so it is up to twice as fast, but rounds logits to three digits; "auto" is bfloat16
+        if the hardware multiplies it.
+    compile: compile a block first, which takes some seconds. It saves small operations; on a CPU, which is
+        bound by reading the weights, it gains little.
     """
 
     checkpoint: str = cli.MISSING
@@ -60,18 +60,18 @@ class SampleConfig:
         if self.max_new_tokens < 0:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must not be negative")
         if self.temperature != 0 and not 1e-3 <= self.temperature <= 1e3:
-            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or lie in [0.001, 1000]")
+            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or in [0.001, 1000]")
         for name in ("num_samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.seed <= 2**63 - self.num_samples:
-            raise ValueError(f"seed={self.seed} must lie between 0 and 2**63 - num_samples")
+            raise ValueError(f"seed={self.seed} must be between 0 and 2**63 - num_samples")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype} is unknown; choose one of {', '.join(DTYPES)}")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} must be at least 1; null takes all tokens")
+            raise ValueError(f"top_k={self.top_k} must be at least 1; null for all tokens")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
+            raise ValueError(f"top_p={self.top_p} must be in (0, 1]")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -82,10 +82,10 @@ def main(argv: Sequence[str]) -> None:
     if config.compile:
         model.compile_one_token()
     tokenizer = load_tokenizer(run.spec)
-    prompt = tokenizer.encode(config.prompt).tolist() or [tokenizer.eot]  # from nothing: a new document
+    prompt = tokenizer.encode(config.prompt).tolist() or [tokenizer.eot]  # without a prompt: a new document
 
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
+        sys.stdout.reconfigure(errors="replace")  # for a terminal that is not UTF-8
     for first in range(0, config.num_samples, config.batch_size):
         seeds = [config.seed + i for i in range(first, min(first + config.batch_size, config.num_samples))]
         steps = generate(
@@ -97,14 +97,16 @@ def main(argv: Sequence[str]) -> None:
             top_p=config.top_p,
             generator=[torch.Generator(device).manual_seed(seed) for seed in seeds],
         )
-        for row, same_steps in enumerate(itertools.tee(steps, len(seeds))):  # the first as it is made, then the others
+        for row, same_steps in enumerate(
+            itertools.tee(steps, len(seeds))
+        ):  # the first while it is generated, then the others
             if first + row > 0:
                 sys.stdout.write("---\n")
             write(config.prompt, map(itemgetter(row), same_steps), tokenizer)
 
 
 def write(prompt: str, tokens: Iterable[Tensor], tokenizer: Tokenizer) -> None:
-    """Write a sample to standard output, token by token as they come."""
+    """Write a sample to standard output as its tokens arrive."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
     sys.stdout.write(prompt)
     for token in tokens:
@@ -116,5 +118,5 @@ def write(prompt: str, tokens: Iterable[Tensor], tokenizer: Tokenizer) -> None:
 if __name__ == "__main__":
     try:
         cli.run(main)
-    except BrokenPipeError:  # the reader, such as head, has seen enough
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

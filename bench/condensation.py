@@ -1,10 +1,10 @@
-"""Times measuring condensation against the PyPI package `embedding-condensation`, on the same model and windows.
+"""Time of measuring condensation, compared with the PyPI package `embedding-condensation` on the same model and windows.
 
     python -m bench.condensation                # GPT-2's shape (124M), 100 windows of 512 tokens
 
-Needs transformers and, to compare with, `pip install embedding-condensation nltk`. The model is transformers' GPT-2
-without its head, with random weights: what is timed does not depend on them. Halves of the windows alternate;
-the figures are the sums, and how much the process grew by keeping what it measured.
+Needs transformers and, for the comparison, `pip install embedding-condensation nltk`. The model is transformers' GPT-2
+without its head, with random weights: the time does not depend on them. The two alternate, half of the windows each
+time; reported are their total times, and the growth of the process while all windows are measured.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = GPT2Model(GPT2Config()).eval()
     windows = torch.randint(50257, (arguments.windows, arguments.block))
-    theirs = package_on(model)
+    package = package_on(model)
     report: dict[str, Any] = {"device": measure.device_name(), **vars(arguments)}
     seconds = {"nanodisp": 0.0, "embedding-condensation": 0.0}
     means: dict[str, list[Tensor]] = {name: [] for name in seconds}
@@ -43,34 +43,34 @@ def main() -> None:
         ours = condensation.measure(model, chunk.split(4), include_diagonal=True)
         seconds["nanodisp"] += time.perf_counter() - began
         means["nanodisp"].append(torch.from_numpy(ours.mean))
-        if theirs is not None:
+        if package is not None:
             began = time.perf_counter()
-            means["embedding-condensation"].append(theirs(chunk))
+            means["embedding-condensation"].append(package(chunk))
             seconds["embedding-condensation"] += time.perf_counter() - began
     report["seconds_per_window"] = {name: total / len(windows) for name, total in seconds.items()}
     for name, each in report["seconds_per_window"].items():
-        print(f"{name:24}{each:8.3f} s a window")
-    if theirs is not None:
+        print(f"{name:24}{each:8.3f} s per window")
+    if package is not None:
         report["faster"] = seconds["embedding-condensation"] / seconds["nanodisp"]
         a, b = (torch.stack(values).mean(dim=0) for values in means.values())
-        print(f"{report['faster']:.2f} times faster; layer means differ by {(a - b).abs().max():.1e} at most")
+        print(f"{report['faster']:.2f} times as fast; layer means differ by at most {(a - b).abs().max():.1e}")
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     condensation.measure(model, windows.split(4))
     report["growth_mib"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    print(f"all {len(windows)} windows in one go: {report['growth_mib']:.0f} MiB more at the peak")
+    print(f"all {len(windows)} windows in one call: peak memory grew by {report['growth_mib']:.0f} MiB")
     measure.write("condensation", report)
 
 
 def package_on(model: torch.nn.Module) -> Any:
-    """windows [n, T] -> layer means [L + 1] by the package; None where it is not installed."""
+    """windows [n, T] -> layer means [L + 1] by the package; None if it is not installed."""
     try:
         import nltk
 
-        nltk.download = lambda *_, **__: None  # the package asks for data that this does without
+        nltk.download = lambda *_, **__: None  # the package downloads data that is not used here
         from embedding_condensation import measure_embedding_condensation
     except ImportError:
-        print("embedding-condensation is not installed: nothing to compare with")
+        print("embedding-condensation is not installed: no comparison")
         return None
 
     def run(windows: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 
     python examples/hf_trainer.py model=<folder or hub id> data=<text file> to=<folder> lambda_disp=0.1
 
-trains the model further on a text and writes it, with its tokenizer, into `to`. Needs
-`pip install 'nanodisp[eval]'`. `DispersionTrainer` is all that another project has to copy.
-Weights are read and written as safetensors; a model that comes with code of its own is refused.
+continues training the model on a text and writes it, with its tokenizer, to the folder `to`. Needs
+`pip install 'nanodisp[eval]'`. Another project only has to copy `DispersionTrainer`.
+Weights are read and written as safetensors; a model that comes with its own code is rejected.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from nanodisp.errors import UserError, first_line, optional
 
 
 class DispersionTrainer(Trainer):
-    """A Trainer that minimises cross-entropy + lambda_disp * dispersion; what it evaluates stays cross-entropy.
+    """A Trainer that minimises cross-entropy + lambda_disp * dispersion; evaluation is cross-entropy alone.
 
-    The dispersion is that of every layer's output, of `max_tokens` positions drawn anew for each micro-batch. All
-    positions count as tokens: pack texts into whole blocks rather than pad them.
+    The dispersion is the mean over every layer's output, at `max_tokens` positions drawn again for each micro-batch.
+    Padding would count as tokens: pack texts into full blocks instead.
     """
 
     def __init__(self, *args: Any, lambda_disp: float = 0.1, max_tokens: int = 256, **kwargs: Any) -> None:
@@ -42,8 +42,8 @@ class DispersionTrainer(Trainer):
         loss, out = super().compute_loss(model, inputs, True, num_items_in_batch)
         positions = torch.randperm(inputs["input_ids"].size(1))[: self.max_tokens]
         terms = [self.disperse(hidden[:, positions.to(hidden.device)]) for hidden in out.hidden_states[1:]]
-        dispersion = torch.stack([term.to(loss.device) for term in terms]).mean()  # layers may lie on several GPUs
-        # With num_items_in_batch the loss is a share of the whole batch's already, else the Trainer divides the sum.
+        dispersion = torch.stack([term.to(loss.device) for term in terms]).mean()  # layers may be on several GPUs
+        # With num_items_in_batch the loss is already a share of the batch's; else the Trainer divides the sum.
         parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
         loss = loss + self.lambda_disp * dispersion / parts
         return (loss, out) if return_outputs else loss
@@ -51,7 +51,7 @@ class DispersionTrainer(Trainer):
 
 @dataclass
 class ExampleConfig:
-    """model: a folder or a hub id. data: a text file. to: where the trained model goes. Lengths in tokens."""
+    """model: a folder or a hub id. data: a text file. to: the folder to write. Lengths are in tokens."""
 
     model: str = cli.MISSING
     data: str = cli.MISSING
@@ -71,7 +71,7 @@ class ExampleConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {lowest}")
         for name in ("lr", "lambda_disp"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be a number that is not negative")
+                raise ValueError(f"{name}={getattr(self, name)} must be a finite number, at least 0")
 
 
 def load(model: str) -> tuple[Any, Any]:
@@ -81,15 +81,15 @@ def load(model: str) -> tuple[Any, Any]:
         options = {"trust_remote_code": False, "use_safetensors": True, "dtype": torch.float32}
         return AutoModelForCausalLM.from_pretrained(model, **options), tokenizer
     except (OSError, ValueError) as error:
-        raise UserError(f"model={model} can not be loaded: {first_line(error)}") from error
+        raise UserError(f"model={model} cannot be loaded: {first_line(error)}") from error
 
 
 def read_blocks(path: str, tokenizer: Any, block_size: int) -> list[dict[str, torch.Tensor]]:
-    """The text's tokens in blocks, what is left over at its end aside; labels are the blocks, which models shift."""
+    """The text's tokens in full blocks, without the rest; the labels are the blocks, because models shift them."""
     try:
         text = Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError as error:
-        raise UserError(f"data={path} can not be read: {error.strerror}; give a text file") from error
+        raise UserError(f"data={path} cannot be read: {error.strerror}; give a text file") from error
     tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     blocks = tokens[: len(tokens) // block_size * block_size].view(-1, block_size)
     if not len(blocks):
@@ -99,7 +99,7 @@ def read_blocks(path: str, tokenizer: Any, block_size: int) -> list[dict[str, to
 
 def main(argv: Sequence[str]) -> None:
     config = cli.parse(ExampleConfig, argv)
-    optional("accelerate")  # the Trainer's own message spans a page
+    optional("accelerate")  # the Trainer's own message is a page long
     if Path(config.to).is_file():
         raise UserError(f"to={config.to} is a file: give a folder")
     model, tokenizer = load(config.model)

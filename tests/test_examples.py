@@ -1,4 +1,4 @@
-"""The examples run, and add to somebody else's loop what they say."""
+"""The examples run, and add exactly the dispersion loss to another training loop."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def trained(kind: str, data: Any, to: Path, *, rows: int, accumulate: int, lambd
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
 @pytest.mark.parametrize(("rows", "accumulate"), [(4, 1), (1, 4)])
-def test_a_step_is_the_trainers_and_one_down_the_dispersion_however_it_is_accumulated(
+def test_a_step_adds_the_gradient_of_dispersion_with_and_without_accumulation(
     tmp_path: Path, kind: str, rows: int, accumulate: int
 ) -> None:
     data = blocks(4)
@@ -78,13 +78,13 @@ def test_a_step_is_the_trainers_and_one_down_the_dispersion_however_it_is_accumu
         assert not torch.equal(plain[name], parameter)
 
 
-def test_evaluation_tells_cross_entropy_alone(tmp_path: Path) -> None:
+def test_evaluation_is_cross_entropy_alone(tmp_path: Path) -> None:
     settings = transformers.TrainingArguments(**SETTINGS, output_dir=str(tmp_path))
     trainer = hf_trainer.DispersionTrainer(tiny("qwen3"), settings, eval_dataset=blocks(4), lambda_disp=100.0)
     idx = torch.stack([row["input_ids"] for row in blocks(4)])
     with torch.no_grad():
-        wanted = tiny("qwen3").eval()(idx, labels=idx).loss.item()
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(wanted, rel=1e-5)
+        expected = tiny("qwen3").eval()(idx, labels=idx).loss.item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
@@ -105,29 +105,29 @@ def test_the_command_trains_a_saved_model_and_writes_safetensors(
     assert transformers.AutoTokenizer.from_pretrained(to).decode([102, 111, 120]) == "fox"
 
 
-def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
+def test_mistakes_are_reported_in_one_line(tmp_path: Path) -> None:
     source = tmp_path / "source"
     tiny("gpt2").save_pretrained(source)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=build_tokenizer(load_tokenizer("byte")))
     tokenizer.save_pretrained(source)
     (tmp_path / "short.txt").write_text("short")
-    for given, said in (
-        ({"model": tmp_path / "gone"}, "model=.* can not be loaded"),
-        ({"data": tmp_path / "gone"}, "data=.* can not be read: No such file"),
+    for given, message in (
+        ({"model": tmp_path / "gone"}, "model=.* cannot be loaded"),
+        ({"data": tmp_path / "gone"}, "data=.* cannot be read: No such file"),
         ({}, "has 5 tokens: block_size=24 needs more text"),
         ({"block_size": 999}, "block_size=999 is longer than the model's context"),
         ({"to": tmp_path / "short.txt"}, "to=.* is a file"),
         ({"steps": 0}, "steps=0 must be at least 1"),
-        ({"lr": "nan"}, "lr=nan must be a number"),
+        ({"lr": "nan"}, "lr=nan must be a finite number"),
     ):
         values = {"model": source, "data": tmp_path / "short.txt", "to": tmp_path / "to", "block_size": 24, **given}
-        with pytest.raises(UserError, match=said) as error:
+        with pytest.raises(UserError, match=message) as error:
             hf_trainer.main([f"{key}={value}" for key, value in values.items()])
         assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("trap", ["code", "pickle"])
-def test_a_strangers_code_and_pickles_are_refused(tmp_path: Path, trap: str) -> None:
+def test_custom_code_and_pickles_are_rejected(tmp_path: Path, trap: str) -> None:
     source = tmp_path / "source"
     tiny("gpt2").save_pretrained(source)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=build_tokenizer(load_tokenizer("byte")))
@@ -138,7 +138,7 @@ def test_a_strangers_code_and_pickles_are_refused(tmp_path: Path, trap: str) -> 
         config = json.loads((source / "config.json").read_text())
         config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
         (source / "config.json").write_text(json.dumps(config))
-        (source / "own.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')\n")
-    with pytest.raises(UserError, match="can not be loaded"):
+        (source / "own.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
+    with pytest.raises(UserError, match="cannot be loaded"):
         hf_trainer.load(str(source))
-    assert not (tmp_path / "sprung").exists()
+    assert not (tmp_path / "executed").exists()

@@ -1,4 +1,4 @@
-"""Text from a checkpoint."""
+"""Generating text from a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 
 import sample
-from nanodisp import distributed
+from nanodisp.distributed import hardware
 from nanodisp.errors import UserError
 
 
@@ -27,7 +27,7 @@ def text(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().out
 
 
-def test_standard_output_holds_the_prompt_and_its_continuation_alone(trained: Path) -> None:
+def test_standard_output_is_the_prompt_and_its_continuation(trained: Path) -> None:
     result = subprocess.run(
         [sys.executable, str(ROOT / "sample.py"), f"checkpoint={trained}", "prompt=def x: ", "max_new_tokens=20"],
         capture_output=True,
@@ -39,7 +39,7 @@ def test_standard_output_holds_the_prompt_and_its_continuation_alone(trained: Pa
     assert len(out) > len("def x: \n")
 
 
-def test_a_seed_decides_the_text_and_greedy_needs_none(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_seed_decides_the_text_unless_it_is_greedy(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = (f"checkpoint={trained}", "prompt=ab", "max_new_tokens=30")
     assert text(capsys, *base, "seed=1") == text(capsys, *base, "seed=1")
     assert text(capsys, *base, "seed=1") != text(capsys, *base, "seed=2")
@@ -47,7 +47,7 @@ def test_a_seed_decides_the_text_and_greedy_needs_none(trained: Path, capsys: py
     assert greedy[0] == greedy[1]
 
 
-def test_the_samples_of_one_prompt_are_those_of_the_seeds_one_by_one(
+def test_samples_generated_together_equal_those_of_each_seed_alone(
     trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = (f"checkpoint={trained}", "prompt=ab", "max_new_tokens=30")
@@ -61,7 +61,7 @@ def test_compiled_blocks_give_the_same_text(trained: Path, capsys: pytest.Captur
     assert text(capsys, *base, "compile=true") == text(capsys, *base)
 
 
-def test_weights_are_float32_unless_told_otherwise(
+def test_weights_are_float32_by_default(
     trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def dtype_of(*arguments: str) -> torch.dtype:
@@ -72,10 +72,10 @@ def test_weights_are_float32_unless_told_otherwise(
 
     assert dtype_of() == dtype_of("dtype=float32") == torch.float32
     assert dtype_of("dtype=bfloat16") == torch.bfloat16
-    assert dtype_of("dtype=auto") == distributed.matmul_dtype("auto", torch.device("cpu"))
+    assert dtype_of("dtype=auto") == hardware.matmul_dtype("auto", torch.device("cpu"))
 
 
-def test_a_prompt_may_hold_anything_and_nothing(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_any_prompt_is_accepted_even_an_empty_one(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = (f"checkpoint={trained}", "max_new_tokens=0")
     assert text(capsys, *base, "prompt=a = {b: 1}  ") == "a = {b: 1}  \n"
     assert text(capsys, *base, "prompt=é😀") == "é😀\n"
@@ -94,12 +94,12 @@ def test_a_prompt_may_hold_anything_and_nothing(trained: Path, capsys: pytest.Ca
         ("temperature=cold", "cold"),
     ],
 )
-def test_mistakes_are_told_in_one_line(trained: Path, argument: str, message: str) -> None:
+def test_mistakes_are_reported_in_one_line(trained: Path, argument: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         sample.main([f"checkpoint={trained}", argument])
     assert "\n" not in str(error.value)
 
 
-def test_a_checkpoint_is_asked_for() -> None:
+def test_a_checkpoint_is_required() -> None:
     with pytest.raises(UserError, match="checkpoint"):
         sample.main([])

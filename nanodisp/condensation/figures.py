@@ -162,7 +162,7 @@ def projection(tokens: Mapping[str, np.ndarray], method: str = "pca") -> Figure:
 
 
 def pca(z: np.ndarray) -> np.ndarray:
-    """Project onto the two directions of greatest variance: [N, F] -> [N, 2]; a direction's largest entry is positive."""
+    """Project onto the two directions of most variance, [N, F] -> [N, 2]; a direction's largest entry is positive."""
     centred = z - z.mean(axis=0)
     _, _, directions = np.linalg.svd(centred, full_matrices=False)
     plane = np.zeros((2, z.shape[1]))

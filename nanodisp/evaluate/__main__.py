@@ -1,15 +1,15 @@
-"""Benchmarks of EleutherAI's lm-evaluation-harness on a model.
+"""Run benchmarks of EleutherAI's lm-evaluation-harness on a model.
 
     python -m nanodisp.evaluate checkpoint=out/<run> tasks=paper limit=500
     python -m nanodisp.evaluate checkpoint=hf:gpt2 tasks=hellaswag,arc_easy num_fewshot=5
 
-`checkpoint` is a run's folder, one of its checkpoints, a Hugging Face folder or hf:<id>. Our checkpoints are asked
-through `harness.py`, others through the harness's own `hf` model, from safetensors and without code of their authors.
-Figures come as a table, and go to evaluation.json beside the model, one task after the other: a later call adds its
-tasks, or replaces them. Each task is run on its own with the same seed, so its figures do not depend on the others.
+`checkpoint` is a run's folder, one of its checkpoints, a Hugging Face folder or hf:<id>. Runs are evaluated through
+`harness.py`, others through the harness's own `hf` model, from safetensors and without running code of their authors.
+Results are printed as a table and written to evaluation.json beside the model, task by task: a later call adds or
+replaces tasks. Each task is run on its own with the same seed, so its figures do not depend on the others.
 
-`tasks=paper` are the benchmarks of arXiv 2602.00217, with the shots of its authors' code for GPT-2 (github.com/
-ChenLiu-1996/LM-Dispersion): none, and one for arc, mmlu and medmcqa, which `num_fewshot` changes. They take the
+`tasks=paper` selects the benchmarks of arXiv 2602.00217, with the shots of its authors' code for GPT-2 (github.com/
+ChenLiu-1996/LM-Dispersion): none, but one for arc, mmlu and medmcqa, which `num_fewshot` changes. The paper uses the
 first 500 examples of each task: limit=500.
 """
 
@@ -42,16 +42,16 @@ SHOTS = 1  # of the paper's few-shot tasks
 
 @dataclass
 class EvaluateConfig:
-    """What to ask, and how.
+    """Which tasks to run, and how.
 
-    tasks: "paper", or names of the harness (tasks, groups or tags) with commas between.
-    task_folder: of YAML files in the harness's format, with tasks of one's own. Their `!function` lines run code.
-    limit: examples of each task, the first ones; null takes all.
-    num_fewshot: examples in front of each question; null takes what the task says, 1 for the paper's few-shot ones.
-    batch_size: sequences of full context at once.
-    seed: of everything that the harness draws, such as the examples in front.
-    tokenizer: byte, gpt2 or the path of a .tiktoken file, where that of one of our runs is not at hand.
-    out: the file to write; null takes evaluation.json in the model's folder, or in out/<model> for one from the hub.
+    tasks: "paper", or names of the harness (tasks, groups or tags), separated by commas.
+    task_folder: a folder of your own tasks, YAML files in the harness's format. Their `!function` lines run code.
+    limit: evaluate only the first so many examples of each task; null for all.
+    num_fewshot: examples in front of each question; null is the task's own number, 1 for the paper's few-shot tasks.
+    batch_size: sequences of full context per forward pass.
+    seed: of everything that the harness draws, such as the few-shot examples.
+    tokenizer: byte, gpt2 or the path of a .tiktoken file, if the run's own is not available.
+    out: the file to write; null is evaluation.json in the model's folder, or in out/<model> for one from the hub.
     """
 
     checkpoint: str = cli.MISSING
@@ -74,13 +74,13 @@ class EvaluateConfig:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed} must lie between 0 and 2**32 - 1")
         if not all(self.tasks.split(",")):
-            raise ValueError(f"tasks={self.tasks} has an empty name: give paper, or names with commas between")
+            raise ValueError(f"tasks={self.tasks} has an empty name: give paper, or names separated by commas")
 
 
 def main(argv: Sequence[str]) -> None:
     config = cli.parse(EvaluateConfig, argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("a model is asked by one process: run python -m nanodisp.evaluate without torchrun")
+        raise UserError("evaluation is a single process: run python -m nanodisp.evaluate without torchrun")
     harness = optional("lm_eval")
     device = start(config.device).device
     names = dict.fromkeys((*ZERO_SHOT, *FEW_SHOT) if config.tasks == "paper" else config.tasks.split(","))
@@ -90,15 +90,15 @@ def main(argv: Sequence[str]) -> None:
     earlier = read_evaluation(out)
     if earlier and earlier["model"] != model_name:
         raise UserError(
-            f"{out} is of {earlier['model']}, this is {model_name}: name another file with out=…, or delete it"
+            f"{out} is of {earlier['model']}, this is {model_name}: give another file with out=…, or delete it"
         )
     figures: dict[str, Any] = earlier["tasks"] if earlier else {}
-    asked: dict[str, Any] = {}
+    evaluated: dict[str, Any] = {}
     failures: list[str] = []
     for name in names:
         try:
             loaded = load(manager, name)
-        except UserError as error:  # the other tasks are asked all the same
+        except UserError as error:  # the other tasks are evaluated all the same
             failures.append(str(error))
             continue
         shots = config.num_fewshot
@@ -117,11 +117,11 @@ def main(argv: Sequence[str]) -> None:
             fewshot_random_seed=config.seed,
         )
         new = {task: {**entry, "seed": config.seed} for task, entry in entries(results)}
-        asked |= new
+        evaluated |= new
         figures |= new
         save(out, {"model": model_name, "harness": harness.__version__, "tasks": figures})
-    if asked:
-        print(table(asked))
+    if evaluated:
+        print(table(evaluated))
         print(f"wrote {out}")
     if failures:
         raise UserError("\n".join(failures))
@@ -131,9 +131,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def open_model(config: EvaluateConfig, device: str) -> tuple[Any, str, Path]:
-    """The model that `config.checkpoint` names, as the harness calls it; its name; the folder of its figures."""
+    """The model of `config.checkpoint` for the harness, its name, and the folder of its results."""
     if not is_hugging_face(config.checkpoint):
-        from nanodisp.evaluate.harness import HarnessModel  # here: it needs the harness
+        from nanodisp.evaluate.harness import HarnessModel  # here, because it imports the harness
 
         run = open_run(config.checkpoint)
         tokenizer = load_tokenizer(config.tokenizer or run.spec)
@@ -143,7 +143,7 @@ def open_model(config: EvaluateConfig, device: str) -> tuple[Any, str, Path]:
     name = config.checkpoint.removeprefix("hf:")
     path = Path(name)
     if config.tokenizer is not None:
-        raise UserError("tokenizer=… is for our own runs: a Hugging Face model has its own")
+        raise UserError("tokenizer=… is for runs: a Hugging Face model has its own")
     if path.is_dir() and not list(path.glob("tokenizer*")) and not (path / "vocab.json").is_file():
         raise UserError(f"{path} has no tokenizer: put its tokenizer.json there")
     optional("accelerate")
@@ -158,33 +158,31 @@ def open_model(config: EvaluateConfig, device: str) -> tuple[Any, str, Path]:
 
 
 def find_tasks(names: Sequence[str] | dict[str, None], folder: str | None) -> Any:
-    """The harness's `TaskManager` that knows these tasks; UserError for a name that it does not know.
+    """A `TaskManager` of the harness that knows these tasks; raises UserError for an unknown name.
 
-    Its own tasks take it seconds to list, so they are looked at only for what `folder` does not have.
+    Listing the harness's own tasks takes seconds, so it is done only if `folder` does not have all of the tasks.
     """
     tasks = optional("lm_eval.tasks")
     if folder is not None and not Path(folder).is_dir():
-        raise UserError(f"task_folder={folder} is no folder: give one of YAML files in the harness's format")
+        raise UserError(f"task_folder={folder} is not a folder: give a folder of YAML files in the harness's format")
     manager = tasks.TaskManager(include_path=folder, include_defaults=False)
     if not set(names) <= set(manager.all_tasks):
         manager = tasks.TaskManager(include_path=folder)
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else "lm-eval ls tasks lists what there is"
+            hint = f"did you mean {' or '.join(near)}?" if near else "lm-eval ls tasks lists all names"
             raise UserError(f"tasks={name} is unknown; {hint}")
     return manager
 
 
 def load(manager: Any, name: str) -> list[Any]:
-    """A task or a group with its data, or a tag's tasks, for `simple_evaluate`; UserError where they can not be had."""
+    """A task or a group with its data, or the tasks of a tag, for `simple_evaluate`; raises UserError if that fails."""
     try:
         loaded = manager.load([name])
-    except Exception as error:  # of many kinds, from the harness, three libraries and the network
+    except Exception as error:  # of many classes, from the harness, three libraries and the network
         reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
-        raise UserError(
-            f"task {name} can not be loaded, with its data from the hub or a local file: {reason}"
-        ) from error
+        raise UserError(f"task {name} cannot be loaded, or its data, from the hub or a local file: {reason}") from error
     return [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
 
 

@@ -1,8 +1,8 @@
-"""Our models as EleutherAI's lm-evaluation-harness asks them: a `TemplateLM` around a GPT and its tokenizer.
+"""A GPT and its tokenizer for EleutherAI's lm-evaluation-harness, as a `TemplateLM`.
 
-It does what the harness's own `hf` model does: end-of-text stands before what has no context, what is longer than
-the model's context loses its beginning, and a long text is scored window after window. The one difference is that
-texts never encode to end-of-text. Imported by `evaluate.py` alone, when the harness is there.
+It does what the harness's own `hf` model does: an empty context becomes end-of-text, a sequence longer than the
+model's context is cut at the beginning, and a long text is scored window by window. The one difference is that a text
+never encodes to end-of-text. Imported only by `__main__.py`, because the harness is an optional package.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from nanodisp.models.generate import generate
 from nanodisp.models.gpt import GPT
 from nanodisp.models.score import loglikelihoods
 
-MAX_NEW_TOKENS = 256  # where a task does not say
+MAX_NEW_TOKENS = 256  # for tasks that do not set it
 
 
 class HarnessModel(TemplateLM):
     """A GPT in eval mode, on its device.
 
-    batch_size: sequences of full context at once; shorter ones go together in greater number.
+    batch_size: sequences of full context per forward pass; of shorter ones it takes more.
     """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, batch_size: int) -> None:
@@ -58,7 +58,7 @@ class HarnessModel(TemplateLM):
         return list(zip(totals.tolist(), greedy.tolist(), strict=True))
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts: every token once, after as much of the text as one window holds."""
+        """Log-likelihoods of full texts: every token once, after as much of the text as fits into one window."""
         block_size, of_text, windows = self.model.config.block_size, [], []
         for number, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
@@ -71,15 +71,15 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Requests are (context, how to generate); together go those that are equally long, and alike in how."""
+        """Requests are (context, settings); those of equal length and settings share a batch."""
         alike: dict[tuple[int, str], list[int]] = defaultdict(list)
         contexts = []
         for number, request in enumerate(requests):
-            text, how = request.args
-            room = self.model.config.block_size - self._settings(how)["max_gen_toks"]
+            text, settings = request.args
+            room = self.model.config.block_size - normalize_gen_kwargs(settings, MAX_NEW_TOKENS)["max_gen_toks"]
             tokens = self.tok_encode(text) or [self.text.eot]
             contexts.append(tokens[-(room if room > 0 else self.model.config.block_size // 2) :])
-            alike[len(contexts[-1]), repr(how)].append(number)
+            alike[len(contexts[-1]), repr(settings)].append(number)
         answers = [""] * len(requests)
         batches = [
             group[i : i + self.batch_size] for group in alike.values() for i in range(0, len(group), self.batch_size)
@@ -90,28 +90,25 @@ class HarnessModel(TemplateLM):
                 answers[number] = answer
         return answers
 
-    def _settings(self, how: dict[str, Any]) -> dict[str, Any]:
-        return normalize_gen_kwargs(how, MAX_NEW_TOKENS)
-
-    def _continue(self, idx: Tensor, how: dict[str, Any]) -> Iterator[str]:
-        """Texts that follow idx [B, T], each up to end-of-text or to the first of `until` in it."""
-        settings = self._settings(how)
+    def _continue(self, idx: Tensor, settings: dict[str, Any]) -> Iterator[str]:
+        """Continuations of idx [B, T], each up to end-of-text or to the first of `until` in it."""
+        settings = normalize_gen_kwargs(settings, MAX_NEW_TOKENS)
         temperature = settings.get("temperature", 1.0) if settings.get("do_sample") else 0.0
         options: Any = {"top_k": settings.get("top_k"), "top_p": settings.get("top_p") or 1.0}
         rows: list[list[int]] = [[] for _ in idx]
-        going = set(range(len(rows)))
+        unfinished = set(range(len(rows)))
         for tokens in generate(self.model, idx, settings["max_gen_toks"], temperature=temperature, **options):
             for b, token in enumerate(tokens.tolist()):
-                if b in going:
+                if b in unfinished:
                     rows[b].append(token)
                     if token == self.text.eot or self._cut(rows[b], settings["until"])[1]:
-                        going.remove(b)
-            if not going:
+                        unfinished.remove(b)
+            if not unfinished:
                 break
         return (self._cut(row, settings["until"])[0] for row in rows)
 
     def _cut(self, tokens: list[int], until: Sequence[str]) -> tuple[str, bool]:
-        """The text before the first of `until`, and whether there is one."""
+        """The text before the first of `until`, and whether it has one."""
         text = self.text.decode_bytes(tokens).decode("utf-8", errors="replace")
         ends = [end for stop in until if stop and (end := text.find(stop)) >= 0]
         return text[: min(ends)] if ends else text, bool(ends)

@@ -1,4 +1,4 @@
-"""Benchmark figures: out of the harness's results, into evaluation.json, as a table."""
+"""Benchmark figures: read from the harness's results, written to evaluation.json, printed as a table."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from nanodisp.runs.evaluation import main_metric
 
 
 def entries(results: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The tasks of the harness's results and their figures: of a group that has figures itself, only those."""
+    """The tasks of the harness's results and their figures; of a group with figures of its own, only the group."""
     within = {child for group, children in results["group_subtasks"].items() for child in children}
     names = [name for name in results["results"] if name not in within]
     for name in names:
         metrics = dict(metrics_of(results, name))
-        if not metrics:  # a group that is no more than its tasks
+        if not metrics:  # a group without figures of its own: its tasks instead
             names += results["group_subtasks"].get(name, [])
             continue
         leaves = list(leaves_of(results["group_subtasks"], name))
@@ -36,7 +36,7 @@ def entries(results: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def leaves_of(subtasks: dict[str, list[str]], name: str) -> Iterator[str]:
-    """The tasks that a group is made of, or the task itself."""
+    """The tasks of a group at any depth, or the task itself."""
     if not subtasks.get(name):
         yield name
     for child in subtasks.get(name, []):
@@ -44,7 +44,7 @@ def leaves_of(subtasks: dict[str, list[str]], name: str) -> Iterator[str]:
 
 
 def metrics_of(results: dict[str, Any], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A task's metrics: value, standard error, whether higher is better. Of several filters each is one."""
+    """A task's metrics: value, standard error, whether higher is better. Each filter of a metric counts as one."""
     for key, value in results["results"][name].items():
         metric, comma, filtered = key.partition(",")
         if not comma or metric.endswith("_stderr"):
@@ -61,21 +61,21 @@ def metrics_of(results: dict[str, Any], name: str) -> Iterator[tuple[str, dict[s
 
 
 def number_or_none(value: Any) -> float | None:
-    """JSON has no NaN, and the harness says "N/A"."""
+    """None for NaN, which JSON does not have, and for the harness's "N/A"."""
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
-def save(path: Path, told: dict[str, Any]) -> None:
-    """Write evaluation.json, whole or not at all."""
+def save(path: Path, evaluation: dict[str, Any]) -> None:
+    """Write evaluation.json, completely or not at all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path} can not be written: {error.strerror}; choose another with out=…") from error
-    write_whole(path, json.dumps(told, indent=2).encode() + b"\n")
+        raise UserError(f"{path} cannot be written: {error.strerror}; choose another with out=…") from error
+    write_whole(path, json.dumps(evaluation, indent=2).encode() + b"\n")
 
 
 def table(figures: dict[str, Any]) -> str:
-    """A line per metric of each task, and the mean of those that `main_metric` chooses and of which more is better."""
+    """A line per metric of each task, and the mean of each task's `main_metric` if higher is better."""
     lines = [f"{'task':24} {'metric':18} {'value':>9} {'stderr':>8} {'shots':>5} {'examples':>8}"]
     show = lambda value: "\N{EN DASH}" if value is None else f"{value:.4f}"  # noqa: E731
     for task, entry in figures.items():

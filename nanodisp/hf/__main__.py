@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
         "import": (ImportConfig, import_run),
     }
     if not argv or argv[0] not in commands:
-        raise UserError("give export or import: python -m nanodisp.hf export checkpoint=… to=…, or import checkpoint=… to=…")
+        raise UserError("give export or import: python -m nanodisp.hf export checkpoint=… to=…, or import …")
     schema, command = commands[argv[0]]
     config: Any = cli.parse(schema, argv[1:])
     folder = Path(config.to)
@@ -84,7 +84,9 @@ def export_run(config: ExportConfig, folder: Path) -> None:
     source, spec = read_checkpoint(saved), config.tokenizer or spec_of(saved)
     ours = load_tokenizer(spec) if spec != "none" else None
     if ours is not None and ours.vocab_size > source.config.vocab_size:  # type: ignore[operator]
-        raise UserError(f"tokenizer={spec} has a vocabulary of {ours.vocab_size} tokens, the model of {source.config.vocab_size}")
+        raise UserError(
+            f"tokenizer={spec} has a vocabulary of {ours.vocab_size} tokens, the model of {source.config.vocab_size}"
+        )
     tokenizer, card = build_tokenizer(ours) if ours is not None else None, model_card(saved)
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
@@ -115,7 +117,9 @@ def import_run(config: ImportConfig, folder: Path) -> None:
     else:
         raise UserError(f"{name} has no tokenizer.json: give tokenizer=byte, gpt2 or the path of a .tiktoken file")
     if tokenizer.vocab_size > source.config.vocab_size:  # type: ignore[operator]
-        raise UserError(f"{name} has a vocabulary of {source.config.vocab_size} tokens, its tokenizer of {tokenizer.vocab_size}")
+        raise UserError(
+            f"{name} has a vocabulary of {source.config.vocab_size} tokens, its tokenizer of {tokenizer.vocab_size}"
+        )
     ranks = folder / TOKENIZER
     data = DataConfig(name="shards", tokenizer=str(ranks) if isinstance(tokenizer, TiktokenTokenizer) else "byte")
     try:

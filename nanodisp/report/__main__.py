@@ -157,7 +157,11 @@ def draw(rows: Sequence[Row], runs: Sequence[RunSummary], folder: Path) -> list[
         }
         keep(figures.over_training(trajectory), f"training_{number}", "Mean cosine of every layer over training")
     if measured := dict(list(_histograms(runs))[:MOST_LINES]):
-        keep(figures.density(measured), "density", "Density of cosine similarity by layer, of the runs that were measured")
+        keep(
+            figures.density(measured),
+            "density",
+            "Density of cosine similarity by layer, of the measured runs",
+        )
     return drawn
 
 

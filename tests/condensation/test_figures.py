@@ -108,7 +108,7 @@ def test_pca_of_fewer_than_two_dimensions() -> None:
 
 
 @pytest.mark.parametrize(("method", "module"), [("umap", "umap"), ("tsne", "sklearn.manifold")])
-def test_a_missing_package_is_reported_with_the_command_that_installs_it(method: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported_by_name(method: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match="pip install"):
         figures.projection({"a": RNG.random((9, 4))}, method)

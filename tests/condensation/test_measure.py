@@ -92,7 +92,7 @@ def test_cosines_equal_those_of_the_full_matrix(include_diagonal: bool) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 6), st.integers(2, 24), st.integers(2, 16), st.integers(0, 999))
-def test_spectrum_and_covariance_equal_those_of_all_tokens(windows: int, block: int, n_features: int, seed: int) -> None:
+def test_spectrum_and_covariance_are_of_all_tokens(windows: int, block: int, n_features: int, seed: int) -> None:
     model, idx = lookup(2, n_features, seed), WINDOWS[:windows, :block]
     result = measure(model, idx)
     for layer, z in enumerate(model(idx)):
@@ -277,7 +277,9 @@ def test_a_run_is_measured_and_plotted(run: Callable[..., Path], capsys: pytest.
 def test_a_text_file_can_be_measured_on(run: Callable[..., Path], tmp_path: Path) -> None:
     folder = run("train.steps=1", "train.sample_tokens=0")
     (tmp_path / "text.txt").write_text("some words " * 50)
-    condensation.main([f"checkpoint={folder}", f"text={tmp_path / 'text.txt'}", "block=8", f"out={tmp_path / 'measured'}"])
+    condensation.main(
+        [f"checkpoint={folder}", f"text={tmp_path / 'text.txt'}", "block=8", f"out={tmp_path / 'measured'}"]
+    )
     assert json.loads((tmp_path / "measured" / "condensation.json").read_text())["windows"] == 550 // 8
 
 

@@ -1,7 +1,8 @@
-"""The harness on our models: the same figures as of the exported model, and as one token at a time gives."""
+"""The harness on runs: the figures of the exported model, and those of one token at a time."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -15,15 +16,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nanodisp.multiple_choice import Question, accuracy, read_questions, write_questions
-from test_hf import export, ours, write_run
-from test_multiple_choice import naive
+from tiny_models import export, loglikelihood, model_of, write_checkpointed_run
 
-from nanodisp import evaluate, hf
+from nanodisp.data.corpus import open_corpus
+from nanodisp.data.questions import Question, read_questions, write_questions
 from nanodisp.data.tokenizer import ByteTokenizer
 from nanodisp.distributed import World
 from nanodisp.errors import UserError
+from nanodisp.evaluate import __main__ as evaluate
 from nanodisp.models.generate import generate
+from nanodisp.training.validation import Validation
 
 lm_eval, datasets = pytest.importorskip("lm_eval"), pytest.importorskip("datasets")
 pytest.importorskip("lm_eval.evaluator")
@@ -84,7 +86,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_run(tmp_path_factory.mktemp("model") / "run", "byte", block_size=48)
+    return write_checkpointed_run(tmp_path_factory.mktemp("model") / "run", "byte", block_size=48)
 
 
 list_tasks = functools.cache(lm_eval.tasks.TaskManager)  # all of the harness's take seconds
@@ -92,7 +94,7 @@ list_tasks = functools.cache(lm_eval.tasks.TaskManager)  # all of the harness's 
 
 @pytest.fixture(autouse=True)
 def quick(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of the machine is looked at that takes its time, or written outside of the test's folder."""
+    """Skip slow looks at the machine, and write nothing outside of the test's folder."""
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", list_tasks)
     monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
@@ -102,15 +104,15 @@ def go(checkpoint: Path, tasks: Path, *arguments: str) -> None:
     evaluate.main([f"checkpoint={checkpoint}", f"task_folder={tasks}", "device=cpu", *arguments])
 
 
-def told(path: Path) -> dict[str, Any]:
+def tasks_in(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())["tasks"]
 
 
 def by_hand(run: Path) -> tuple[float, float]:
     """acc and acc_norm of the rows."""
-    model, found = ours(run), []
+    model, found = model_of(run), []
     for row in rows():
-        sums = [naive(model, encode(row["question"]), encode(choice))[0] for choice in row["choices"]]
+        sums = [loglikelihood(model, encode(row["question"]), encode(choice))[0] for choice in row["choices"]]
         means = [total / len(choice) for total, choice in zip(sums, row["choices"], strict=True)]
         found.append((sums.index(max(sums)) == row["label"], means.index(max(means)) == row["label"]))
     return sum(a for a, _ in found) / 40, sum(b for _, b in found) / 40
@@ -119,11 +121,11 @@ def by_hand(run: Path) -> tuple[float, float]:
 # --- one task, four ways ------------------------------------------------------------------------
 
 
-def test_the_checkpoint_the_file_of_questions_and_one_token_at_a_time_agree(
-    run: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_harness_the_file_of_questions_and_one_token_at_a_time_agree(
+    run: Path, tasks: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     go(run, tasks, "tasks=letters", "batch_size=3")
-    found = told(run / "evaluation.json")["letters"]
+    found = tasks_in(run / "evaluation.json")["letters"]
     acc, acc_norm = by_hand(run)
     assert acc != acc_norm
     assert [found["metrics"][name]["value"] for name in ("acc", "acc_norm")] == [acc, acc_norm]
@@ -135,11 +137,18 @@ def test_the_checkpoint_the_file_of_questions_and_one_token_at_a_time_agree(
     assert f"letters                  acc                   {acc:.4f}   {stderr:.4f}     0       40" in printed
     assert f"mean                     of 1 tasks            {acc:.4f}   {stderr:.4f}" in printed
 
-    asked = [Question(encode(row["question"]), list(map(encode, row["choices"])), row["label"]) for row in rows()]
-    write_questions(tmp_path / "letters.bin", asked)
-    asked = read_questions(tmp_path / "letters.bin", 257)
-    world = World(0, 1, torch.device("cpu"))
-    assert accuracy(ours(run), asked, world, torch.float32) == {"accuracy": acc_norm, "examples": 40}
+    questions = [Question(encode(row["question"]), list(map(encode, row["choices"])), row["label"]) for row in rows()]
+    write_questions(tmp_path / "letters.bin", questions)
+    validation = Validation(
+        open_corpus(corpus, "byte"),
+        World(0, 1, torch.device("cpu")),
+        block_size=48,
+        n_windows=1,
+        rows=1,
+        autocast=contextlib.nullcontext,
+        questions=read_questions(tmp_path / "letters.bin", 257),
+    )
+    assert validation.answer(model_of(run)) == {"accuracy": acc_norm, "examples": 40}
 
 
 def test_the_exported_model_has_the_same_figures(run: Path, tasks: Path, tmp_path: Path) -> None:
@@ -147,9 +156,9 @@ def test_the_exported_model_has_the_same_figures(run: Path, tasks: Path, tmp_pat
     exported = export(run, tmp_path / "exported")
     for checkpoint in (run, exported):
         go(checkpoint, tasks, "tasks=letters,texts", f"out={tmp_path / checkpoint.name}.json")
-    one, other = (told(tmp_path / f"{name}.json") for name in ("run", "exported"))
+    one, other = (tasks_in(tmp_path / f"{name}.json") for name in ("run", "exported"))
     assert one["letters"] == other["letters"]
-    perplexity = [there["texts"]["metrics"]["byte_perplexity"]["value"] for there in (one, other)]
+    perplexity = [found["texts"]["metrics"]["byte_perplexity"]["value"] for found in (one, other)]
     assert perplexity[0] == pytest.approx(perplexity[1], rel=1e-5)
 
 
@@ -159,26 +168,26 @@ def test_the_exported_model_has_the_same_figures(run: Path, tasks: Path, tmp_pat
 def test_a_later_call_adds_and_replaces_tasks(run: Path, tasks: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "evaluation.json"
     go(run, tasks, "tasks=letters", "limit=5", f"out={out}")
-    first = told(out)
+    first = tasks_in(out)
     assert first["letters"]["examples"] == 5
     go(run, tasks, "tasks=letters_again,texts", "limit=4", "num_fewshot=1", f"out={out}")
-    assert told(out)["letters"] == first["letters"]
-    assert told(out)["letters_again"]["shots"] == 1
-    assert list(told(out)["texts"]["metrics"]) == ["byte_perplexity"]
+    assert tasks_in(out)["letters"] == first["letters"]
+    assert tasks_in(out)["letters_again"]["shots"] == 1
+    assert list(tasks_in(out)["texts"]["metrics"]) == ["byte_perplexity"]
     go(run, tasks, "tasks=letters", f"out={out}")
-    assert told(out)["letters"]["examples"] == 40
-    assert len(told(out)) == 3
+    assert tasks_in(out)["letters"]["examples"] == 40
+    assert len(tasks_in(out)) == 3
 
 
 def test_a_group_is_one_task(run: Path, tasks: Path, tmp_path: Path) -> None:
     go(run, tasks, "tasks=pair", "limit=8", f"out={tmp_path / 'out.json'}")
-    found = told(tmp_path / "out.json")
+    found = tasks_in(tmp_path / "out.json")
     assert list(found) == ["pair"]
     assert found["pair"]["examples"] == 16
     assert list(found["pair"]["metrics"]) == ["acc"]
 
 
-def test_the_seed_decides_the_examples_in_front(
+def test_the_seed_decides_the_few_shot_examples(
     run: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nanodisp.evaluate.harness import HarnessModel
@@ -198,7 +207,7 @@ def test_the_papers_tasks_are_known_to_the_harness(tasks: Path) -> None:
     evaluate.find_tasks([*evaluate.ZERO_SHOT, *evaluate.FEW_SHOT], str(tasks))
 
 
-def test_the_papers_tasks_have_no_shot_or_one(
+def test_the_papers_tasks_have_zero_shots_or_one(
     run: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluate, "ZERO_SHOT", ("letters",))  # theirs have their data on the hub
@@ -206,74 +215,74 @@ def test_the_papers_tasks_have_no_shot_or_one(
     out, shots = tmp_path / "out.json", []
     for arguments in ((), ("num_fewshot=2",)):
         go(run, tasks, "tasks=paper", "limit=2", f"out={out}", *arguments)
-        shots.append([entry["shots"] for entry in told(out).values()])
+        shots.append([entry["shots"] for entry in tasks_in(out).values()])
     assert shots == [[0, 1], [0, 2]]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
-        (["tasks=nowhere"], "task nowhere can not be loaded"),
-        (["tasks=hellaswag"], "task hellaswag can not be loaded.*(Offline|reach|Hub)"),
+        (["tasks=nowhere"], "task nowhere cannot be loaded"),
+        (["tasks=hellaswag"], "task hellaswag cannot be loaded.*(Offline|reach|Hub)"),
         (["tasks=lettters"], "tasks=lettters is unknown; did you mean letters"),
         (["tasks=letters,"], "empty name"),
         (["tasks=letters", "limit=0"], "limit=0 must be at least 1"),
         (["tasks=letters", "batch_size=0"], "batch_size=0"),
         (["tasks=letters", "num_fewshot=-1"], "must not be negative"),
         (["tasks=letters", "seed=-1"], "seed=-1"),
-        (["tasks=letters", "task_folder=nowhere"], "task_folder=nowhere is no folder"),
+        (["tasks=letters", "task_folder=nowhere"], "task_folder=nowhere is not a folder"),
         (["tasks=letters", "checkpoint=nowhere"], "nowhere holds no checkpoint"),
     ],
 )
-def test_mistakes_are_told_in_one_line(run: Path, tasks: Path, arguments: list[str], told: str) -> None:
-    with pytest.raises(UserError, match=told) as error:
+def test_mistakes_are_reported_in_one_line(run: Path, tasks: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
         go(run, tasks, *arguments)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("what", ["weights", "tokenizer"])
-def test_a_hugging_face_folder_that_is_not_whole_is_refused(run: Path, tasks: Path, tmp_path: Path, what: str) -> None:
+def test_an_incomplete_hugging_face_folder_is_rejected(run: Path, tasks: Path, tmp_path: Path, what: str) -> None:
     folder = tmp_path / "exported"
-    hf.main(["export", f"checkpoint={run}", f"to={folder}"])
+    export(run, folder)
     if what == "weights":
         (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
     else:
         for file in folder.glob("tokenizer*"):
             file.unlink()
-    with pytest.raises(UserError, match="can not be loaded" if what == "weights" else "has no tokenizer"):
+    with pytest.raises(UserError, match="cannot be loaded" if what == "weights" else "has no tokenizer"):
         go(folder, tasks, "tasks=letters")
 
 
-def test_the_tasks_after_one_that_can_not_be_loaded_are_asked(run: Path, tasks: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^task nowhere can not be loaded.*$"):
+def test_the_tasks_after_one_that_cannot_be_loaded_are_evaluated(run: Path, tasks: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^task nowhere cannot be loaded.*$"):
         go(run, tasks, "tasks=nowhere,letters", "limit=2", f"out={tmp_path / 'out.json'}")
-    assert list(told(tmp_path / "out.json")) == ["letters"]
+    assert list(tasks_in(tmp_path / "out.json")) == ["letters"]
 
 
-def test_more_than_one_rank_is_refused(run: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_than_one_rank_is_rejected(run: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="without torchrun"):
         go(run, tasks, "tasks=letters")
 
 
-def test_figures_of_another_step_are_not_mixed_in(run: Path, tasks: Path, tmp_path: Path) -> None:
+def test_figures_of_another_step_are_not_mixed(run: Path, tasks: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     out.write_text(json.dumps({"model": "run at step 2", "tasks": {}}))
-    with pytest.raises(UserError, match="is of run at step 2, this is run at step 3: name another file"):
+    with pytest.raises(UserError, match="is of run at step 2, this is run at step 3: give another file"):
         go(run, tasks, "tasks=letters", f"out={out}")
     out.write_text("{")
     with pytest.raises(UserError, match="is not what nanodisp"):
         go(run, tasks, "tasks=letters", f"out={out}")
 
 
-# --- what the harness asks of a model -------------------------------------------------------------
+# --- the requests of the harness ------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def asked(run: Path) -> Any:
     from nanodisp.evaluate.harness import HarnessModel
 
-    return HarnessModel(ours(run), BYTE, batch_size=2)
+    return HarnessModel(model_of(run), BYTE, batch_size=2)
 
 
 def requests(*arguments: tuple[Any, ...]) -> list[Any]:
@@ -285,18 +294,20 @@ texts = st.text(min_size=1, max_size=20)
 
 @settings(deadline=None, max_examples=10)
 @given(st.lists(st.tuples(st.sampled_from(["", " ", "ab", "ab "]) | texts, texts), min_size=1, max_size=4))
-def test_loglikelihoods_are_those_of_the_text(asked: Any, pairs: list[tuple[str, str]]) -> None:
+def test_loglikelihoods_equal_those_of_one_token_at_a_time(asked: Any, pairs: list[tuple[str, str]]) -> None:
     found = asked.loglikelihood(requests(*pairs), disable_tqdm=True)
     for (context, continuation), (total, greedy) in zip(pairs, found, strict=True):
         stripped = context.rstrip()  # the harness scores the space between with the continuation
-        expected = naive(asked.model, encode(stripped) or [BYTE.eot], encode(context[len(stripped) :] + continuation))
+        expected = loglikelihood(
+            asked.model, encode(stripped) or [BYTE.eot], encode(context[len(stripped) :] + continuation)
+        )
         assert total == pytest.approx(expected[0], abs=1e-3)
         assert greedy == expected[1]
 
 
 @settings(deadline=None, max_examples=10)
 @given(st.lists(st.text(max_size=120), min_size=1, max_size=3))
-def test_a_long_text_is_scored_window_after_window(asked: Any, long: list[str]) -> None:
+def test_a_long_text_is_scored_window_by_window(asked: Any, long: list[str]) -> None:
     found = asked.loglikelihood_rolling(requests(*((text,) for text in long)), disable_tqdm=True)
     for text, total in zip(long, found, strict=True):
         row, block_size = [BYTE.eot, *encode(text)], asked.model.config.block_size
@@ -304,7 +315,7 @@ def test_a_long_text_is_scored_window_after_window(asked: Any, long: list[str]) 
         for start in range(1, len(row), block_size):
             end = min(start + block_size, len(row))
             first = 0 if start == 1 else end - block_size - 1  # the last window is full
-            expected += naive(asked.model, row[first:start], row[start:end])[0]
+            expected += loglikelihood(asked.model, row[first:start], row[start:end])[0]
         assert total == pytest.approx(expected, abs=1e-3)
 
 
@@ -314,18 +325,19 @@ def test_a_greedy_continuation_ends_at_the_first_stop(asked: Any, prompt: str, n
     room = asked.model.config.block_size - new_tokens
     context = (encode(prompt) or [BYTE.eot])[-(room if room > 0 else 24) :]
     tokens = [int(t) for t in generate(asked.model, torch.tensor([context]), new_tokens, temperature=0)]
-    whole = BYTE.decode_bytes(tokens[: tokens.index(BYTE.eot)] if BYTE.eot in tokens else tokens).decode(
+    text = BYTE.decode_bytes(tokens[: tokens.index(BYTE.eot)] if BYTE.eot in tokens else tokens).decode(
         errors="replace"
     )
-    stop = whole[4:5]
-    how = {"max_gen_toks": new_tokens, "do_sample": False}
+    stop = text[4:5]
+    options = {"max_gen_toks": new_tokens, "do_sample": False}
     free, stopped, other = asked.generate_until(
-        requests((prompt, how), (prompt, {**how, "until": [stop, "never"]}), ("x" + prompt, how)), disable_tqdm=True
+        requests((prompt, options), (prompt, {**options, "until": [stop, "never"]}), ("x" + prompt, options)),
+        disable_tqdm=True,
     )
-    assert (free, stopped) == (whole, whole[: whole.index(stop)])
+    assert (free, stopped) == (text, text[: text.index(stop)])
     assert isinstance(other, str)
 
 
-def test_the_name_of_end_of_text_is_text(asked: Any) -> None:
+def test_the_name_of_end_of_text_is_plain_text(asked: Any) -> None:
     assert BYTE.eot not in asked.tok_encode("a<|endoftext|>b")
     assert asked.prefix_token_id == BYTE.eot

@@ -147,9 +147,7 @@ def test_an_exported_tokenizer_has_the_id_of_end_of_text(both: tuple[Any, Any]) 
 # --- import ----------------------------------------------------------------------------------
 
 
-def test_export_then_import_restores_weights_and_tokenizer(
-    trained: Path, exported: Path, tmp_path: Path
-) -> None:
+def test_export_then_import_restores_weights_and_tokenizer(trained: Path, exported: Path, tmp_path: Path) -> None:
     hf.main(["import", f"checkpoint={exported}", f"to={tmp_path / 'back'}"])
     before, after = model_of(trained), model_of(tmp_path / "back")
     assert after.config == before.config
