@@ -1,4 +1,4 @@
-"""Time of measuring condensation, compared with the PyPI package `embedding-condensation` on the same model and windows.
+"""Time of measuring condensation beside the PyPI package `embedding-condensation`, on the same model and windows.
 
     python -m bench.condensation                # GPT-2's shape (124M), 100 windows of 512 tokens
 

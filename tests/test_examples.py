@@ -112,8 +112,8 @@ def test_mistakes_are_reported_in_one_line(tmp_path: Path) -> None:
     tokenizer.save_pretrained(source)
     (tmp_path / "short.txt").write_text("short")
     for given, message in (
-        ({"model": tmp_path / "gone"}, "model=.* cannot be loaded"),
-        ({"data": tmp_path / "gone"}, "data=.* cannot be read: No such file"),
+        ({"model": tmp_path / "missing"}, "model=.* cannot be loaded"),
+        ({"data": tmp_path / "missing"}, "data=.* cannot be read: No such file"),
         ({}, "has 5 tokens: block_size=24 needs more text"),
         ({"block_size": 999}, "block_size=999 is longer than the model's context"),
         ({"to": tmp_path / "short.txt"}, "to=.* is a file"),

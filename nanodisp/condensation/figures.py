@@ -1,8 +1,8 @@
 """Figures of condensation and of the effect of dispersion, in one style.
 
 Every function takes plain arrays and returns a matplotlib Figure; `save` writes it as PNG and SVG.
-Colours run from dark to light in the order of the values (viridis), so that they can be told apart
-in grayscale and by colour-blind readers; each line also has a marker of its own.
+Colours run from dark to light in the order of the values (viridis), so that they are distinct
+in grayscale and for colour-blind readers; each line also has a marker of its own.
 
 pyplot's global state is not used, so figures can be made from any thread and program.
 """

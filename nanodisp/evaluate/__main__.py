@@ -72,7 +72,7 @@ class EvaluateConfig:
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise ValueError(f"num_fewshot={self.num_fewshot} must not be negative")
         if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed} must lie between 0 and 2**32 - 1")
+            raise ValueError(f"seed={self.seed} must be between 0 and 2**32 - 1")
         if not all(self.tasks.split(",")):
             raise ValueError(f"tasks={self.tasks} has an empty name: give paper, or names separated by commas")
 

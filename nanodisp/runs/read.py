@@ -91,6 +91,8 @@ def read_run(folder: Path) -> RunSummary:
     run = RunSummary(folder)
     try:
         run.config = flatten(OmegaConf.to_container(OmegaConf.load(folder / CONFIG)))
+        if run.config.get("dispersion.schedule") == "linear":  # the name of warmup in older runs
+            run.config["dispersion.schedule"] = "warmup"
         model = {key[6:]: value for key, value in run.config.items() if key.startswith("model.")}
         run.n_parameters = count_parameters(GPTConfig(**model))
         budget = TrainConfig(**{key[6:]: value for key, value in run.config.items() if key.startswith("train.")})

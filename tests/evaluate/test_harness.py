@@ -210,7 +210,7 @@ def test_the_papers_tasks_are_known_to_the_harness(tasks: Path) -> None:
 def test_the_papers_tasks_have_zero_shots_or_one(
     run: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "ZERO_SHOT", ("letters",))  # theirs have their data on the hub
+    monkeypatch.setattr(evaluate, "ZERO_SHOT", ("letters",))  # the data of the paper's tasks are on the hub
     monkeypatch.setattr(evaluate, "FEW_SHOT", ("letters_again",))
     out, shots = tmp_path / "out.json", []
     for arguments in ((), ("num_fewshot=2",)):
@@ -279,7 +279,7 @@ def test_figures_of_another_step_are_not_mixed(run: Path, tasks: Path, tmp_path:
 
 
 @pytest.fixture(scope="module")
-def asked(run: Path) -> Any:
+def harness_model(run: Path) -> Any:
     from nanodisp.evaluate.harness import HarnessModel
 
     return HarnessModel(model_of(run), BYTE, batch_size=2)
@@ -294,12 +294,12 @@ texts = st.text(min_size=1, max_size=20)
 
 @settings(deadline=None, max_examples=10)
 @given(st.lists(st.tuples(st.sampled_from(["", " ", "ab", "ab "]) | texts, texts), min_size=1, max_size=4))
-def test_loglikelihoods_equal_those_of_one_token_at_a_time(asked: Any, pairs: list[tuple[str, str]]) -> None:
-    found = asked.loglikelihood(requests(*pairs), disable_tqdm=True)
+def test_loglikelihoods_equal_those_of_one_token_at_a_time(harness_model: Any, pairs: list[tuple[str, str]]) -> None:
+    found = harness_model.loglikelihood(requests(*pairs), disable_tqdm=True)
     for (context, continuation), (total, greedy) in zip(pairs, found, strict=True):
         stripped = context.rstrip()  # the harness scores the space between with the continuation
         expected = loglikelihood(
-            asked.model, encode(stripped) or [BYTE.eot], encode(context[len(stripped) :] + continuation)
+            harness_model.model, encode(stripped) or [BYTE.eot], encode(context[len(stripped) :] + continuation)
         )
         assert total == pytest.approx(expected[0], abs=1e-3)
         assert greedy == expected[1]
@@ -307,30 +307,30 @@ def test_loglikelihoods_equal_those_of_one_token_at_a_time(asked: Any, pairs: li
 
 @settings(deadline=None, max_examples=10)
 @given(st.lists(st.text(max_size=120), min_size=1, max_size=3))
-def test_a_long_text_is_scored_window_by_window(asked: Any, long: list[str]) -> None:
-    found = asked.loglikelihood_rolling(requests(*((text,) for text in long)), disable_tqdm=True)
+def test_a_long_text_is_scored_window_by_window(harness_model: Any, long: list[str]) -> None:
+    found = harness_model.loglikelihood_rolling(requests(*((text,) for text in long)), disable_tqdm=True)
     for text, total in zip(long, found, strict=True):
-        row, block_size = [BYTE.eot, *encode(text)], asked.model.config.block_size
+        row, block_size = [BYTE.eot, *encode(text)], harness_model.model.config.block_size
         expected = 0.0
         for start in range(1, len(row), block_size):
             end = min(start + block_size, len(row))
             first = 0 if start == 1 else end - block_size - 1  # the last window is full
-            expected += loglikelihood(asked.model, row[first:start], row[start:end])[0]
+            expected += loglikelihood(harness_model.model, row[first:start], row[start:end])[0]
         assert total == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("prompt", ["", "ab", "abcdefgh" * 9])
 @pytest.mark.parametrize("new_tokens", [9, 60])
-def test_a_greedy_continuation_ends_at_the_first_stop(asked: Any, prompt: str, new_tokens: int) -> None:
-    room = asked.model.config.block_size - new_tokens
+def test_a_greedy_continuation_ends_at_the_first_stop(harness_model: Any, prompt: str, new_tokens: int) -> None:
+    room = harness_model.model.config.block_size - new_tokens
     context = (encode(prompt) or [BYTE.eot])[-(room if room > 0 else 24) :]
-    tokens = [int(t) for t in generate(asked.model, torch.tensor([context]), new_tokens, temperature=0)]
+    tokens = [int(t) for t in generate(harness_model.model, torch.tensor([context]), new_tokens, temperature=0)]
     text = BYTE.decode_bytes(tokens[: tokens.index(BYTE.eot)] if BYTE.eot in tokens else tokens).decode(
         errors="replace"
     )
     stop = text[4:5]
     options = {"max_gen_toks": new_tokens, "do_sample": False}
-    free, stopped, other = asked.generate_until(
+    free, stopped, other = harness_model.generate_until(
         requests((prompt, options), (prompt, {**options, "until": [stop, "never"]}), ("x" + prompt, options)),
         disable_tqdm=True,
     )
@@ -338,6 +338,6 @@ def test_a_greedy_continuation_ends_at_the_first_stop(asked: Any, prompt: str, n
     assert isinstance(other, str)
 
 
-def test_the_name_of_end_of_text_is_plain_text(asked: Any) -> None:
-    assert BYTE.eot not in asked.tok_encode("a<|endoftext|>b")
-    assert asked.prefix_token_id == BYTE.eot
+def test_the_name_of_end_of_text_is_plain_text(harness_model: Any) -> None:
+    assert BYTE.eot not in harness_model.tok_encode("a<|endoftext|>b")
+    assert harness_model.prefix_token_id == BYTE.eot

@@ -40,6 +40,10 @@ def theirs(folder: Path) -> Any:
     return model.eval()
 
 
+def random_tokens(vocab_size: int, *shape: int) -> Tensor:
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0))
+
+
 def logits(model: Any, idx: Tensor) -> Tensor:
     with torch.no_grad():
         return model(idx).logits
@@ -82,7 +86,7 @@ def change_config(folder: Path, **values: Any) -> None:
 
 
 def test_transformers_computes_the_same_logits_from_an_exported_folder(trained: Path, exported: Path) -> None:
-    idx = torch.randint(256, (3, 32))
+    idx = random_tokens(256, 3, 32)
     model = theirs(exported)
     assert model.config.vocab_size == model_of(trained).vocab_size
     assert close(logits(model, idx), logits(model_of(trained), idx)[..., : model.config.vocab_size])
@@ -92,7 +96,7 @@ def test_transformers_continues_a_prompt_with_the_same_tokens(trained: Path, exp
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
     model = theirs(exported)
     prompt = tokenizer("the first", return_tensors="pt").input_ids
-    model.generation_config.eos_token_id = None  # ours does not stop there
+    model.generation_config.eos_token_id = None  # our generate does not stop at end-of-text
     expected = [int(token) for token in generate(model_of(trained), prompt, 20, temperature=0)]
     got = model.generate(prompt, do_sample=False, max_new_tokens=20, pad_token_id=0)[0, prompt.size(1) :]
     assert got.tolist() == expected
@@ -102,7 +106,7 @@ def test_transformers_continues_a_prompt_with_the_same_tokens(trained: Path, exp
 def test_a_model_without_biases_is_exported_with_biases_of_zero(tmp_path: Path) -> None:
     run = write_checkpointed_run(tmp_path / "run", "byte", bias=False, d_ff=None)
     folder = export(run, tmp_path / "exported")
-    idx = torch.randint(257, (2, 32))
+    idx = random_tokens(257, 2, 32)
     assert close(logits(theirs(folder), idx), logits(model_of(run), idx)[..., :257])
     biases = [tensor for name, tensor in load_file(folder / "model.safetensors").items() if name.endswith("bias")]
     assert len(biases) == 2 * 6 + 1 and not any(bias.any() for bias in biases)
@@ -163,7 +167,7 @@ def test_an_imported_gpt2_computes_the_same_logits(gpt2: Path, tmp_path: Path, p
     tensors = load_file(gpt2 / "model.safetensors")
     tensors = {prefix + name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     mask = {f"{prefix}h.0.attn.bias": torch.ones(1, 1, 24, 24), f"{prefix}h.0.attn.masked_bias": torch.tensor(-1e4)}
-    expected = logits(theirs(gpt2), idx := torch.randint(257, (2, 24)))
+    expected = logits(theirs(gpt2), idx := random_tokens(257, 2, 24))
     save_file({**tensors, **mask}, gpt2 / "model.safetensors", metadata={"format": "pt"})
     hf.main(["import", f"checkpoint=hf:{gpt2}", f"to={tmp_path / 'run'}", "tokenizer=byte"])
     got = logits(model_of(tmp_path / "run"), idx)
@@ -187,8 +191,8 @@ def test_a_gpt2_tokenizer_is_imported_too(gpt2: Path, tmp_path: Path) -> None:
         {**tensors, "transformer.wte.weight": torch.zeros(len(vocab), 16)}, gpt2 / "model.safetensors", {"format": "pt"}
     )
     hf.main(["import", f"checkpoint={gpt2}", f"to={tmp_path / 'run'}"])
-    ours = load_tokenizer(tmp_path / "run" / "tokenizer.tiktoken")
-    assert ours.encode("the abab 12é").tolist() == saved("the abab 12é").input_ids
+    imported = load_tokenizer(tmp_path / "run" / "tokenizer.tiktoken")
+    assert imported.encode("the abab 12é").tolist() == saved("the abab 12é").input_ids
 
 
 def test_an_imported_run_is_sampled_and_measured(
@@ -291,12 +295,12 @@ def test_a_run_starts_from_the_weights_of_another(run: Run, tmp_path: Path) -> N
 
 def test_a_resumed_run_does_not_load_the_initial_weights_again(run: Run, tmp_path: Path) -> None:
     source = run(*SHORT, name="source")
-    whole = run(*SHORT, f"init_from={source}", name="whole")
+    uninterrupted = run(*SHORT, f"init_from={source}", name="uninterrupted")
     run(*SHORT, f"init_from={source}", "train.steps=2", "optim.schedule=constant", name="parts")
-    source.rename(tmp_path / "gone")
+    source.rename(tmp_path / "moved")
     parts = run(*SHORT, f"init_from={source}", "optim.schedule=constant", name="parts")
     assert [record["step"] for record in records(parts, "val")] == [0, 2, 4]
-    assert records(parts, "val")[0]["loss"] == records(whole, "val")[0]["loss"]
+    assert records(parts, "val")[0]["loss"] == records(uninterrupted, "val")[0]["loss"]
     with pytest.raises(UserError, match=r"init_from=.* \(now None\)"):
         run(*SHORT, "optim.schedule=constant", name="parts")
 
@@ -344,6 +348,6 @@ def test_another_tokenizer_of_the_same_size_is_rejected(tmp_path: Path) -> None:
         return initial_weights(dataclasses.replace(config, model=model.config))
 
     assert weights_for(spec).keys() == model.state_dict().keys()
-    assert weights_for("nowhere.tiktoken"), "a tokenizer that is not at hand is not compared"
+    assert weights_for("nowhere.tiktoken"), "a tokenizer that is not available is not compared"
     with pytest.raises(UserError, match=r"another tokenizer than data.tokenizer=.*other\.tiktoken"):
         weights_for(str(shuffled))

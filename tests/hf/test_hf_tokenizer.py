@@ -46,14 +46,14 @@ def test_a_large_published_vocabulary_keeps_its_pattern_and_end_of_text() -> Non
 
 def test_a_run_without_its_tokenizer_is_exported_without_one_or_with_a_given_one(tmp_path: Path) -> None:
     saved = checkpoint.load(checkpoint.find(write_checkpointed_run(tmp_path / "run", "byte")))
-    for spec in ("none", "gone.tiktoken"):
+    for spec in ("none", "missing.tiktoken"):
         config = {**saved.state["config"], "data": {**saved.state["config"]["data"], "tokenizer": spec}}
         state = {key: value for key, value in saved.state.items() if key not in ("sha256", "config")}
         checkpoint.save(tmp_path / spec / "checkpoints", saved.model, {}, {**state, "config": config})
     folder = export(tmp_path / "none", tmp_path / "bare")
     assert not (folder / "tokenizer.json").exists()
     assert transformers.AutoModelForCausalLM.from_pretrained(folder).config.eos_token_id is None
-    with pytest.raises(UserError, match=r"gone\.tiktoken"):
-        export(tmp_path / "gone.tiktoken", tmp_path / "not")
-    hf.main(["export", f"checkpoint={tmp_path / 'gone.tiktoken'}", f"to={tmp_path / 'given'}", "tokenizer=byte"])
+    with pytest.raises(UserError, match=r"missing\.tiktoken"):
+        export(tmp_path / "missing.tiktoken", tmp_path / "not")
+    hf.main(["export", f"checkpoint={tmp_path / 'missing.tiktoken'}", f"to={tmp_path / 'given'}", "tokenizer=byte"])
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "given")("ab").input_ids == [97, 98]

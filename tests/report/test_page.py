@@ -117,6 +117,15 @@ def test_a_shallower_model_has_fewer_layers_in_the_table(tmp_path: Path) -> None
     ]
 
 
+def test_runs_of_an_older_version_share_the_row_of_newer_ones(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        write_run(tmp_path / f"s{seed}", f"seed={seed}", "dispersion.schedule=warmup")
+    config = tmp_path / "s1" / "config.yaml"
+    config.write_text(config.read_text().replace("schedule: warmup", "schedule: linear"))
+    (row,) = make_rows(read_runs(tmp_path))
+    assert list(row.cells[0.1]) == [1, 2]
+
+
 def test_figures_that_nanodisp_does_not_know_are_reported_by_name(tmp_path: Path) -> None:
     for seed in (1, 2):
         metrics = write_run(tmp_path / f"s{seed}", f"seed={seed}", "dispersion=off") / "metrics.jsonl"
