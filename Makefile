@@ -53,8 +53,8 @@ bench-gpu: ## kernels and steps on one GPU, correctness first; needs torch, trit
 	$(HAVE) -m bench.kernels --device cuda
 	$(HAVE) -m bench.train_step --device cuda --recipe gpt2 $(if $(BASELINE),--baseline $(BASELINE))
 
-verify-data: install ## compare every byte of the prepared shards with their sums
-	$(BIN)/python -m nanodisp.shards $(patsubst %/manifest.json,%,$(wildcard data/*/*/manifest.json))
+verify-data: install ## compare every byte of the prepared shards with their checksums
+	$(BIN)/python -m nanodisp.data.shards $(patsubst %/manifest.json,%,$(wildcard data/*/*/manifest.json))
 
 audit: install ## known weaknesses of the pinned packages; needs a network
 	$(BIN)/python -m pip install --quiet pip-audit

@@ -1,10 +1,10 @@
-"""Times text to shards over all cores, against tiktoken's own parallel encoding of the same text.
+"""Times preparing text as shards on all cores, against tiktoken's own parallel encoding of the same text.
 
     python -m bench.prepare --tokenizer gpt2.tiktoken --text data/corpus.txt
 
-The text is repeated to `--megabytes`. Preparing is all of it: reading and hashing the file, tokens, shards,
-their sums, the manifest. tiktoken gets the same pieces, already in memory, and leaves lists of integers
-there (`encode_ordinary_batch`, a thread a core). The two alternate.
+The text is repeated up to `--megabytes`. Preparation includes everything: reading and hashing the file, tokens,
+shards, checksums, the manifest. tiktoken gets the same pieces, already in memory, and returns lists of integers
+(`encode_ordinary_batch`, one thread per core). The two alternate.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> None:
     arguments = parser.parse_args()
     tokenizer = load_tokenizer(arguments.tokenizer)
     if not isinstance(tokenizer, TiktokenTokenizer):
-        parser.error(f"--tokenizer {arguments.tokenizer} is not one of tiktoken's")
+        parser.error(f"--tokenizer {arguments.tokenizer} is not a tiktoken vocabulary")
     encoding, cores = tokenizer.encoding, os.cpu_count() or 1
 
     text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in arguments.text)

@@ -1,4 +1,4 @@
-"""The error that a user can mend."""
+"""Errors that the user can fix."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line: what was wrong, what is allowed, what to do.
+    """An error that the user can fix, in one line: the wrong value, what is allowed, what to do.
 
-    The entry points print it without a traceback; anything else is a bug of ours and shows one.
+    The commands print it without a traceback; any other exception is a bug and shows one.
     """
 
 
 def optional(package: str, extra: str = "eval") -> Any:
-    """A package that not everybody needs; UserError, naming the extra that has it, where it is not installed."""
+    """Import an optional package; raises UserError with the command that installs its extra if it is missing."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
@@ -22,4 +22,5 @@ def optional(package: str, extra: str = "eval") -> Any:
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).split("\n")[0]

@@ -1,7 +1,8 @@
-"""Files that appear complete or not at all, and their checksums."""
+"""Atomic writes and checksums."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -10,7 +11,7 @@ from nanodisp.errors import UserError
 
 
 def write_whole(path: Path, *parts: bytes | memoryview) -> None:
-    """Write a file under its name only when it is complete and on disk, so that a power cut leaves the old one.
+    """Write a file atomically: it gets its name once it is complete and on disk, so a power cut leaves the old one.
 
     Raises UserError when it cannot be written.
     """
@@ -24,14 +25,15 @@ def write_whole(path: Path, *parts: bytes | memoryview) -> None:
         temporary.replace(path)
         flush(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise UserError(
             f"{path} cannot be written: {error.strerror}; free space or fix the permissions, then run the command again"
         ) from error
 
 
 def flush(path: Path) -> None:
-    """fsync a file, or a folder after files in it were renamed."""
+    """fsync a file, or a folder after renaming files in it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -40,7 +42,7 @@ def flush(path: Path) -> None:
 
 
 def digest(path: Path, algorithm: str = "sha256") -> str:
-    """Hex digest of a file's content; other threads run meanwhile."""
+    """Hex digest of a file's content; releases the GIL, so that threads run in parallel."""
     state = hashlib.new(algorithm)
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):

@@ -2,7 +2,7 @@
 
 From kjj0/fineweb10B-gpt2 on the Hugging Face hub: one shard for validation and 103 for
 training, of which `chunks` are downloaded, 200 MB each. Needs `pip install 'nanodisp[data]'`.
-The manifest that is written beside them knows no bytes per token: nobody published the text's size.
+The manifest written beside them has no bytes per token, because the size of the text is not published.
 """
 
 from collections.abc import Callable
@@ -17,14 +17,14 @@ PUBLISHED = 103
 
 
 def download(file: str, folder: Path) -> None:
-    """Fetch one shard into the folder, unless it is there. Raises UserError when it cannot be had."""
+    """Download one shard into the folder, unless it exists. Raises UserError if that fails."""
     try:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
         raise UserError(f"{REPO} needs the huggingface_hub library: pip install 'nanodisp[data]'") from error
     try:
         hf_hub_download(REPO, file, repo_type="dataset", local_dir=folder)
-    except Exception as error:  # of many kinds, from two libraries and the network
+    except Exception as error:  # of many types, from two libraries and the network
         reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
         raise UserError(f"{file} of {REPO} cannot be downloaded: {reason}") from error
 

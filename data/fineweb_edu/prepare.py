@@ -1,8 +1,8 @@
 """FineWeb-Edu, the 10-billion-token sample: educational web pages, 9.7 million documents, 28 GB of parquet.
 
 From HuggingFaceFW/fineweb-edu on the Hugging Face hub, streamed: only the shards, about 20 GB
-with GPT-2's tokens, end up on disk. A killed preparation goes on where it was, though what it
-had done is streamed past again. Needs `pip install 'nanodisp[data]'`.
+with GPT-2's tokens, are written to disk. A killed preparation resumes when run again, although
+the documents it had done are streamed again. Needs `pip install 'nanodisp[data]'`.
 """
 
 from pathlib import Path

@@ -3,8 +3,8 @@
     python data/hellaswag/prepare.py tokenizer=gpt2                       # from the Hugging Face hub
     python data/hellaswag/prepare.py path=hellaswag_val.jsonl out=<file>  # from the file of rowanz/hellaswag
 
-As in llm.c, the context is `ctx` and a choice a space and one of `endings`, tokenised on their own.
-From the hub it needs `pip install 'nanodisp[data]'`.
+As in llm.c, the context is `ctx`, and each choice is a space and one of `endings`, tokenised separately.
+The hub needs `pip install 'nanodisp[data]'`.
 """
 
 import json
@@ -24,7 +24,7 @@ REPO = "Rowan/hellaswag"
 
 @dataclass
 class HellaSwagConfig:
-    """tokenizer: the run's. path: a jsonl file, not the hub. out: null for hellaswag_val-<tokenizer>.bin here."""
+    """tokenizer: the run's. path: a jsonl file; null for the hub. out: null for hellaswag_val-<tokenizer>.bin here."""
 
     tokenizer: str = "gpt2"
     path: str | None = None
@@ -36,7 +36,7 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
     try:
         yield from (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, ValueError) as error:
-        raise UserError(f"path={path} can not be read as jsonl: {error}") from error
+        raise UserError(f"path={path} cannot be read as jsonl: {error}") from error
 
 
 def questions(rows: Iterable[dict[str, Any]], tokenizer: Tokenizer) -> Iterator[Question]:
@@ -45,7 +45,7 @@ def questions(rows: Iterable[dict[str, Any]], tokenizer: Tokenizer) -> Iterator[
             choices = [tokenizer.encode(f" {ending}").tolist() for ending in row["endings"]]
             yield Question(tokenizer.encode(row["ctx"]).tolist(), choices, int(row["label"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"row {number} has no ctx, endings and label as HellaSwag has them: {error}") from error
+            raise UserError(f"row {number} has no ctx, endings and label in HellaSwag's format: {error}") from error
 
 
 def main(argv: Sequence[str], repo: str = REPO) -> None:
@@ -53,9 +53,9 @@ def main(argv: Sequence[str], repo: str = REPO) -> None:
     tokenizer = load_tokenizer(config.tokenizer)
     rows = rows_of(Path(config.path)) if config.path else read_hub(repo, None, "validation", None)
     out = Path(config.out or Path(__file__).with_name(f"hellaswag_val-{tokenizer.name}.bin"))
-    asked = list(questions(rows, tokenizer))
-    write_questions(out, asked)
-    print(f"{out}: {len(asked):,} questions")
+    converted = list(questions(rows, tokenizer))
+    write_questions(out, converted)
+    print(f"{out}: {len(converted):,} questions")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """OpenWebText: the open remake of GPT-2's WebText, 8 million documents, 40 GB of text, 9 billion GPT-2 tokens.
 
-From Skylion007/openwebtext on the Hugging Face hub, streamed; 18 GB of shards end up on disk.
+From Skylion007/openwebtext on the Hugging Face hub, streamed; 18 GB of shards are written to disk.
 Needs `pip install 'nanodisp[data]'`.
 """
 

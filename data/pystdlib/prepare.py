@@ -1,8 +1,8 @@
 """The default corpus: the standard library of the Python that runs this, about 12 MB.
 
-Sources and the prose of `pydoc_data`, one document a file. It needs no network and a few
-seconds, and differs between Python versions, which the folder's name tells. Left out: tests,
-installed packages, and files that the build of the interpreter wrote (they name its machine).
+Sources and the prose of `pydoc_data`, one document per file. Preparation takes a few seconds and no
+network. The corpus differs between Python versions; the folder's name has the version. Left out: tests,
+installed packages, and files generated when the interpreter was built (they name its machine).
 """
 
 import platform

@@ -1,6 +1,6 @@
 """Tiny Shakespeare: 1.1 MB of plays in one file, from the char-rnn repository on GitHub.
 
-The last tenth is for validation, as nanoGPT has it.
+The last tenth is for validation, as in nanoGPT.
 """
 
 from pathlib import Path
@@ -14,12 +14,14 @@ URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshake
 
 
 def download(url: str, path: Path) -> None:
-    """Fetch a file, whole or not at all. Raises UserError when the network does not give it."""
+    """Download a file, completely or not at all. Raises UserError if that fails."""
     try:
         with urlopen(url, timeout=60) as response:
             content = response.read()
     except OSError as error:
-        raise UserError(f"{url} cannot be had ({error}); put the file at {path}, or train with data=text") from error
+        raise UserError(
+            f"{url} cannot be downloaded ({error}); put the file at {path}, or train with data=text"
+        ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, content)
 

@@ -2,9 +2,9 @@
 
 python data/text/prepare.py path=<file or folder> tokenizer=<byte, gpt2 or a .tiktoken file>
 
-Training with `data=text data.path=…` calls this by itself. The content is hashed each time,
-about a second for a gigabyte; for a large corpus train with `data=shards data.path=<the folder
-that this prints>` instead.
+Training with `data=text data.path=…` runs this automatically. The content is hashed each time,
+about a second per gigabyte; for a large corpus, train with `data=shards data.path=<the folder
+printed by this script>` instead.
 """
 
 from pathlib import Path

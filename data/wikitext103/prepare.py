@@ -1,7 +1,7 @@
 """WikiText-103, raw: the good and featured articles of Wikipedia, 540 MB, 118 million GPT-2 tokens.
 
 From Salesforce/wikitext on the Hugging Face hub. Its own training and validation splits are
-kept, so `val_fraction` has no say. Needs `pip install 'nanodisp[data]'`.
+kept, so `val_fraction` has no effect. Needs `pip install 'nanodisp[data]'`.
 """
 
 import re
@@ -12,11 +12,11 @@ from nanodisp.data.documents import Piece, cut, read_hub
 from nanodisp.data.prepare import DataConfig, main, prepare_pieces
 
 REPO = "Salesforce/wikitext"
-TITLE = re.compile(r" = [^=].* = \n")  # of an article; its sections have two signs or more
+TITLE = re.compile(r" = [^=].* = \n")  # of an article; titles of sections have two or more equals signs
 
 
 def articles(lines: Iterable[str]) -> Iterator[str]:
-    """Whole articles out of the dataset's rows, which are lines."""
+    """Articles, joined from the rows of the data set, which are lines."""
     article: list[str] = []
     for line in lines:
         if TITLE.fullmatch(line) and "".join(article).strip():

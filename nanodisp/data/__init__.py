@@ -1,1 +1,1 @@
-"""From text to batches: tokenizers, documents, shards, corpora, batches."""
+"""From text to batches: tokenizers, documents, shards, corpora, batches, questions."""

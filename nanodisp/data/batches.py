@@ -1,12 +1,12 @@
 """Batches as a pure function of (seed, step).
 
-The corpus is cut into windows of block_size tokens, side by side. An epoch visits every
-window exactly once, in an order that (seed, epoch) decides; sequence number i of the run
+The corpus is cut into consecutive windows of block_size tokens. An epoch visits every
+window exactly once, in an order determined by (seed, epoch); sequence i of the run
 is window i mod W of epoch i div W. So a resumed run needs no loader state, and any number
 of ranks or micro-batches sees the same global batch. Windows may span documents.
 
-The order is a Feistel network on the window's number, not a shuffled list: the same
-shuffle in constant memory, for a corpus of any size, whatever numpy's version.
+The order is a Feistel network on the window's number, not a shuffled list: constant
+memory for a corpus of any size, and the same order with every version of numpy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nanodisp.data.shards import Tokens, check_tokens
 from nanodisp.errors import UserError
 
 FEISTEL_ROUNDS = 6
-AT_ONCE = 1024  # windows whose order is worked out together: for a few of them numpy's calls cost more than their work
+AT_ONCE = 1024  # windows whose order is computed together: for a few at a time, the overhead of numpy's calls dominates
 
 
 class Batches:
@@ -30,19 +30,19 @@ class Batches:
 
     Args:
         tokens: the split.
-        block_size: tokens of a window; its targets are the same window one token on.
-        batch_size: sequences of the global batch.
-        seed: decides the order.
-        vocab_size: every token id must lie below it.
+        block_size: tokens per window; its targets are the same window shifted by one token.
+        batch_size: sequences per global batch.
+        seed: determines the order.
+        vocab_size: every token id must be below it.
 
-    Raises UserError when the split holds no whole window.
+    Raises UserError when the split is shorter than one window.
     """
 
     def __init__(self, tokens: Tokens, *, block_size: int, batch_size: int, seed: int, vocab_size: int) -> None:
         self.tokens, self.block_size, self.batch_size = tokens, block_size, batch_size
         self.seed, self.vocab_size = seed, vocab_size
         self.n_windows = count_windows(tokens, block_size)
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))  # the group of steps asked for last, its windows
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))  # the last group of steps, and its windows
 
     def windows(self, step: int) -> np.ndarray:
         """The windows of the global batch of `step` (from 0), int64 [batch_size]."""
@@ -75,18 +75,18 @@ class Batches:
 
 
 def count_windows(tokens: Tokens, block_size: int) -> int:
-    """Whole windows (with their last target) in a split; raises UserError when there is none."""
+    """The number of complete windows (with their last target) in a split; raises UserError when it is 0."""
     n_windows = (len(tokens) - 1) // block_size
     if n_windows < 1:
         raise UserError(
             f"model.block_size={block_size} needs {block_size + 1} tokens, but a split of {tokens.paths[0].parent} "
-            f"has {len(tokens)}: take a smaller block_size, more text or another data.val_fraction"
+            f"has {len(tokens)}: use a smaller block_size, more text or another data.val_fraction"
         )
     return n_windows
 
 
 def read_windows(tokens: Tokens, windows: np.ndarray, block_size: int, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """idx and targets of these windows, int64 [len(windows), T]; raises UserError for a foreign token id."""
+    """idx and targets of these windows, int64 [len(windows), T]; raises UserError for an id outside the vocabulary."""
     rows = np.empty((len(windows), block_size + 1), dtype=tokens.dtype)
     for row, window in zip(rows, windows.tolist(), strict=True):
         row[:] = tokens.read(window * block_size, (window + 1) * block_size + 1)
@@ -95,10 +95,10 @@ def read_windows(tokens: Tokens, windows: np.ndarray, block_size: int, vocab_siz
 
 
 def permute(index: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
-    """A permutation of range(n) that `key` (non-negative integers) decides, applied to `index`.
+    """A permutation of range(n), determined by `key` (non-negative integers), applied to `index`.
 
     A balanced Feistel network over the smallest even number of bits that holds n - 1,
-    walked on from any value that lands outside of the range (Black & Rogaway 2002).
+    applied again to any value outside the range (cycle walking, Black & Rogaway 2002).
     """
     half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
     half, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
@@ -116,7 +116,7 @@ def permute(index: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser: every bit of x moves every bit of the result."""
+    """SplitMix64's finaliser: every bit of x affects every bit of the result."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -125,7 +125,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 def prefetch(
     batches: Batches, steps: Iterable[int], device: torch.device, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of `steps` on `device`, read ahead by one in a thread; on CUDA from pinned memory."""
+    """The batches of `steps` on `device`, read one ahead in a thread; on CUDA from pinned memory."""
 
     def read(step: int) -> tuple[Tensor, Tensor]:
         x, y = batches.batch(step, rank, world_size)
@@ -147,7 +147,7 @@ def _to(device: torch.device, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Ten
 
 
 def spread_windows(n_windows: int, wanted: int | None) -> np.ndarray:
-    """`wanted` window numbers spread evenly over n_windows (all of them for None), int64: a fixed validation set."""
+    """`wanted` window numbers spread evenly over n_windows (None: all), int64: a fixed validation set."""
     if wanted is None or wanted >= n_windows:
         return np.arange(n_windows)
     return np.arange(wanted) * n_windows // wanted

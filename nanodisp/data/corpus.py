@@ -10,17 +10,17 @@ from nanodisp.data.shards import MANIFEST, Manifest, Tokens, open_split
 from nanodisp.data.tokenizer import vocab_size_of
 from nanodisp.distributed.world import World
 
-CHUNK = 1 << 20  # tokens read at a time where all of them are looked at
-CHARACTERS = "meta.pkl"  # lies beside nanoGPT's shards of characters
+CHUNK = 1 << 20  # tokens per read when all of them are read
+CHARACTERS = "meta.pkl"  # nanoGPT writes it beside character-level shards
 
 
 @dataclass(frozen=True)
 class Corpus:
     """A folder of shards, opened.
 
-    tokenizer: a spec for `load_tokenizer`, "none" where the tokens have no text that we know.
-    vocab_size: None when nothing but the tokenizer itself, or the tokens, tells.
-    bytes_per_token: of the validation split, None when nothing tells.
+    tokenizer: a spec for `load_tokenizer`; "none" if the tokens cannot be turned into text.
+    vocab_size: the manifest's, None without one (see `count_vocabulary`).
+    bytes_per_token: of the validation split, None if unknown.
     """
 
     folder: Path
@@ -32,7 +32,7 @@ class Corpus:
 
 
 def open_for(config: DataConfig, world: World) -> Corpus:
-    """The corpus of a run: rank 0 prepares it if need be, the other ranks wait for it."""
+    """The corpus of a run: rank 0 prepares it if necessary while the other ranks wait."""
     if not world.is_main:
         world.barrier()
     corpus = open_corpus(prepare(config), config.tokenizer)
@@ -42,9 +42,9 @@ def open_for(config: DataConfig, world: World) -> Corpus:
 
 
 def open_corpus(folder: Path, tokenizer: str) -> Corpus:
-    """Open both splits; `tokenizer` is the spec for shards that come without a manifest.
+    """Open both splits; `tokenizer` is the spec for shards without a manifest.
 
-    nanoGPT's `meta.pkl` beside them says that they are characters, not GPT-2's tokens. It is a pickle: never opened.
+    nanoGPT's `meta.pkl` beside them means characters, not GPT-2's tokens. It is a pickle and never opened.
 
     Raises UserError as `open_split` does.
     """
@@ -59,9 +59,9 @@ def open_corpus(folder: Path, tokenizer: str) -> Corpus:
 
 
 def count_vocabulary(corpus: Corpus) -> int:
-    """The vocabulary size: the manifest's or the tokenizer's; without either one more than the highest token there is.
+    """The vocabulary size: the manifest's, the tokenizer's, or the highest token id plus one.
 
-    The last reads all tokens. Raises UserError for a tokenizer that is not there.
+    The last reads all tokens. Raises UserError if the tokenizer cannot be loaded.
     """
     if corpus.vocab_size is not None:
         return corpus.vocab_size

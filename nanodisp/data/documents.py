@@ -1,12 +1,12 @@
-"""Documents out of files: plain text, jsonl, parquet, and the Hugging Face hub's datasets.
+"""Documents from files (plain text, jsonl, parquet) and from datasets on the Hugging Face hub.
 
-A corpus is a stream of pieces: documents, the long ones cut, in an order that the files'
-names decide. Only one piece is in memory at a time, however large a text file is. A long
+A corpus is a stream of pieces: documents, the long ones cut, in the order of the file
+names. Only one piece is in memory at a time, however large a text file is. A long
 document is cut between a word and the white space after it, where no tokenizer of
-`tokenizer.py` would join the two: the tokens of the pieces are those of the whole.
+`tokenizer.py` merges across: the pieces give the same tokens as the uncut document.
 
-Bytes that are not UTF-8 become U+FFFD, one for each malformed sequence; half a file in
-another encoding is better noticed in the samples than lost in an error at its last byte.
+Bytes that are not UTF-8 become U+FFFD, one for each malformed sequence: a file in
+another encoding is noticed in the samples, instead of failing after hours at one byte.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from typing import Any, NamedTuple
 from nanodisp.errors import UserError
 
 PIECE = 1 << 18  # characters: long enough to keep a core busy, short enough to keep many in memory
-WORD_END = re.compile(r".*[^\W_](?=\s)", re.DOTALL)  # greedy: up to the last word that white space follows
-SNIFFED = 8192  # bytes in which a file that is not text shows a zero byte
+WORD_END = re.compile(r".*[^\W_](?=\s)", re.DOTALL)  # greedy: up to the last word followed by white space
+SNIFFED = 8192  # bytes at the beginning in which a binary file has a zero byte
 JSONL, PARQUET = (".jsonl", ".jsonl.gz"), (".parquet",)
 
 
 class Piece(NamedTuple):
-    """A document or a part of one. `ends` marks the document's last piece; only an empty document's text is empty."""
+    """A document or a part of one. `ends` marks the document's last piece; `text` is empty only for an empty document."""
 
     split: str
     text: str
@@ -41,10 +41,10 @@ class Piece(NamedTuple):
 
 
 def find_files(path: Path) -> list[Path]:
-    """The files of a corpus: `path` itself, or all below it but hidden and binary ones, sorted.
+    """The files of a corpus: `path` itself, or all below it except hidden and binary ones, sorted.
 
     Raises:
-        UserError: there is no such path, it is not text, or nothing in it is.
+        UserError: no such path, or no text in it.
     """
     if path.is_file():
         if not _is_readable(path):
@@ -66,7 +66,7 @@ def _is_readable(path: Path) -> bool:
 
 def is_text(path: Path) -> bool:
     """Whether a file is plain text by git's rule: no zero byte near its beginning."""
-    with _told_as_user_error(path), path.open("rb") as file:
+    with _as_user_error(path), path.open("rb") as file:
         return not path.name.endswith(JSONL + PARQUET) and b"\0" not in file.read(SNIFFED)
 
 
@@ -76,9 +76,9 @@ def is_text(path: Path) -> bool:
 def read_files(files: Sequence[Path], field: str, val_fraction: float) -> Iterator[Piece]:
     """The pieces of a corpus with their splits.
 
-    One text file gives its last `val_fraction` of bytes to validation, its two sides being
-    two documents. Otherwise every file of text, every line of jsonl and every row of
-    parquet is a document, and `every_kth_to_val` deals them out.
+    A single text file gives its last `val_fraction` of bytes to validation; the two parts are
+    two documents. Otherwise every text file, every line of jsonl and every row of parquet is a
+    document, and `every_kth_to_val` splits them.
     """
     if len(files) == 1 and is_text(files[0]):
         size = files[0].stat().st_size
@@ -110,7 +110,7 @@ def cut(document: str) -> Iterator[tuple[str, bool]]:
 
 def _piece_end(text: str, start: int) -> int:
     word_end = WORD_END.match(text, start, start + PIECE)
-    return word_end.end() if word_end else start + PIECE  # a quarter of a million characters without a word
+    return word_end.end() if word_end else start + PIECE  # 262,144 characters without the end of a word
 
 
 def _read_file(path: Path, field: str) -> Iterator[tuple[str, bool]]:
@@ -123,10 +123,10 @@ def _read_file(path: Path, field: str) -> Iterator[tuple[str, bool]]:
 
 
 def read_text(path: Path, start: int, stop: int) -> Iterator[tuple[str, bool]]:
-    """(text, ends) of the pieces of the document that a file's bytes start to stop - 1 are; none if empty."""
+    """(text, ends) of the pieces of one document: bytes start to stop - 1 of a file. Nothing if it is empty."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     text = ""
-    with _told_as_user_error(path), path.open("rb") as file:
+    with _as_user_error(path), path.open("rb") as file:
         file.seek(start)
         while chunk := file.read(min(PIECE, stop - file.tell())):
             text += decoder.decode(chunk)
@@ -140,7 +140,7 @@ def read_text(path: Path, start: int, stop: int) -> Iterator[tuple[str, bool]]:
 
 
 def _character_start(path: Path, position: int) -> int:
-    """The first byte from `position` on that does not continue a UTF-8 character."""
+    """The position of the first byte, at `position` or after it, that begins a UTF-8 character."""
     with path.open("rb") as file:
         file.seek(position)
         following = file.read(4)
@@ -150,7 +150,7 @@ def _character_start(path: Path, position: int) -> int:
 def read_jsonl(path: Path, field: str) -> Iterator[str]:
     """The string under `field` of each line; blank lines are skipped."""
     opener = gzip.open if path.suffix == ".gz" else open
-    with _told_as_user_error(path), opener(path, "rb") as lines:
+    with _as_user_error(path), opener(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -170,7 +170,7 @@ def read_parquet(path: Path, field: str) -> Iterator[str]:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise UserError(f"{path} needs pyarrow to be read: pip install 'nanodisp[data]'") from error
+        raise UserError(f"{path} needs pyarrow: pip install 'nanodisp[data]'") from error
     try:
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
@@ -185,11 +185,9 @@ def read_parquet(path: Path, field: str) -> Iterator[str]:
 
 
 def read_hub(repo: str, subset: str | None, split: str, field: str | None) -> Iterator[Any]:
-    """What lies under `field` of a dataset on the Hugging Face hub, streamed, or of a folder in its place.
+    """The values of the column `field` (None: whole rows) of a dataset on the Hugging Face hub or in a folder, streamed.
 
-    Whole rows where `field` is None.
-
-    Nothing is asked of the network before the first document is.
+    Uses the network only when the first value is requested.
     """
     try:
         from datasets import load_dataset
@@ -198,13 +196,13 @@ def read_hub(repo: str, subset: str | None, split: str, field: str | None) -> It
     try:
         for row in load_dataset(repo, subset, split=split, streaming=True):
             yield row if field is None else row[field]
-    except Exception as error:  # of many kinds, from three libraries and the network
+    except Exception as error:  # of many types, from three libraries and the network
         reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
         raise UserError(f"dataset {repo} cannot be read: {reason}") from error
 
 
 @contextmanager
-def _told_as_user_error(path: Path) -> Iterator[None]:
+def _as_user_error(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:

@@ -1,22 +1,22 @@
-"""Text to shards: what a dataset's `prepare.py` is made of, and the way to call one.
+"""Text to shards: the building blocks of a data set's `prepare.py`, and `prepare`, which runs it.
 
-A corpus (see `documents.py`) is tokenised over all cores and written as shards with a manifest,
-into a folder whose name tells its content: the same text, tokenizer and settings find it
-again, anything else gets a folder of its own. An end-of-text token closes each document.
+A corpus (see `documents.py`) is tokenised on all cores and written as shards with a manifest,
+into a folder named by a hash of its content: the same text, tokenizer and settings find it
+again, anything else gets a folder of its own. An end-of-text token ends each document.
 
-Shards are written in rounds: when the shard of one split is full, both splits' are written,
-and then `progress.json`, which says how many pieces of the corpus the shards hold. So a
-killed preparation skips these pieces and ends with the bytes of one that was never killed.
-Memory is bounded by two shards, whatever the corpus. The manifest comes last.
+Shards are written in rounds: when the shard of one split is full, those of both splits are
+written, and then `progress.json`, which records how many pieces of the corpus they hold. A
+killed preparation skips these pieces when run again and ends with the same bytes as an
+uninterrupted one. Memory is bounded by two shards for any corpus. The manifest is written last.
 """
 
 from __future__ import annotations
 
 import fcntl
-import importlib.util
 import inspect
 import json
 import os
+import runpy
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -51,24 +51,24 @@ from nanodisp.errors import UserError
 from nanodisp.files import digest, write_whole
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-DATA, CONF = REPOSITORY / "data", REPOSITORY / "conf" / "data"  # in a clone
+DATA, CONF = REPOSITORY / "data", REPOSITORY / "conf" / "data"  # only a clone has them, an installed wheel does not
 LOCK = ".lock"
 
 
 @dataclass
 class DataConfig:
-    """Which data, and how it becomes shards.
+    """The data set, and how it is turned into shards.
 
-    name: a folder of `data/` with a `prepare.py`; "shards" reads those in `path` as they lie.
-    path: the file or folder of text ("text"), or of shards ("shards").
+    name: a folder of `data/` with a `prepare.py`; "shards" reads the shards in `path` directly.
+    path: the file or folder of text ("text"), or the folder of shards ("shards").
     tokenizer: "byte", "gpt2" or the path of a `.tiktoken` file. For "shards" without a
-        manifest: what they were made with, "none" for tokens whose text nobody needs.
-    val_fraction: share of the text that is for validation, up to a half: the end of a
-        corpus that is one text file, else every k-th document, k = round(1 / val_fraction).
+        manifest: the tokenizer they were made with, or "none" if their text is not needed.
+    val_fraction: share of the text held out for validation, at most a half: the end of a
+        single text file, otherwise every k-th document, k = round(1 / val_fraction).
     field: the key of jsonl, or the column of parquet, that holds the text.
-    shard_tokens: most tokens of a shard.
-    chunks: how many training shards to download ("fineweb10B").
-    folder: where prepared folders go; null for `data/<name>`.
+    shard_tokens: maximum number of tokens per shard.
+    chunks: number of training shards to download ("fineweb10B").
+    folder: where prepared folders are created; null for `data/<name>`.
     """
 
     name: str = "pystdlib"
@@ -82,52 +82,56 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.val_fraction <= 0.5:
-            raise ValueError(f"data.val_fraction={self.val_fraction} must lie in (0, 0.5]")
+            raise ValueError(f"data.val_fraction={self.val_fraction} must be in (0, 0.5]")
         if not 1 <= self.shard_tokens <= MAX_TOKENS:
-            raise ValueError(f"data.shard_tokens={self.shard_tokens} must lie in 1 to {MAX_TOKENS}")
+            raise ValueError(f"data.shard_tokens={self.shard_tokens} must be in 1 to {MAX_TOKENS}")
         if self.chunks < 1:
             raise ValueError(f"data.chunks={self.chunks} must be at least 1")
         if not self.tokenizer:
             raise ValueError("data.tokenizer is empty; choose byte, gpt2 or the path of a .tiktoken file")
 
 
-# --- the doors: from train.py, from a dataset's script, from the command line --------------
+# --- entry points: for train.py, for a data set's script, for the command line -------------
 
 
 def prepare(config: DataConfig) -> Path:
-    """The folder of the shards that `config` asks for, prepared now unless it is there already.
+    """The folder of shards that `config` selects, prepared first if necessary.
 
     Raises:
-        UserError: unknown dataset, or whatever its script finds wrong.
+        UserError: unknown data set, or any error that its script reports.
     """
     if config.name == "shards":
         if config.path is None or not Path(config.path).is_dir():
-            raise UserError(f"data=shards needs the folder of the shards, data.path={config.path} is none")
+            raise UserError(f"data=shards needs a folder of shards, and data.path={config.path} is not a folder")
         return Path(config.path)
-    values = [file.stem for file in CONF.glob("*.yaml")]  # others are not to train on
-    scripts = {name: script for name in values if (script := DATA / name / "prepare.py").is_file()}
+    names = [file.stem for file in CONF.glob("*.yaml")]  # a script without one is not for training: hellaswag
+    scripts = {name: script for name in names if (script := DATA / name / "prepare.py").is_file()}
+    if not scripts:
+        raise UserError(
+            f"data.name={config.name} needs a clone of nanodisp's repository, whose data/ and conf/ an installed package "
+            "lacks: run it there, or give a folder of shards (data=shards data.path=<folder>; for "
+            "nanodisp.condensation data=<folder> or text=<file>)"
+        )
     if config.name not in scripts:
         raise UserError(f"data.name={config.name} is unknown; choose one of {', '.join(sorted(scripts))}, shards")
-    spec = importlib.util.spec_from_file_location(f"prepare_{config.name}", scripts[config.name])
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.prepare(config)
+    return runpy.run_path(str(scripts[config.name]), run_name=f"prepare_{config.name}")["prepare"](config)
 
 
 def main(prepare_function: Callable[[DataConfig], Path]) -> None:
-    """The command line of a dataset's script: `python data/text/prepare.py path=… tokenizer=gpt2`.
+    """The command line of a data set's script: `python data/text/prepare.py path=… tokenizer=gpt2`.
 
-    The values of `conf/data/<name>.yaml` hold where the command line says nothing, so that
-    training with `data=<name>` finds what was prepared here.
+    Defaults come from `conf/data/<name>.yaml`, so that training with `data=<name>` finds the
+    shards prepared here.
     """
     script = Path(inspect.getfile(prepare_function)).resolve()
     name = script.parent.name
 
     def run(given: Sequence[str]) -> None:
-        values = OmegaConf.load(CONF / f"{name}.yaml")
-        known = cast(dict, OmegaConf.to_container(values)).items()
-        defaults = [f"{key}={value}" for key, value in known if value != cli.MISSING]
+        values = OmegaConf.load(
+            script.parents[2] / "conf" / "data" / f"{name}.yaml"
+        )  # CONF, unless a wheel is imported
+        values = cast(dict, OmegaConf.to_container(values))
+        defaults = [f"{key}={value}" for key, value in values.items() if value != cli.MISSING]
         folder = prepare_function(cli.parse(DataConfig, [f"folder={script.parent}", *defaults, *given]))
         print(folder)
         for split in SPLITS:
@@ -138,7 +142,7 @@ def main(prepare_function: Callable[[DataConfig], Path]) -> None:
 
 
 def prepare_files(config: DataConfig, files: Sequence[Path], root: Path, stem: str) -> Path:
-    """Prepare a corpus of files, known by their names below `root` and their content."""
+    """Prepare a corpus of files, identified by their names below `root` and their content."""
     with ThreadPoolExecutor() as pool:
         digests = pool.map(lambda file: digest(file, "blake2b"), files)
         content = [f"{file.relative_to(root).as_posix()} {digest}" for file, digest in zip(files, digests, strict=True)]
@@ -148,7 +152,7 @@ def prepare_files(config: DataConfig, files: Sequence[Path], root: Path, stem: s
 
 
 def prepare_documents(config: DataConfig, documents: Iterable[str], stem: str, source: str) -> Path:
-    """Prepare a stream of documents that `source` identifies; not a document is asked for if it is done already."""
+    """Prepare a stream of documents, identified by `source`; if it is prepared already, none is requested."""
     parts = (part for document in documents for part in cut(document))
     return prepare_pieces(config, every_kth_to_val(parts, config.val_fraction), stem, source, source)
 
@@ -156,17 +160,17 @@ def prepare_documents(config: DataConfig, documents: Iterable[str], stem: str, s
 def prepare_pieces(
     config: DataConfig, pieces: Iterable[Piece], stem: str, content: str, source: str, text_bytes: int | None = None
 ) -> Path:
-    """Prepare a stream of pieces, unless it is done already, and return the folder.
+    """Prepare a stream of pieces, unless it is prepared already, and return the folder.
 
     Args:
-        pieces: the same in every call with the same content.
-        stem: how the folder's name begins.
-        content: what makes this corpus differ from any other, hashed into the folder's name.
+        pieces: the same in every call with the same `content`.
+        stem: the beginning of the folder's name.
+        content: identifies the corpus; hashed into the folder's name.
         source: where the text is from, for the manifest.
-        text_bytes: of the whole corpus, if known, for the progress bar.
+        text_bytes: size of the corpus, if known, for the progress bar.
 
     Raises:
-        UserError: no text for one of the splits, or trouble with reading, tokenizer or disk.
+        UserError: no text for one of the splits, or the corpus, the tokenizer or the disk fails.
     """
     settings = [content, _identity(config.tokenizer), config.val_fraction, config.field, config.shard_tokens]
     key = blake2b(json.dumps(settings).encode(), digest_size=4).hexdigest()
@@ -179,11 +183,11 @@ def prepare_pieces(
         (folder / LOCK).touch()
     except OSError as error:
         raise UserError(
-            f"{folder} cannot be written ({error.strerror}); set data.folder to a place that can"
+            f"{folder} cannot be written ({error.strerror}); set data.folder to a writable folder"
         ) from error
-    with _alone_in(folder):
-        if not (folder / MANIFEST).exists():  # whoever we waited for may have done it
-            print(f"preparing {folder}, this once", file=sys.stderr)
+    with _locked(folder):
+        if not (folder / MANIFEST).exists():  # another process may have done it while we waited
+            print(f"preparing {folder} (only the first time)", file=sys.stderr)
             for stale in folder.glob(".*.tmp"):
                 stale.unlink()
             progress = _write_shards(folder, pieces, tokenizer, config.shard_tokens, text_bytes)
@@ -192,7 +196,7 @@ def prepare_pieces(
 
 
 def _identity(tokenizer: str) -> str:
-    """What tells a tokenizer from another: its spec, or the content of its file."""
+    """Identifies a tokenizer: its spec, or the hash of its file."""
     if not tokenizer.endswith(".tiktoken"):
         return tokenizer
     try:
@@ -206,20 +210,20 @@ def _write_manifest(folder: Path, progress: _Progress, tokenizer: Tokenizer, spe
     for split in SPLITS:
         n_tokens = sum(shard.tokens for shard in progress.shards if shard.split == split)
         if not n_tokens:
-            raise UserError(f"{source} has too little text: none is left for {split}; add documents or characters")
+            raise UserError(f"{source} has too little text: {split} would be empty; add documents or characters")
         ratios[split] = progress.text_bytes[split] / n_tokens
-    if spec.endswith(".tiktoken"):  # a copy makes the folder complete in itself
+    if spec.endswith(".tiktoken"):  # a copy makes the folder self-contained
         write_whole(folder / Path(spec).name, Path(spec).read_bytes())
         spec = Path(spec).name
     Manifest(spec, tokenizer.vocab_size, source, ratios, progress.shards).save(folder)
     (folder / PROGRESS).unlink()
 
 
-# --- pieces to tokens, over all cores --------------------------------------------------------
+# --- pieces to tokens, on all cores ----------------------------------------------------------
 
 
 class Tokenised(NamedTuple):
-    """A piece's tokens, end-of-text included where the document ends, and the UTF-8 bytes of its text."""
+    """The tokens of a piece, with end-of-text if the document ends, and the size of its text in UTF-8 bytes."""
 
     split: str
     tokens: np.ndarray
@@ -227,7 +231,7 @@ class Tokenised(NamedTuple):
 
 
 def _tokenise(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[Tokenised]:
-    """In the order of the pieces. tiktoken lets go of the GIL, so threads are enough."""
+    """Tokenise in the order of the pieces. tiktoken releases the GIL, so threads are enough."""
     nothing = tokenizer.encode("")
     end = np.append(nothing, tokenizer.eot).astype(nothing.dtype)
 
@@ -252,7 +256,7 @@ def _tokenise(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[Tokenis
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Small pieces together, so that a thread has something to do."""
+    """Group small pieces, so that each task of a thread is worth its overhead."""
     batch, size = [], 0
     for piece in pieces:
         batch.append(piece)
@@ -268,7 +272,7 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 @dataclass
 class _Progress:
-    """What the shards on disk hold: so many pieces of the corpus, and the bytes of their text by split."""
+    """The shards on disk, how many pieces of the corpus they hold, and the UTF-8 bytes of their text by split."""
 
     pieces: int = 0
     text_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
@@ -277,7 +281,7 @@ class _Progress:
 
     @classmethod
     def load(cls, folder: Path) -> _Progress:
-        """Where a killed preparation stopped; the very beginning if it left nothing whole."""
+        """Where a killed preparation stopped; the beginning if its files are missing or damaged."""
         try:
             fields = json.loads((folder / PROGRESS).read_bytes())
             fields["shards"] = [Shard(**shard) for shard in fields["shards"]]
@@ -291,7 +295,7 @@ class _Progress:
 def _write_shards(
     folder: Path, pieces: Iterable[Piece], tokenizer: Tokenizer, shard_tokens: int, text_bytes: int | None
 ) -> _Progress:
-    """Write what is still missing of the corpus's shards."""
+    """Write the shards of the corpus that are not on disk yet."""
     writer = _Writer(folder, shard_tokens)
     rest = islice(pieces, writer.progress.pieces, None)
     with _progress_bar(text_bytes, sum(writer.progress.text_bytes.values())) as advance:
@@ -303,20 +307,20 @@ def _write_shards(
 
 
 class _Writer:
-    """Gathers tokens and writes them in rounds, a shard of each split, that hold whole pieces."""
+    """Collects tokens and writes them in rounds: one shard per split, of complete pieces."""
 
     def __init__(self, folder: Path, shard_tokens: int) -> None:
         self.folder = folder
         self.shard_tokens = shard_tokens
         self.progress = _Progress.load(folder)
-        self.gathered: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+        self.collected: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
         self.sizes = dict.fromkeys(SPLITS, 0)
 
     def add(self, tokenised: Tokenised) -> None:
         split, tokens, n_bytes = tokenised
         if self.sizes[split] and self.sizes[split] + len(tokens) > self.shard_tokens:
             self.write_round()
-        self.gathered[split].append(tokens)
+        self.collected[split].append(tokens)
         self.sizes[split] += len(tokens)
         self.progress.text_bytes[split] += n_bytes
         self.progress.pieces += 1
@@ -325,25 +329,25 @@ class _Writer:
         for split in SPLITS:
             if self.sizes[split]:
                 path = self.folder / f"{split}_{self.progress.rounds:06d}.bin"
-                write_shard(path, np.concatenate(self.gathered[split]))
+                write_shard(path, np.concatenate(self.collected[split]))
                 self.progress.shards.append(describe_shard(path, split))
-                self.gathered[split], self.sizes[split] = [], 0
+                self.collected[split], self.sizes[split] = [], 0
         self.progress.rounds += 1
         write_whole(self.folder / PROGRESS, json.dumps(asdict(self.progress)).encode())
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """One preparation of a folder at a time: a second one waits. A dead process holds no lock."""
+def _locked(folder: Path) -> Iterator[None]:
+    """One preparation of a folder at a time: a second one waits. The lock of a dead process is released."""
     with (folder / LOCK).open("w") as lock:
-        with suppress(OSError):  # a file system without locks: two would write the same bytes
+        with suppress(OSError):  # a file system without locks: two processes would write the same bytes
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 @contextmanager
 def _progress_bar(total: int | None, done: int) -> Iterator[Callable[[int], None]]:
-    """Yields the function to call with each further number of bytes; shows nothing outside of a terminal."""
+    """Yield a function that advances the bar by a number of bytes; nothing is shown outside a terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("tokenising"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:

@@ -1,15 +1,13 @@
-"""Multiple-choice questions during training: llm.c's file format for them, and the score of a model.
+"""Multiple-choice questions in llm.c's file format, for `train.eval_task`.
 
-A file (llm.c, dev/data/data_common.py and llmc/dataloader.h) is a header of 256 little-endian int32 and then
+A file (llm.c, dev/data/data_common.py and llmc/dataloader.h) is a header of 256 little-endian int32, then
 the questions as a stream of uint16:
 
-    header    20240522, version 1, number of questions, bytes of the longest one, zeros
-    question  65535, its bytes, its index, its label, number of choices, context, one choice after the other
+    header    20240522, version 1, number of questions, bytes of the longest question, zeros
+    question  65535, its bytes, its index, its label, number of choices, context, choices
 
-where context and choices are a number of tokens and then these. It does not say which tokenizer made it.
-
-The answer is the choice whose tokens have the lowest mean loss after the context, as in llm.c: the
-`acc_norm` of HellaSwag "completion style". No end-of-text token stands before a context.
+Context and choices are each a number of tokens and then the tokens, without an end-of-text token before the
+context. The file does not record its tokenizer. `training/validation.py` scores a model on the questions.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ START = 65_535  # opens a question, so no token is this one
 
 @dataclass(frozen=True)
 class Question:
-    """Tokens of a context and of what may follow it; label is the index of the right choice."""
+    """Tokens of a context and of each possible continuation; label is the index of the correct one."""
 
     context: list[int]
     choices: list[list[int]]
@@ -41,14 +39,14 @@ class Question:
 
 
 def write_questions(path: Path, questions: Sequence[Question]) -> None:
-    """Write the file that llm.c's `write_evalfile` does, to the byte.
+    """Write the same bytes as llm.c's `write_evalfile`.
 
-    Raises UserError for what does not fit into it: 65,536 questions or more, a question of 65,536 bytes, a token of
-    65,535 or more; and for what can not be asked, see `check`.
+    Raises UserError for what the format cannot hold (65,536 questions or more, a question of 65,536 bytes or more, a
+    token id of 65,535 or more) and for an invalid question, see `check`.
     """
     stream: list[int] = []
     longest = 0
-    if not 0 < len(questions) < START + 1:
+    if not 1 <= len(questions) <= START:
         raise UserError(f"{len(questions)} questions do not fit into {path}: it holds 1 to {START}")
     for index, question in enumerate(questions):
         parts = [question.context, *question.choices]
@@ -69,11 +67,13 @@ def write_questions(path: Path, questions: Sequence[Question]) -> None:
 
 
 def read_questions(path: Path, vocab_size: int) -> list[Question]:
-    """The questions of a file; UserError for one that is not whole, or has a token of another vocabulary."""
+    """The questions of a file; raises UserError if it is damaged or has a token id outside the vocabulary."""
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} can not be read: {error.strerror}; data/hellaswag/prepare.py makes one") from error
+        raise UserError(
+            f"{path} cannot be read: {error.strerror}; create one with data/hellaswag/prepare.py"
+        ) from error
     header, stream = np.frombuffer(content[: 4 * HEADER].ljust(4 * HEADER, b"\0"), "<i4"), content[4 * HEADER :]
     if (header[0], header[1]) != (QUESTIONS, VERSION):
         begins = f"it begins with {header[0]}, {header[1]}, not {QUESTIONS}, {VERSION}"
@@ -93,18 +93,18 @@ def read_questions(path: Path, vocab_size: int) -> list[Question]:
         longest, start = max(longest, 2 * (end - start)), end
     if (header[2], header[3]) != (len(questions), longest) or not questions:
         raise UserError(
-            f"{path} is damaged: its header tells {header[2]} questions of at most {header[3]} bytes, "
-            f"it holds {len(questions)} of at most {longest}"
+            f"{path} is damaged: its header says {header[2]} questions of at most {header[3]} bytes, "
+            f"the file has {len(questions)} of at most {longest}"
         )
     return questions
 
 
 def _parse(numbers: list[int], start: int, expected: int, where: str) -> tuple[Question, int]:
-    """The question at `start`, and where the next one begins."""
+    """The question at `start`, and the start of the next one."""
     mark, n_bytes, index, label, n_choices = (*numbers[start : start + 5], *[0] * 5)[:5]
     end = start + n_bytes // 2
     if mark != START or n_bytes % 2 != 0 or not start + 5 < end <= len(numbers):
-        raise UserError(f"{where}: it is cut short, or does not begin at its place")
+        raise UserError(f"{where}: it is truncated or does not begin at the expected position")
     if index != expected:
         raise UserError(f"{where}: its index is {index}")
     parts: list[list[int]] = []
@@ -119,8 +119,8 @@ def _parse(numbers: list[int], start: int, expected: int, where: str) -> tuple[Q
 
 
 def check(question: Question, where: str) -> None:
-    """Raises UserError for a question that can not be asked."""
+    """Raise UserError for an invalid question: fewer than 2 choices, a label that is none of them, or an empty text."""
     if len(question.choices) < 2 or not 0 <= question.label < len(question.choices):
-        raise UserError(f"{where}: it has {len(question.choices)} choices, and the label {question.label}")
+        raise UserError(f"{where}: it has {len(question.choices)} choices and label {question.label}")
     if not question.context or not all(question.choices):
         raise UserError(f"{where}: the context or a choice is empty")

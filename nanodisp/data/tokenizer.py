@@ -1,11 +1,11 @@
 """Text to tokens and back: bytes, GPT-2's BPE, or a `.tiktoken` file, behind one small interface.
 
 A tokenizer is named by a spec, the same string in the config, in a manifest and in a
-checkpoint: "byte", "gpt2", or the path of a `.tiktoken` file (one token a line: its bytes
-in base64, a space, its rank). tiktoken is imported only when a spec asks for it. "none" is
-the spec of shards whose tokens nobody can turn into text: they are trained on all the same.
+checkpoint: "byte", "gpt2", or the path of a `.tiktoken` file (one token per line: its bytes
+in base64, a space, its rank). tiktoken is imported only when a spec needs it. "none" is the
+spec of shards whose tokens cannot be turned into text; training needs only the tokens.
 
-No text encodes to the end-of-text token, not even its name: what a document says is text.
+No text encodes to the end-of-text token, not even its name in a document.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nanodisp.errors import UserError
 if TYPE_CHECKING:
     from tiktoken import Encoding
 
-# What the published encodings cut text by before they merge bytes.
+# How the published encodings split text before merging bytes.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 CL100K_PATTERN = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+|"""
@@ -34,17 +34,17 @@ O200K_PATTERN = (
     r"""\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
 )
 GPT2_VOCAB_SIZE = 50_257
-# A file of ranks does not tell its pattern or its end-of-text token; the published ones are
-# known by their number of ranks (both of these leave one id unused before end-of-text).
+# A file of ranks does not record its pattern or its end-of-text token; the published ones are
+# recognised by their number of ranks (both of these leave one id unused before end-of-text).
 PUBLISHED = {100_256: (CL100K_PATTERN, 100_257), 199_998: (O200K_PATTERN, 199_999)}
 
 
 class Tokenizer(Protocol):
-    """What the rest of nanodisp knows of a tokenizer.
+    """The interface that the rest of nanodisp uses.
 
     name: "byte", "gpt2" or a `.tiktoken` file's name without its suffix.
     vocab_size: ids run from 0 to vocab_size - 1.
-    eot: the id of the end-of-text token, which closes every document.
+    eot: the id of the end-of-text token, which ends every document.
     """
 
     name: str
@@ -52,16 +52,16 @@ class Tokenizer(Protocol):
     eot: int
 
     def encode(self, text: str) -> np.ndarray:
-        """Tokens of `text`, 1-D: uint16, or uint32 if vocab_size > 65,536.
+        """Tokens of `text`, [n_tokens], uint16, or uint32 if vocab_size > 65,536.
 
-        Half of a surrogate pair, which UTF-8 cannot hold, is read as "?".
+        A lone surrogate, which UTF-8 cannot encode, becomes "?".
         """
         ...
 
     def decode_bytes(self, tokens: Iterable[int]) -> bytes:
-        """The bytes that the tokens stand for: UTF-8, but a character may span two tokens.
+        """The bytes of the tokens: UTF-8, but a character may span two tokens.
 
-        Ids that are not text, end-of-text and unused ones, give nothing.
+        End-of-text and unused ids give no bytes.
         """
         ...
 
@@ -81,12 +81,12 @@ class ByteTokenizer:
 
 
 class TiktokenTokenizer:
-    """A tiktoken encoding of which only the ordinary tokens and one end-of-text token are used.
+    """A tiktoken encoding with its ordinary tokens and a single special token, end-of-text.
 
     Args:
         encoding: the tiktoken encoding.
-        n_text: how many tokens stand for text; their ids are 0 to n_text - 1.
-        eot: the end-of-text id, n_text or more; the vocabulary ends with it.
+        n_text: number of ordinary tokens, whose ids are 0 to n_text - 1.
+        eot: the end-of-text id, at least n_text; the last of the vocabulary.
     """
 
     def __init__(self, name: str, encoding: Encoding, n_text: int, eot: int) -> None:
@@ -109,19 +109,19 @@ class TiktokenTokenizer:
 
 
 def vocab_size_of(spec: str) -> int:
-    """The vocabulary size of a spec; GPT-2's is known without the file that its tokenizer needs."""
+    """The vocabulary size of a spec; GPT-2's is known without its file of ranks."""
     return GPT2_VOCAB_SIZE if spec == "gpt2" else load_tokenizer(spec).vocab_size
 
 
 def load_tokenizer(spec: str | Path, folder: Path = Path()) -> Tokenizer:
-    """The tokenizer that a spec names: "byte", "gpt2" or the path of a `.tiktoken` file.
+    """The tokenizer for a spec: "byte", "gpt2" or the path of a `.tiktoken` file.
 
     Args:
-        spec: a relative path is taken from `folder`.
-        folder: of the shards, if the spec comes from their manifest.
+        spec: a relative path is relative to `folder`.
+        folder: that of the shards, if the spec comes from their manifest.
 
     Raises:
-        UserError: unknown spec or "none", missing or broken file, or GPT-2's ranks cannot be had.
+        UserError: unknown spec or "none", missing or damaged file, or GPT-2's ranks cannot be downloaded.
     """
     if str(spec) == "byte":
         return ByteTokenizer()
@@ -130,7 +130,7 @@ def load_tokenizer(spec: str | Path, folder: Path = Path()) -> Tokenizer:
     if str(spec).endswith(".tiktoken"):
         return from_ranks(folder / spec, _read_ranks(folder / spec))
     if str(spec) == "none":
-        raise UserError("tokenizer=none knows no text; choose byte, gpt2 or the path of a .tiktoken file")
+        raise UserError("tokenizer=none cannot encode text; choose byte, gpt2 or the path of a .tiktoken file")
     raise UserError(f"tokenizer={spec} is unknown; choose byte, gpt2 or the path of a .tiktoken file")
 
 
@@ -148,15 +148,15 @@ def _published_gpt2() -> TiktokenTokenizer:
 
 
 def from_ranks(path: Path, ranks: dict[bytes, int]) -> TiktokenTokenizer:
-    """A tokenizer of token bytes -> rank that came from `path`; UserError for ranks that can not encode any text."""
+    """A tokenizer from token bytes -> rank, read from `path`; raises UserError if it could not encode every text."""
     import tiktoken
 
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise UserError(
-            f"{path}: the ranks of its {len(ranks)} different tokens are not 0 to {len(ranks) - 1}, each once"
+            f"{path}: the ranks of its {len(ranks)} distinct tokens must be 0 to {len(ranks) - 1}, each once"
         )
     if b"" in ranks or any(bytes([byte]) not in ranks for byte in range(256)):
-        raise UserError(f"{path} must hold each of the 256 single bytes and no empty token, to encode any text")
+        raise UserError(f"{path} must hold each of the 256 single bytes and no empty token, to encode every text")
     pattern, eot = PUBLISHED.get(len(ranks), (GPT2_PATTERN, len(ranks)))
     encoding = tiktoken.Encoding(
         path.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": eot}
@@ -174,7 +174,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     """Token bytes -> rank."""
     try:
         lines = path.read_bytes().splitlines()
-    except (OSError, ValueError) as error:  # a ValueError: a name that no file can have
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise UserError(f"tokenizer file {path} cannot be read: {error}") from error
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(lines, start=1):
