@@ -1,18 +1,20 @@
-"""key=value command lines: typed, and every mistake one line."""
+"""key=value command lines: typed, and every mistake is reported in one line."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
 
-from nanodisp import cli as arguments
+from nanodisp import cli
 from nanodisp.errors import UserError
 
 
 @dataclass
 class Options:
-    path: str = arguments.MISSING
+    path: str = cli.MISSING
     count: int = 3
     limit: int | None = 5
     share: float = 0.5
@@ -23,9 +25,15 @@ class Options:
             raise ValueError(f"count={self.count} must not be negative")
 
 
-def test_values_get_the_fields_types_and_text_stays_as_it_is() -> None:
-    options = arguments.parse(Options, ["path= a: [1] = ${x} ", "count=7", "limit=null", "share=1e-3", "loud=true"])
+def test_values_have_the_types_of_the_fields_and_text_is_literal() -> None:
+    options = cli.parse(Options, ["path= a: [1] = ${x} ", "count=7", "limit=null", "share=1e-3", "loud=true"])
     assert options == Options(" a: [1] = ${x} ", 7, None, 1e-3, True)
+
+
+def test_null_is_text_where_a_value_is_required() -> None:
+    assert cli.parse(Options, ["path=null"]).path == "null"
+    with pytest.raises(UserError, match="'null' is not of type int"):
+        cli.parse(Options, ["path=x", "count=null"])
 
 
 @pytest.mark.parametrize(
@@ -33,27 +41,46 @@ def test_values_get_the_fields_types_and_text_stays_as_it_is() -> None:
     [
         ("cuont=1", "path, count, limit, share, loud"),
         ("count", "give key=value"),
-        ("count=x", "count=x"),
-        ("count=1.5", "count=1.5"),
+        ("count=x", "'count=x': 'x' is not of type int"),
+        ("count=1.5", "'1.5' is not of type int"),
+        ("loud=True", "'True' is not of type bool"),
         ("count=-1", "count=-1 must not be negative"),
     ],
 )
-def test_a_mistake_is_one_line(argument: str, message: str) -> None:
+def test_a_mistake_is_reported_in_one_line(argument: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
-        arguments.parse(Options, ["path=x", argument])
+        cli.parse(Options, ["path=x", argument])
     assert "\n" not in str(error.value)
 
 
-def test_what_must_be_given_is_asked_for() -> None:
-    with pytest.raises(UserError, match="path"):
-        arguments.parse(Options, [])
+def test_a_required_value_is_asked_for() -> None:
+    with pytest.raises(UserError, match=r"path is required: give path=…"):
+        cli.parse(Options, [])
 
 
-def test_run_turns_a_users_mistake_into_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
-    def main(argv: object) -> None:
-        raise UserError("no such thing")
+def exit_code(error: BaseException) -> object:
+    def main(argv: Sequence[str]) -> None:
+        raise error
 
     with pytest.raises(SystemExit) as exit:
-        arguments.run(main)
-    assert exit.value.code == 2
-    assert capsys.readouterr().err == "error: no such thing\n"
+        cli.run(main)
+    return exit.value.code
+
+
+def test_run_reports_a_users_mistake_with_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(UserError("no such thing")) == 2
+    assert capsys.readouterr() == ("", "error: no such thing\n")
+
+
+def test_run_ends_quietly_when_interrupted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(KeyboardInterrupt()) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_run_passes_the_command_line_and_does_not_hide_bugs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["tool", "a=1", "b=2"])
+    given: list[str] = []
+    cli.run(given.extend)
+    assert given == ["a=1", "b=2"]
+    with pytest.raises(ZeroDivisionError):
+        cli.run(lambda argv: 1 / 0)

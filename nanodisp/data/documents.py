@@ -30,7 +30,7 @@ JSONL, PARQUET = (".jsonl", ".jsonl.gz"), (".parquet",)
 
 
 class Piece(NamedTuple):
-    """A document or a part of one. `ends` marks the document's last piece; `text` is empty only for an empty document."""
+    """A document or a part of one. `ends` marks the document's last piece; only an empty document has an empty one."""
 
     split: str
     text: str
@@ -185,7 +185,7 @@ def read_parquet(path: Path, field: str) -> Iterator[str]:
 
 
 def read_hub(repo: str, subset: str | None, split: str, field: str | None) -> Iterator[Any]:
-    """The values of the column `field` (None: whole rows) of a dataset on the Hugging Face hub or in a folder, streamed.
+    """The values of column `field` (None: whole rows) of a dataset on the Hugging Face hub or in a folder, streamed.
 
     Uses the network only when the first value is requested.
     """

@@ -108,9 +108,9 @@ def prepare(config: DataConfig) -> Path:
     scripts = {name: script for name in names if (script := DATA / name / "prepare.py").is_file()}
     if not scripts:
         raise UserError(
-            f"data.name={config.name} needs a clone of nanodisp's repository, whose data/ and conf/ an installed package "
-            "lacks: run it there, or give a folder of shards (data=shards data.path=<folder>; for "
-            "nanodisp.condensation data=<folder> or text=<file>)"
+            f"data.name={config.name} needs data/ and conf/ of a clone of nanodisp's repository, which an installed "
+            "package lacks; use a clone, or give shards (data=shards data.path=<folder>; data=<folder> or text=<file> "
+            "for nanodisp.condensation)"
         )
     if config.name not in scripts:
         raise UserError(f"data.name={config.name} is unknown; choose one of {', '.join(sorted(scripts))}, shards")
@@ -130,8 +130,8 @@ def main(prepare_function: Callable[[DataConfig], Path]) -> None:
         values = OmegaConf.load(
             script.parents[2] / "conf" / "data" / f"{name}.yaml"
         )  # CONF, unless a wheel is imported
-        values = cast(dict, OmegaConf.to_container(values))
-        defaults = [f"{key}={value}" for key, value in values.items() if value != cli.MISSING]
+        known = cast(dict, OmegaConf.to_container(values)).items()
+        defaults = [f"{key}={value}" for key, value in known if value != cli.MISSING]
         folder = prepare_function(cli.parse(DataConfig, [f"folder={script.parent}", *defaults, *given]))
         print(folder)
         for split in SPLITS:

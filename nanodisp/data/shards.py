@@ -248,7 +248,7 @@ class Tokens:
         for path, shard in zip(self.paths, self._shards, strict=True):
             if shard.dtype != self.dtype:
                 raise UserError(
-                    f"{path} holds {shard.dtype} tokens, but {self.paths[0]} holds {self.dtype}; all shards of a split need the same dtype"
+                    f"{path} holds {shard.dtype} tokens, but {self.paths[0]} {self.dtype}; prepare both again"
                 )
         for path, shard, entry in zip(self.paths, self._shards, recorded or [], strict=recorded is not None):
             found = (len(shard), path.stat().st_size)
@@ -293,8 +293,8 @@ class Tokens:
 def open_split(folder: str | Path, split: str) -> Tokens:
     """The tokens of one split, "train" or "val", of a folder of shards.
 
-    With a manifest, the shards it lists. Without one, every `.bin` and `.npy` file whose name has the split last, sorted
-    by name, as in the folders of llm.c, modded-nanogpt and nanoGPT.
+    With a manifest, the shards it lists. Without one, every `.bin` and `.npy` file with the split last in its name,
+    sorted, as in the folders of llm.c, modded-nanogpt and nanoGPT.
 
     Raises:
         UserError: no such folder, an unfinished preparation, no shard of the split, or a bad one.
@@ -311,9 +311,7 @@ def open_split(folder: str | Path, split: str) -> Tokens:
         recorded = None
         paths = sorted(path for path in folder.iterdir() if _split_in_name(path) == split)
     if not paths:
-        raise UserError(
-            f"{folder} holds no {split} shard: no .bin or .npy file is named or listed as {split}"
-        )
+        raise UserError(f"{folder} holds no {split} shard: no .bin or .npy file is named or listed as {split}")
     return Tokens(paths, recorded)
 
 

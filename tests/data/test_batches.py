@@ -1,4 +1,4 @@
-"""Batches: every window once an epoch, a function of (seed, step) alone, the same for any ranks."""
+"""Batches: every window once per epoch, a function of (seed, step) only, the same for any number of ranks."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from nanodisp.errors import UserError
 
 @pytest.fixture(scope="module")
 def counting(tmp_path_factory: pytest.TempPathFactory) -> shards.Tokens:
-    """Tokens 0, 1, 2, ... over three shards: a token tells its own position."""
+    """Tokens 0, 1, 2, ... over three shards: each token is its own position."""
     folder = tmp_path_factory.mktemp("counting")
     for i, piece in enumerate(np.array_split(np.arange(1000, dtype=np.uint16), [301, 317])):
         shards.write_shard(folder / f"train_{i}.bin", piece)
     return shards.open_split(folder, "train")
 
 
-def loader(tokens: shards.Tokens, block_size: int = 7, batch_size: int = 12, seed: int = 0) -> Loader:
+def batches_of(tokens: shards.Tokens, block_size: int = 7, batch_size: int = 12, seed: int = 0) -> Batches:
     return Batches(tokens, block_size=block_size, batch_size=batch_size, seed=seed, vocab_size=1000)
 
 
@@ -35,12 +35,21 @@ def test_permute_is_a_permutation(n: int, seed: int, epoch: int) -> None:
     assert sorted(permute(np.arange(n), n, (seed, epoch)).tolist()) == list(range(n))
 
 
-def test_permute_mixes_well_and_anew_for_every_key() -> None:
+def test_permute_mixes_well_and_differently_for_every_key() -> None:
     orders = [permute(np.arange(10_000), 10_000, (seed, epoch)) for seed in (0, 1) for epoch in (0, 1)]
     orders.append(np.arange(10_000))
     correlations = np.corrcoef(orders) - np.eye(5)
     assert np.abs(correlations).max() < 0.05
-    assert np.abs(np.corrcoef(orders[0][:-1], orders[0][1:])[0, 1]) < 0.05  # neighbours part
+    assert np.abs(np.corrcoef(orders[0][:-1], orders[0][1:])[0, 1]) < 0.05  # neighbours are separated
+
+
+@pytest.mark.parametrize(
+    ("n", "first"),
+    [(10, [4, 8, 1, 6, 0]), (2**33, [6506930752, 5352982843, 3521171153, 2047944236, 1770269508])],
+)
+def test_the_order_is_the_same_in_every_version(n: int, first: list[int]) -> None:
+    """Otherwise a run resumed with another version would see some windows twice and others never."""
+    assert permute(np.arange(5), n, (1337, 2)).tolist() == first
 
 
 @settings(max_examples=25, deadline=None)
@@ -48,17 +57,17 @@ def test_permute_mixes_well_and_anew_for_every_key() -> None:
 def test_every_window_of_an_epoch_comes_exactly_once(
     counting: shards.Tokens, block_size: int, batch_size: int, seed: int
 ) -> None:
-    data = loader(counting, block_size, batch_size, seed)
-    steps = -(-2 * data.n_windows // batch_size)
-    drawn = np.concatenate([data.windows(step) for step in range(steps)])
+    batches = batches_of(counting, block_size, batch_size, seed)
+    steps = -(-2 * batches.n_windows // batch_size)
+    drawn = np.concatenate([batches.windows(step) for step in range(steps)])
     for epoch in range(2):
-        visited = drawn[epoch * data.n_windows : (epoch + 1) * data.n_windows]
+        visited = drawn[epoch * batches.n_windows : (epoch + 1) * batches.n_windows]
         assert sorted(visited.tolist()) == list(range((1000 - 1) // block_size))
 
 
-def test_targets_are_the_window_one_token_on_across_shards_too(counting: shards.Tokens) -> None:
+def test_targets_are_the_window_shifted_by_one_token_also_across_shards(counting: shards.Tokens) -> None:
     for step in range(12):
-        x, y = loader(counting).batch(step)
+        x, y = batches_of(counting).batch(step)
         assert x.dtype == y.dtype == torch.int64
         assert torch.equal(x + 1, y)
         assert torch.equal(x, x[:, :1] + torch.arange(7))
@@ -66,37 +75,53 @@ def test_targets_are_the_window_one_token_on_across_shards_too(counting: shards.
 
 
 def test_a_batch_is_a_function_of_seed_and_step(counting: shards.Tokens) -> None:
-    first = loader(counting)
+    first = batches_of(counting)
     for step in (5, 0, 5):
-        assert torch.equal(first.batch(step)[0], loader(counting).batch(step)[0])
+        assert torch.equal(first.batch(step)[0], batches_of(counting).batch(step)[0])
     assert not torch.equal(first.batch(0)[0], first.batch(1)[0])
-    assert not torch.equal(first.batch(0)[0], loader(counting, seed=1).batch(0)[0])
+    assert not torch.equal(first.batch(0)[0], batches_of(counting, seed=1).batch(0)[0])
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(10, 200), st.integers(1, 1500), st.lists(st.integers(0, 5000), min_size=1, max_size=5))
-def test_windows_worked_out_together_are_those_one_by_one(
+def test_windows_computed_together_equal_those_computed_one_by_one(
     counting: shards.Tokens, block_size: int, batch_size: int, steps: list[int]
 ) -> None:
-    data = loader(counting, block_size, batch_size, seed=3)
+    batches = batches_of(counting, block_size, batch_size, seed=3)
     for step in steps:
-        for i, window in enumerate(data.windows(step).tolist()[:5], start=step * batch_size):
-            epoch, index = divmod(i, data.n_windows)
-            assert window == permute(np.array([index]), data.n_windows, (3, epoch))[0]
+        for i, window in enumerate(batches.windows(step).tolist()[:5], start=step * batch_size):
+            epoch, index = divmod(i, batches.n_windows)
+            assert window == permute(np.array([index]), batches.n_windows, (3, epoch))[0]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 12])
 def test_any_number_of_ranks_sees_the_same_global_batch(counting: shards.Tokens, world_size: int) -> None:
-    data = loader(counting)
-    parts = [data.batch(3, rank, world_size)[0] for rank in range(world_size)]
-    assert torch.equal(torch.cat(parts), data.batch(3)[0])
+    batches = batches_of(counting)
+    parts = [batches.batch(3, rank, world_size)[0] for rank in range(world_size)]
+    assert torch.equal(torch.cat(parts), batches.batch(3)[0])
 
 
-def test_prefetch_gives_the_batches_of_its_steps(counting: shards.Tokens) -> None:
-    data = loader(counting)
-    for step, (x, y) in zip(range(4, 8), prefetch(data, range(4, 8), torch.device("cpu")), strict=True):
-        assert torch.equal(x, data.batch(step)[0])
-        assert torch.equal(y, data.batch(step)[1])
+def test_prefetch_yields_the_batches_of_its_steps(counting: shards.Tokens) -> None:
+    batches = batches_of(counting)
+    for step, (x, y) in zip(range(4, 8), prefetch(batches, range(4, 8), torch.device("cpu")), strict=True):
+        assert torch.equal(x, batches.batch(step)[0])
+        assert torch.equal(y, batches.batch(step)[1])
+
+
+def test_prefetch_reads_one_batch_ahead(counting: shards.Tokens) -> None:
+    read: list[int] = []
+
+    class Recorded(Batches):
+        def batch(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+            read.append(step)
+            return super().batch(step, rank, world_size)
+
+    batches = Recorded(counting, block_size=7, batch_size=12, seed=0, vocab_size=1000)
+    ahead = prefetch(batches, range(4, 8), torch.device("cpu"), 1, 3)
+    x, _ = next(ahead)
+    ahead.close()  # waits for the thread
+    assert torch.equal(x, batches_of(counting).batch(4, 1, 3)[0])
+    assert read == [4, 5]
 
 
 def test_validation_windows_are_spread_evenly() -> None:
@@ -104,20 +129,20 @@ def test_validation_windows_are_spread_evenly() -> None:
     assert spread_windows(3, 5).tolist() == spread_windows(3, None).tolist() == [0, 1, 2]
 
 
-def test_a_corpus_shorter_than_a_window_is_refused(counting: shards.Tokens) -> None:
-    assert loader(counting, block_size=999).n_windows == 1
+def test_a_split_shorter_than_a_window_is_rejected(counting: shards.Tokens) -> None:
+    assert batches_of(counting, block_size=999).n_windows == 1
     with pytest.raises(UserError, match="block_size=1000 needs 1001 tokens"):
-        loader(counting, block_size=1000)
+        batches_of(counting, block_size=1000)
 
 
-def test_a_token_outside_the_vocabulary_is_named(counting: shards.Tokens) -> None:
-    data = Batches(counting, block_size=7, batch_size=100, seed=0, vocab_size=500)
+def test_a_token_outside_the_vocabulary_is_reported(counting: shards.Tokens) -> None:
+    batches = Batches(counting, block_size=7, batch_size=100, seed=0, vocab_size=500)
     with pytest.raises(UserError, match="vocabulary ends at 499"):
         for step in range(10):
-            data.batch(step)
+            batches.batch(step)
 
 
-def test_a_corpus_tells_its_tokenizer_and_its_bytes_per_token(tmp_path: Path) -> None:
+def test_a_corpus_knows_its_tokenizer_and_its_bytes_per_token(tmp_path: Path) -> None:
     described = open_corpus(write_corpus(tmp_path), "gpt2")
     assert (described.tokenizer, described.vocab_size, described.bytes_per_token) == ("byte", 257, 1.0)
     (tmp_path / "manifest.json").unlink()

@@ -1,39 +1,37 @@
-"""The scripts under `data/`: what needs a network runs here on local files, through the same code."""
+"""The scripts in `data/`. Those that need a network run on local files here, through the same code."""
 
-import importlib.util
+import runpy
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
 from test_prepare import config, documents_of, files_of, write_jsonl
 
-from nanodisp.data.prepare import DATA, DataConfig, prepare
+from nanodisp.data.prepare import CONF, DATA, DataConfig, prepare
 from nanodisp.data.shards import open_split, verify
 from nanodisp.errors import UserError
 
 
 def script(name):
     """The module of `data/<name>/prepare.py`."""
-    spec = importlib.util.spec_from_file_location(f"prepare_{name}", DATA / name / "prepare.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return SimpleNamespace(**runpy.run_path(str(DATA / name / "prepare.py")))
 
 
 @pytest.mark.parametrize("path", sorted(DATA.glob("*/prepare.py")), ids=lambda path: path.parent.name)
-def test_every_dataset_has_its_values(path):
+def test_every_data_set_has_a_configuration(path):
     if path.parent.name == "hellaswag":  # questions, not text
         with pytest.raises(UserError, match="hellaswag is unknown"):
             prepare(DataConfig(name="hellaswag"))
         return
-    values = OmegaConf.load(DATA.parent / "conf" / "data" / f"{path.parent.name}.yaml")
-    assert values.name == path.parent.name
-    OmegaConf.merge(OmegaConf.structured(DataConfig), values)  # raises on a key or type that is none of its
+    values = OmegaConf.load(CONF / f"{path.parent.name}.yaml")
+    config = OmegaConf.merge(OmegaConf.structured(DataConfig), values)  # raises for an unknown key or a wrong type
+    assert config.name == path.parent.name
 
 
-def test_the_standard_library_is_the_default_and_has_no_tests(tmp_path):
+def test_the_standard_library_is_the_default_and_excludes_its_tests(tmp_path):
     files = script("pystdlib").stdlib_files(Path(sysconfig.get_path("stdlib")))
     assert any(path.parent.name == "pydoc_data" for path in files)
     assert not [path for path in files if {"test", "tests", "idle_test", "site-packages"} & set(path.parts)]
@@ -53,8 +51,8 @@ def test_shakespeare_is_downloaded_once(tmp_path):
     assert documents_of(folder, "val") == [("To be, or not to be. " * 50)[-105:]]
 
 
-def test_shakespeare_without_network_is_told(tmp_path):
-    with pytest.raises(UserError, match="cannot be had"):
+def test_shakespeare_without_a_network_is_reported(tmp_path):
+    with pytest.raises(UserError, match="cannot be downloaded"):
         script("shakespeare").prepare(config(tmp_path), (tmp_path / "none").as_uri())
     assert not (tmp_path / "prepared").exists()
 
@@ -67,7 +65,7 @@ def offline_datasets(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["fineweb_edu", "openwebtext"])
-def test_a_dataset_of_the_hub_is_streamed(tmp_path, offline_datasets, name):
+def test_a_data_set_of_the_hub_is_streamed(tmp_path, offline_datasets, name):
     (tmp_path / "hub").mkdir()
     write_jsonl(tmp_path / "hub" / "train.jsonl", [{"text": f"page {i}", "score": i} for i in range(6)])
     where = {"repo": str(tmp_path / "hub")} | ({"subset": None} if name == "fineweb_edu" else {})
@@ -86,7 +84,7 @@ def test_wikitext_keeps_its_articles_and_splits(tmp_path, offline_datasets):
     assert documents_of(folder, "val") == ["".join(article)]
 
 
-def test_a_dataset_that_cannot_be_had_is_told(tmp_path, offline_datasets):
+def test_a_data_set_that_cannot_be_read_is_reported(tmp_path, offline_datasets):
     with pytest.raises(UserError, match="cannot be read") as error:
         script("openwebtext").prepare(config(tmp_path), repo=str(tmp_path / "none"))
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Shards of other projects, byte for byte as those write them, trained on as they lie."""
+"""Training on the shards of other projects, byte for byte as those projects write them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEPS = ("train.steps=4", "train.eval_windows=2", "train.log_interval=1", "train
 
 
 def zipf(n: int, vocab_size: int, seed: int = 0) -> list[int]:
-    """Tokens of which the low ones are frequent, the highest there at once."""
+    """Tokens with frequent low ids; the first is the highest id."""
     ranks = np.random.default_rng(seed).zipf(1.3, n)
     return [vocab_size - 1, *(ranks % vocab_size).tolist()]
 
@@ -41,7 +41,7 @@ def npy(path: Path, tokens: list[int]) -> None:
 def llmc_gpt2(folder: Path) -> None:
     with_header(folder / "tiny_shakespeare_val.bin", zipf(100, 50_257, 1), 20240520, 1, "H")
     with_header(folder / "tiny_shakespeare_train.bin", zipf(400, 50_257, 2), 20240520, 1, "H")
-    (folder / "tiny_shakespeare.txt").write_text("First Citizen:\n")  # which its script leaves beside them
+    (folder / "tiny_shakespeare.txt").write_text("First Citizen:\n")  # its script leaves this file beside them
 
 
 def llmc_llama3(folder: Path) -> None:
@@ -64,7 +64,7 @@ def nanogpt(folder: Path) -> None:
 def nanogpt_char(folder: Path) -> None:
     (folder / "train.bin").write_bytes(struct.pack("<401H", *zipf(400, 65, 1)))
     (folder / "val.bin").write_bytes(struct.pack("<101H", *zipf(100, 60, 2)))  # not every character is in both
-    # a pickle that would leave `sprung` behind: c<module>\n<name>\n(S'<argument>'\ntR.
+    # a pickle that would create the folder `sprung`: c<module>\n<name>\n(S'<argument>'\ntR.
     (folder / "meta.pkl").write_bytes(f"cos\nmkdir\n(S'{folder / 'sprung'}'\ntR.".encode())
 
 
@@ -88,7 +88,7 @@ def build_nanogpt(folder: Path) -> None:
         (build_nanogpt, (), 50_257, zipf(200, 50_257, 1) + zipf(200, 50_257, 2)),
     ],
 )
-def test_they_are_trained_on_as_they_lie(
+def test_training_reads_them_unchanged(
     run: Run,
     tmp_path: Path,
     writer: Callable[[Path], None],
@@ -107,24 +107,24 @@ def test_they_are_trained_on_as_they_lie(
     assert val[1] < val[0]
     train = open_corpus(shards, "gpt2").train
     assert train.read(0, len(train)).tolist() == trains_on
-    assert {path.name: path.read_bytes() for path in shards.iterdir()} == before, "and a pickle among them ran nothing"
+    assert {path.name: path.read_bytes() for path in shards.iterdir()} == before, "no pickle among them was opened"
 
 
-def test_characters_have_no_sample_and_go_on_as_any_run(
+def test_a_run_on_characters_has_no_sample_and_is_resumed_like_any_other(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     shards = tmp_path / "shards"
     shards.mkdir()
     nanogpt_char(shards)
     folder = run(*STEPS, f"data.path={shards}")
-    assert "(no sample: tokenizer=none knows no text" in capsys.readouterr().out
+    assert "(no sample: tokenizer=none cannot encode text" in capsys.readouterr().out
     assert OmegaConf.load(folder / "config.yaml").data.tokenizer == "none"
     run(*STEPS, f"data.path={shards}")
     assert "the run is complete at step 4" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("writer", "settings", "said"),
+    ("writer", "settings", "message"),
     [
         (llmc_llama3, (), r"holds token 128001, but the vocabulary ends at 50256; .*data.tokenizer, model.vocab_size"),
         (llmc_llama3, ("data.tokenizer=llama-3",), "tokenizer=llama-3 is unknown; choose"),
@@ -132,18 +132,18 @@ def test_characters_have_no_sample_and_go_on_as_any_run(
         (nanogpt_char, ("model.vocab_size=64",), r"train.bin holds token 64, but the vocabulary ends at 63"),
     ],
 )
-def test_a_vocabulary_that_is_not_known_or_too_small_is_told(
-    run: Run, tmp_path: Path, writer: Callable[[Path], None], settings: tuple[str, ...], said: str
+def test_an_unknown_or_too_small_vocabulary_is_reported(
+    run: Run, tmp_path: Path, writer: Callable[[Path], None], settings: tuple[str, ...], message: str
 ) -> None:
     shards = tmp_path / "shards"
     shards.mkdir()
     writer(shards)
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         run(*STEPS, f"data.path={shards}", *settings)
     assert "\n" not in str(error.value)
 
 
-def test_the_last_split_in_a_name_counts(tmp_path: Path) -> None:
+def test_the_last_split_in_a_name_decides(tmp_path: Path) -> None:
     for name, token in (("constrained_val_000000.bin", 1), ("constrained_train_000001.bin", 2)):
         with_header(tmp_path / name, [token], 20240520, 1, "H")
     corpus = open_corpus(tmp_path, "gpt2")
@@ -151,8 +151,8 @@ def test_the_last_split_in_a_name_counts(tmp_path: Path) -> None:
     assert (len(corpus.val), len(corpus.train)) == (1, 1)
 
 
-def test_the_evaluation_files_of_llmc_are_not_taken_for_tokens(tmp_path: Path) -> None:
+def test_the_evaluation_files_of_llmc_are_not_read_as_tokens(tmp_path: Path) -> None:
     with_header(tmp_path / "hellaswag_val.bin", [65_535, 12], 20240522, 1, "H")
     with_header(tmp_path / "hellaswag_train.bin", [1], 20240520, 1, "H")
-    with pytest.raises(UserError, match=r"holds questions for train\.eval_task, no tokens: move it to another folder"):
+    with pytest.raises(UserError, match=r"holds questions for train\.eval_task, not tokens: move it to another folder"):
         open_corpus(tmp_path, "gpt2")

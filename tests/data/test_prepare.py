@@ -1,9 +1,11 @@
-"""Preparation: text of every kind becomes shards, the same bytes however often it was killed."""
+"""Preparation: text in every format becomes shards, with the same bytes after any number of interruptions."""
 
 import base64
 import gzip
 import json
 import os
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanodisp.data import documents as corpus
+from nanodisp.data import documents
 from nanodisp.data.prepare import DATA, DataConfig, prepare, prepare_documents
 from nanodisp.data.shards import Manifest, open_split, read_shard, verify
 from nanodisp.data.tokenizer import load_tokenizer
@@ -52,11 +54,11 @@ def write_jsonl(path, rows):
     return path
 
 
-# --- what becomes of each kind of corpus -----------------------------------------------------
+# --- every kind of corpus ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", ["0123456789" * 10, "é" * 50 + "x"])
-def test_one_text_file_gives_its_end_to_validation(tmp_path, text):
+def test_the_end_of_a_single_text_file_is_validation(tmp_path, text):
     path = tmp_path / "book.txt"
     path.write_text(text)
     folder = prepare(config(tmp_path, path, val_fraction=0.1))
@@ -65,7 +67,7 @@ def test_one_text_file_gives_its_end_to_validation(tmp_path, text):
     assert len(train.encode()) in range(int(len(text.encode()) * 0.9), int(len(text.encode()) * 0.9) + 2)
 
 
-def test_a_folder_gives_every_kth_file_to_validation(tmp_path):
+def test_every_kth_file_of_a_folder_is_validation(tmp_path):
     root = tmp_path / "texts"
     (root / "inner").mkdir(parents=True)
     (root / ".hidden").mkdir()
@@ -96,27 +98,27 @@ def test_a_row_of_parquet_is_a_document(tmp_path):
     assert documents_of(folder, "train") == ["two"]
 
 
-def test_bytes_that_are_no_utf8_are_replaced(tmp_path):
+def test_bytes_that_are_not_utf8_are_replaced(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9 " * 20)
     folder = prepare(config(tmp_path, tmp_path / "a.txt"))
     assert documents_of(folder, "train")[0].startswith("caf� caf� ")
 
 
-def test_bytes_per_token_counts_text_over_tokens(tmp_path):
+def test_bytes_per_token_is_the_size_of_the_text_over_its_tokens(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "é" * 3}, {"text": "ab"}, {"text": "c"}, {"text": "def"}])
     folder = prepare(config(tmp_path, path, val_fraction=0.5))
     assert Manifest.load(folder).bytes_per_token == {"train": 5 / 7, "val": 7 / 9}
 
 
-# --- long documents are cut where no token is --------------------------------------------------
+# --- long documents are cut between tokens -----------------------------------------------------
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["ab", "é", "x.", "'s", "_", "12345", "?!"]), st.text(" \n\t", max_size=4))))
-def test_the_tokens_of_the_pieces_are_those_of_the_whole(ranks, words):
+def test_the_pieces_have_the_tokens_of_the_document(ranks, words):
     text = "".join(word + space + "ab" + space + " " for word, space in words)
-    with mock.patch.object(corpus, "PIECE", 32):
-        pieces = list(corpus.cut(text))
+    with mock.patch.object(documents, "PIECE", 32):
+        pieces = list(documents.cut(text))
     assert [ends for _, ends in pieces] == [False] * (len(pieces) - 1) + [True]
     assert all(len(piece) <= 32 for piece, _ in pieces)
     tokens = np.concatenate([ranks.encode(piece) for piece, _ in pieces])
@@ -131,11 +133,11 @@ def ranks(tmp_path_factory):
 
 @settings(max_examples=50, deadline=None)
 @given(text=st.text(max_size=60), start=st.integers(0, 3))
-def test_a_file_read_in_pieces_is_the_file(tmp_path_factory, text, start):
+def test_the_pieces_of_a_file_join_to_its_text(tmp_path_factory, text, start):
     path = tmp_path_factory.mktemp("file") / "a.txt"
     path.write_bytes(b"x" * start + text.encode())
-    with mock.patch.object(corpus, "PIECE", 8):
-        pieces = list(corpus.read_text(path, start, path.stat().st_size))
+    with mock.patch.object(documents, "PIECE", 8):
+        pieces = list(documents.read_text(path, start, path.stat().st_size))
     assert "".join(piece for piece, _ in pieces) == text
     assert [ends for _, ends in pieces] == [False] * (len(pieces) - 1) + [True] * bool(text)
 
@@ -181,7 +183,7 @@ def test_changed_content_is_another_folder(tmp_path):
     assert prepare(config(tmp_path, tmp_path / "a.txt")) != first
 
 
-def test_a_tokenizer_file_lies_in_the_folder(tmp_path):
+def test_the_tokenizer_file_is_copied_into_the_folder(tmp_path):
     (tmp_path / "a.txt").write_text("the words " * 20)
     path = write_ranks(tmp_path / "tiny.tiktoken", [b"the", b" the"])
     folder = prepare(config(tmp_path, tmp_path / "a.txt", tokenizer=str(path)))
@@ -193,7 +195,7 @@ def test_a_tokenizer_file_lies_in_the_folder(tmp_path):
     assert tokenizer.decode_bytes(tokens.read(0, len(tokens))) == ("the words " * 19).encode()
 
 
-def test_of_several_at_once_one_prepares(tmp_path, capsys):
+def test_of_several_processes_one_prepares(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("some words " * 20)
     with ThreadPoolExecutor(4) as pool:
         folders = set(pool.map(prepare, [config(tmp_path, tmp_path / "a.txt")] * 4))
@@ -201,7 +203,7 @@ def test_of_several_at_once_one_prepares(tmp_path, capsys):
     assert capsys.readouterr().err.count("preparing") == 1
 
 
-# --- killed and run again -------------------------------------------------------------------------
+# --- interrupted and resumed ---------------------------------------------------------------------
 
 DOCUMENTS = [f"document {number} " * (number % 7) for number in range(300)]
 
@@ -211,35 +213,35 @@ def small_shards(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def unkilled(tmp_path_factory):
-    return prepare_documents(small_shards(tmp_path_factory.mktemp("unkilled")), DOCUMENTS, "docs", "a test")
+def uninterrupted(tmp_path_factory):
+    return prepare_documents(small_shards(tmp_path_factory.mktemp("uninterrupted")), DOCUMENTS, "docs", "a test")
 
 
-def test_shards_hold_whole_documents_in_order(unkilled):
-    assert documents_of(unkilled, "val") == [text for text in DOCUMENTS[::20] if text]
-    assert documents_of(unkilled, "train") == [text for i, text in enumerate(DOCUMENTS) if i % 20 and text]
-    shards = verify(unkilled).shards
+def test_shards_hold_complete_documents_in_order(uninterrupted):
+    assert documents_of(uninterrupted, "val") == [text for text in DOCUMENTS[::20] if text]
+    assert documents_of(uninterrupted, "train") == [text for i, text in enumerate(DOCUMENTS) if i % 20 and text]
+    shards = verify(uninterrupted).shards
     assert len(shards) > 10 and all(shard.tokens <= 2000 for shard in shards)
-    assert all(read_shard(unkilled / shard.file)[-1] == EOT for shard in shards)
+    assert all(read_shard(uninterrupted / shard.file)[-1] == EOT for shard in shards)
 
 
 def prepare_until(stop, tmp_path):
-    """Prepare in vain: the stream of documents breaks. Gives the folder that is left behind."""
+    """An interrupted preparation: the stream of documents fails. Returns the folder it leaves."""
 
-    def documents():
+    def interrupted():
         yield from DOCUMENTS[:stop]
         raise KeyboardInterrupt
 
-    # every document is a batch of its own, so that what comes before the stop reaches the shards
-    with mock.patch("nanodisp.prepare.PIECE", 2), pytest.raises(KeyboardInterrupt):
-        prepare_documents(small_shards(tmp_path), documents(), "docs", "a test")
+    # each document is a batch of its own, so that those before the stop reach the shards
+    with mock.patch("nanodisp.data.prepare.PIECE", 2), pytest.raises(KeyboardInterrupt):
+        prepare_documents(small_shards(tmp_path), interrupted(), "docs", "a test")
     return next((tmp_path / "prepared").iterdir())
 
 
 @pytest.mark.parametrize(("stop", "n_left"), [(0, 0), (37, 0), (150, 2), (300, 5)])
-def test_a_preparation_that_stopped_goes_on(tmp_path, unkilled, stop, n_left):
+def test_an_interrupted_preparation_is_resumed(tmp_path, uninterrupted, stop, n_left):
     assert len(list(prepare_until(stop, tmp_path).glob("train_*.bin"))) >= n_left
-    assert files_of(prepare_documents(small_shards(tmp_path), DOCUMENTS, "docs", "a test")) == files_of(unkilled)
+    assert files_of(prepare_documents(small_shards(tmp_path), DOCUMENTS, "docs", "a test")) == files_of(uninterrupted)
 
 
 KILLED = """
@@ -256,7 +258,7 @@ prepare.prepare_documents(config, documents(), "docs", "a test")
 """
 
 
-def test_a_killed_preparation_goes_on_where_it_was(tmp_path, unkilled):
+def test_a_killed_preparation_resumes_where_it_stopped(tmp_path, uninterrupted):
     child = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "prepared")], cwd=DATA.parent, timeout=120)
     assert child.returncode == -signal.SIGKILL
     (folder,) = (tmp_path / "prepared").iterdir()
@@ -266,15 +268,15 @@ def test_a_killed_preparation_goes_on_where_it_was(tmp_path, unkilled):
     assert finished
     (folder / ".train_000099.bin.tmp").write_bytes(b"half")
     prepare_documents(small_shards(tmp_path), DOCUMENTS, "docs", "a test")
-    assert files_of(folder) == files_of(unkilled)
+    assert files_of(folder) == files_of(uninterrupted)
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"")], ids=["gone", "cut"])
 @pytest.mark.parametrize("name", ["train_000001.bin", "progress.json"])
-def test_what_a_stopped_preparation_lost_is_made_again(tmp_path, unkilled, name, damage):
+def test_files_lost_after_an_interruption_are_written_again(tmp_path, uninterrupted, name, damage):
     damage(prepare_until(300, tmp_path) / name)
-    assert files_of(prepare_documents(small_shards(tmp_path), DOCUMENTS, "docs", "a test")) == files_of(unkilled)
+    assert files_of(prepare_documents(small_shards(tmp_path), DOCUMENTS, "docs", "a test")) == files_of(uninterrupted)
 
 
 def test_a_long_file_is_the_same_in_one_shard_or_many(tmp_path):
@@ -289,46 +291,46 @@ def test_a_long_file_is_the_same_in_one_shard_or_many(tmp_path):
 # --- mistakes ---------------------------------------------------------------------------------
 
 
-def refused(config, said):
-    with pytest.raises(UserError, match=said) as error:
+def assert_rejected(config, message):
+    with pytest.raises(UserError, match=message) as error:
         prepare(config)
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_path_is_told(tmp_path):
-    refused(config(tmp_path, tmp_path / "none"), r"none does not exist; give a file of text")
-    refused(config(tmp_path, None), "needs data.path")
+def test_a_missing_path_is_reported(tmp_path):
+    assert_rejected(config(tmp_path, tmp_path / "none"), r"none does not exist; give a file of text")
+    assert_rejected(config(tmp_path, None), "needs data.path")
 
 
-def test_a_binary_file_is_told(tmp_path):
+def test_a_binary_file_is_reported(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"\0\1\2")
-    refused(config(tmp_path, tmp_path / "a.bin"), "is not text")
+    assert_rejected(config(tmp_path, tmp_path / "a.bin"), "is not text")
 
 
-def test_a_folder_without_text_is_told(tmp_path):
+def test_a_folder_without_text_is_reported(tmp_path):
     (tmp_path / "texts").mkdir()
-    refused(config(tmp_path, tmp_path / "texts"), "holds no text, jsonl or parquet file among its 0 files")
+    assert_rejected(config(tmp_path, tmp_path / "texts"), "holds no text, jsonl or parquet file among its 0 files")
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+def test_a_folder_that_cannot_be_created_is_reported(tmp_path):
     (tmp_path / "a.txt").write_text("some words " * 20)
     (tmp_path / "prepared").write_text("a file")
-    refused(config(tmp_path, tmp_path / "a.txt"), "cannot be written .*set data.folder")
+    assert_rejected(config(tmp_path, tmp_path / "a.txt"), "cannot be written .*set data.folder")
 
 
 @pytest.mark.parametrize("text", ["", "x"])
-def test_a_corpus_with_too_little_text_is_told(tmp_path, text):
+def test_a_corpus_with_too_little_text_is_reported(tmp_path, text):
     (tmp_path / "a.txt").write_text(text)
-    refused(config(tmp_path, tmp_path / "a.txt"), "too little text: none is left for train")
+    assert_rejected(config(tmp_path, tmp_path / "a.txt"), "too little text: train would be empty")
 
 
 def test_a_single_document_cannot_be_split(tmp_path):
     alone = write_jsonl(tmp_path / "a.jsonl", [{"text": "alone"}])
-    refused(config(tmp_path, alone), "none is left for train; add documents")
+    assert_rejected(config(tmp_path, alone), "train would be empty; add documents")
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ('{"body": "x"}', r"line 2 has no text under 'text' \(its keys are body\); set data.field"),
         ('{"text": 5}', "line 2 has no text under 'text'"),
@@ -336,43 +338,57 @@ def test_a_single_document_cannot_be_split(tmp_path):
         ("{", "line 2 is not JSON"),
     ],
 )
-def test_a_bad_line_of_jsonl_is_told(tmp_path, line, said):
+def test_an_invalid_line_of_jsonl_is_reported(tmp_path, line, message):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
-    refused(config(tmp_path, tmp_path / "a.jsonl"), said)
+    assert_rejected(config(tmp_path, tmp_path / "a.jsonl"), message)
 
 
-def test_a_truncated_gzip_is_told(tmp_path):
+def test_a_truncated_gzip_is_reported(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "one"}\n' * 100)[:-12])
-    refused(config(tmp_path, tmp_path / "a.jsonl.gz"), "cannot be read")
+    assert_rejected(config(tmp_path, tmp_path / "a.jsonl.gz"), "cannot be read")
 
 
-def test_a_missing_column_of_parquet_is_told(tmp_path):
+def test_a_missing_column_of_parquet_is_reported(tmp_path):
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     parquet.write_table(arrow.table({"page": ["one"], "text": [1]}), tmp_path / "a.parquet")
-    refused(config(tmp_path, tmp_path / "a.parquet"), r"no text column 'text' \(it has page\)")
+    assert_rejected(config(tmp_path, tmp_path / "a.parquet"), r"no text column 'text' \(it has page\)")
     (tmp_path / "b.parquet").write_bytes(b"PAR1 and nothing more")
-    refused(config(tmp_path, tmp_path / "b.parquet"), "cannot be read as parquet")
+    assert_rejected(config(tmp_path, tmp_path / "b.parquet"), "cannot be read as parquet")
 
 
-def test_a_missing_tokenizer_file_is_told(tmp_path):
+def test_a_missing_tokenizer_file_is_reported(tmp_path):
     (tmp_path / "a.txt").write_text("some words")
-    refused(config(tmp_path, tmp_path / "a.txt", tokenizer="none.tiktoken"), r"none\.tiktoken cannot be read")
+    assert_rejected(config(tmp_path, tmp_path / "a.txt", tokenizer="none.tiktoken"), r"none\.tiktoken cannot be read")
 
 
-def test_an_unknown_dataset_is_told_with_the_known_ones(tmp_path):
-    refused(config(tmp_path, name="pile"), "data.name=pile is unknown; choose one of fineweb10B, .*text, wikitext103")
+def test_an_unknown_data_set_is_reported_with_the_known_ones(tmp_path):
+    assert_rejected(
+        config(tmp_path, name="pile"), "data.name=pile is unknown; choose one of fineweb10B, .*text, wikitext103"
+    )
 
 
-def test_shards_are_taken_as_they_lie(tmp_path):
+@pytest.mark.parametrize("name", ["pystdlib", "text"])
+def test_an_installed_package_reports_that_data_sets_need_a_clone(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("nanodisp.data.prepare.DATA", tmp_path / "none" / "data")
+    monkeypatch.setattr("nanodisp.data.prepare.CONF", tmp_path / "none" / "conf" / "data")
+    (tmp_path / "a.txt").write_text("some words " * 20)
+    assert_rejected(
+        config(tmp_path, tmp_path / "a.txt", name=name),
+        rf"data\.name={name} needs data/ and conf/ of a clone .*data=shards data\.path=<folder>.*text=<file>",
+    )
     assert prepare(DataConfig(name="shards", path=str(tmp_path))) == tmp_path
-    refused(DataConfig(name="shards"), "needs the folder of the shards")
-    refused(DataConfig(name="shards", path=str(tmp_path / "none")), "needs the folder of the shards")
+
+
+def test_a_folder_of_shards_is_used_directly(tmp_path):
+    assert prepare(DataConfig(name="shards", path=str(tmp_path))) == tmp_path
+    assert_rejected(DataConfig(name="shards"), "needs a folder of shards")
+    assert_rejected(DataConfig(name="shards", path=str(tmp_path / "none")), "needs a folder of shards")
 
 
 @pytest.mark.parametrize(
     "values", [{"val_fraction": 0.0}, {"val_fraction": 0.6}, {"shard_tokens": 0}, {"chunks": 0}, {"tokenizer": ""}]
 )
-def test_an_impossible_value_is_told_with_its_key(values):
+def test_an_invalid_value_is_reported_with_its_key(values):
     with pytest.raises(ValueError, match=f"^data.{next(iter(values))}"):
         DataConfig(**values)
 
@@ -380,21 +396,35 @@ def test_an_impossible_value_is_told_with_its_key(values):
 # --- the command line ----------------------------------------------------------------------------
 
 
-def run_script(*arguments):
+def test_the_script_prints_the_folder_and_its_contents(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 1000)
+    arguments = (f"path={tmp_path / 'a.txt'}", f"folder={tmp_path / 'prepared'}", "val_fraction=0.2")
     command = [sys.executable, str(DATA / "text" / "prepare.py"), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(DATA.parent)}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-
-
-def test_the_script_prints_the_folder_and_what_it_holds(tmp_path):
-    (tmp_path / "a.txt").write_text("x" * 1000)
-    done = run_script(f"path={tmp_path / 'a.txt'}", f"folder={tmp_path / 'prepared'}", "val_fraction=0.2")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     folder, *counts = done.stdout.splitlines()
     assert Path(folder) == prepare(config(tmp_path, tmp_path / "a.txt", val_fraction=0.2))
     assert counts == ["train: 801 tokens, shards: 1", "val: 201 tokens, shards: 1"]
 
 
-def test_the_script_tells_a_mistake_in_one_line(tmp_path):
-    done = run_script("path=x", "colour=blue")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.count("\n") == 1 and "colour=blue" in done.stderr and "val_fraction" in done.stderr
+def test_the_script_takes_its_defaults_from_its_own_clone(tmp_path, monkeypatch, capsys):
+    """Even if another nanodisp is imported, such as an installed one."""
+    clone = tmp_path / "clone"
+    (clone / "conf" / "data").mkdir(parents=True)
+    (clone / "conf" / "data" / "text.yaml").write_text("name: text\npath: ???\nval_fraction: 0.3\n")
+    shutil.copytree(DATA / "text", clone / "data" / "text", ignore=lambda *_: ["__pycache__"])
+    (tmp_path / "a.txt").write_text("x" * 1000)
+    monkeypatch.setattr(sys, "argv", ["prepare.py", f"path={tmp_path / 'a.txt'}"])
+    runpy.run_path(str(clone / "data" / "text" / "prepare.py"), run_name="__main__")
+    folder, *counts = capsys.readouterr().out.splitlines()
+    assert Path(folder).parent == clone / "data" / "text"
+    assert counts == ["train: 701 tokens, shards: 1", "val: 301 tokens, shards: 1"]
+
+
+def test_the_script_reports_a_mistake_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "path=x", "colour=blue"])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(DATA / "text" / "prepare.py"), run_name="__main__")
+    out, err = capsys.readouterr()
+    assert (exit.value.code, out) == (2, "")
+    assert err.count("\n") == 1 and "colour=blue" in err and "val_fraction" in err

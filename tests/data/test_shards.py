@@ -1,4 +1,4 @@
-"""Shards: read as written by anybody, refused in one line when something is wrong."""
+"""Shards: read in all formats, rejected in one line if anything is wrong."""
 
 import json
 import struct
@@ -44,7 +44,7 @@ def prepared(folder, *, train=((1, 2, 3), (4, 5)), val=((6, 7),), vocab_size=10)
 
 @settings(max_examples=30, deadline=None)
 @given(data=st.data(), dtype=st.sampled_from([np.uint16, np.uint32]))
-def test_what_is_written_is_read_back(tmp_path_factory, data, dtype):
+def test_written_tokens_are_read_back(tmp_path_factory, data, dtype):
     tokens = np.array(data.draw(st.lists(st.integers(0, np.iinfo(dtype).max), min_size=1, max_size=300)), dtype)
     path = tmp_path_factory.mktemp("shard") / "train_000000.bin"
     write_shard(path, tokens)
@@ -68,7 +68,7 @@ def test_only_tokens_are_written(tmp_path, tokens):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_shard_that_cannot_be_written_leaves_nothing(tmp_path):
+def test_a_failed_write_leaves_no_file(tmp_path):
     (tmp_path / "a.bin").mkdir()
     with pytest.raises(UserError, match=r"a\.bin cannot be written"):
         write_shard(tmp_path / "a.bin", np.array([1], np.uint16))
@@ -88,28 +88,28 @@ def test_npy_shards_are_read(tmp_path, dtype):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("a.bin", b"", "is empty"),
         ("a.bin", b"\1", "begins with 0"),
-        ("a.bin", b"PK\3\4" * 300, "not with one of the magic numbers 20240520 or 20240801"),
-        ("a.bin", llmc_bytes([1], version=2), "has version 2; of magic 20240520 only version 1"),
-        ("a.bin", llmc_bytes([1], magic=20240801, version=1, code="I"), "only version 7"),
-        ("a.bin", llmc_bytes([1, 2, 3])[:-2], "is truncated: its header promises 3 tokens in 1030 bytes"),
+        ("a.bin", b"PK\3\4" * 300, "not with the magic number 20240520 or 20240801"),
+        ("a.bin", llmc_bytes([1], version=2), "has version 2; magic 20240520 requires version 1"),
+        ("a.bin", llmc_bytes([1], magic=20240801, version=1, code="I"), "requires version 7"),
+        ("a.bin", llmc_bytes([1, 2, 3])[:-2], "is truncated: its header says 3 tokens in 1030 bytes"),
         ("a.bin", llmc_bytes([1, 2, 3])[:700], "is truncated"),
         ("a.bin", llmc_bytes([1, 2, 3]) + b"\0\0", "is too long"),
-        ("a.bin", llmc_bytes([], n_tokens=0), "claims 0 tokens"),
-        ("a.bin", llmc_bytes([1], n_tokens=-5), "claims -5 tokens"),
-        ("val.bin", b"\1\2\3", "3 bytes, which uint16 tokens cannot fill"),
+        ("a.bin", llmc_bytes([], n_tokens=0), "has 0 tokens in its header"),
+        ("a.bin", llmc_bytes([1], n_tokens=-5), "has -5 tokens in its header"),
+        ("val.bin", b"\1\2\3", "odd size of 3 bytes"),
         ("a.npy", b"", "is empty"),
-        ("a.npy", b"\x93NUMPY\1\0", "not a whole .npy file"),
-        ("a.npy", b"not numpy at all", "not a whole .npy file"),
+        ("a.npy", b"\x93NUMPY\1\0", "not a complete .npy file"),
+        ("a.npy", b"not numpy at all", "not a complete .npy file"),
     ],
 )
-def test_a_bad_file_is_told(tmp_path, name, content, said):
+def test_a_damaged_file_is_reported(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         read_shard(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
@@ -119,21 +119,21 @@ def test_a_bad_file_is_told(tmp_path, name, content, said):
     [np.zeros((2, 2), np.uint16), np.zeros(3, np.int64), np.zeros(3, ">u2"), np.zeros(0, np.uint16)],
     ids=["two dimensions", "int64", "big-endian", "empty"],
 )
-def test_an_npy_file_of_something_else_is_told(tmp_path, array):
+def test_an_npy_file_of_other_data_is_reported(tmp_path, array):
     np.save(tmp_path / "a.npy", array)
     with pytest.raises(UserError, match=r"a\.npy"):
         read_shard(tmp_path / "a.npy")
 
 
-def test_a_truncated_npy_file_is_told(tmp_path):
+def test_a_truncated_npy_file_is_reported(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(1000, dtype=np.uint16))
     content = (tmp_path / "a.npy").read_bytes()
     (tmp_path / "a.npy").write_bytes(content[:-10])
-    with pytest.raises(UserError, match=r"not a whole \.npy file"):
+    with pytest.raises(UserError, match=r"not a complete \.npy file"):
         read_shard(tmp_path / "a.npy")
 
 
-def test_an_npy_file_of_objects_runs_nothing(tmp_path):
+def test_an_npy_file_of_objects_runs_no_code(tmp_path):
     class Trap:
         def __reduce__(self):
             return (open, (str(tmp_path / "sprung"), "w"))
@@ -144,14 +144,14 @@ def test_an_npy_file_of_objects_runs_nothing(tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_a_missing_file_is_told(tmp_path):
+def test_a_missing_file_is_reported(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         read_shard(tmp_path / "a.bin")
 
 
 @settings(max_examples=150, deadline=None)
 @given(position=st.integers(0, 11), value=st.integers(0, 255), npy=st.booleans())
-def test_a_changed_header_is_refused_or_harmless(tmp_path_factory, position, value, npy):
+def test_a_changed_header_is_rejected_or_harmless(tmp_path_factory, position, value, npy):
     path = tmp_path_factory.mktemp("shard") / ("a.npy" if npy else "a.bin")
     tokens = np.arange(20, dtype=np.uint16)
     np.save(path, tokens) if npy else write_shard(path, tokens)
@@ -170,7 +170,7 @@ def test_a_changed_header_is_refused_or_harmless(tmp_path_factory, position, val
 
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
-def test_any_window_is_that_of_one_long_array(tmp_path_factory, data):
+def test_any_window_equals_that_of_one_long_array(tmp_path_factory, data):
     lengths = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=5))
     folder = tmp_path_factory.mktemp("split")
     whole = np.arange(sum(lengths), dtype=np.uint16)
@@ -183,19 +183,19 @@ def test_any_window_is_that_of_one_long_array(tmp_path_factory, data):
     assert np.array_equal(tokens.read(start, stop), whole[start:stop])
 
 
-def test_a_window_of_one_shard_is_not_copied(tmp_path):
+def test_a_window_within_a_shard_is_not_copied(tmp_path):
     tokens = open_split(prepared(tmp_path), "train")
     assert tokens.read(0, 2).base is not None and not tokens.read(0, 2).flags.writeable
     assert tokens.read(1, 5).flags.writeable
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (3, 2), (0, 6)])
-def test_a_window_outside_is_refused(tmp_path, start, stop):
+def test_a_window_outside_the_split_is_rejected(tmp_path, start, stop):
     with pytest.raises(IndexError):
         open_split(prepared(tmp_path), "train").read(start, stop)
 
 
-def test_without_a_manifest_names_tell_split_and_order(tmp_path):
+def test_without_a_manifest_file_names_determine_split_and_order(tmp_path):
     for name, tokens in {"web_train_2.bin": [3], "web_train_1.bin": [1, 2], "web_val_0.bin": [4]}.items():
         (tmp_path / name).write_bytes(llmc_bytes(tokens))
     (tmp_path / "meta.pkl").write_bytes(b"never opened")
@@ -211,25 +211,25 @@ def test_shards_of_one_split_must_have_one_dtype(tmp_path):
         open_split(tmp_path, "train")
 
 
-def test_a_folder_without_the_split_is_told(tmp_path):
+def test_a_folder_without_the_split_is_reported(tmp_path):
     with pytest.raises(UserError, match="holds no val shard"):
         open_split(prepared(tmp_path, val=()), "val")
 
 
-def test_a_file_in_place_of_the_folder_is_told(tmp_path):
+def test_a_file_instead_of_a_folder_is_reported(tmp_path):
     write_shard(tmp_path / "train.bin", np.array([1], np.uint16))
     with pytest.raises(UserError, match="is not a folder"):
         open_split(tmp_path / "train.bin", "train")
 
 
-def test_an_unfinished_preparation_is_not_taken_for_whole(tmp_path):
+def test_an_unfinished_preparation_is_rejected(tmp_path):
     write_shard(tmp_path / "train_000000.bin", np.array([1], np.uint16))
     (tmp_path / "progress.json").write_text("{}")
     with pytest.raises(UserError, match="unfinished preparation"):
         open_split(tmp_path, "train")
 
 
-def test_a_shard_other_than_the_manifest_says_is_told(tmp_path):
+def test_a_shard_that_differs_from_the_manifest_is_reported(tmp_path):
     prepared(tmp_path)
     write_shard(tmp_path / "train_000001.bin", np.array([1, 2, 3], np.uint16))
     with pytest.raises(UserError, match="has 3 tokens in 1030 bytes, the manifest says 2 in 1028"):
@@ -244,12 +244,12 @@ def test_tokens_within_the_vocabulary_pass(tmp_path):
     check_tokens(np.array([5]), 6, "here")
 
 
-def test_a_token_outside_is_told_from_the_manifest(tmp_path):
+def test_a_token_outside_is_found_through_the_manifest(tmp_path):
     with pytest.raises(UserError, match="holds token 5, but the vocabulary ends at 4"):
         open_split(prepared(tmp_path), "train").check_range(5)
 
 
-def test_a_token_outside_is_told_without_a_manifest(tmp_path):
+def test_a_token_outside_is_found_without_a_manifest(tmp_path):
     np.array([1, 2, 300], np.uint16).tofile(tmp_path / "train.bin")
     with pytest.raises(UserError, match=r"train\.bin holds token 300, but the vocabulary ends at 256"):
         open_split(tmp_path, "train").check_range(257)
@@ -258,7 +258,7 @@ def test_a_token_outside_is_told_without_a_manifest(tmp_path):
 # --- the manifest ----------------------------------------------------------------------------
 
 
-def test_a_manifest_is_read_as_saved(tmp_path):
+def test_a_manifest_is_read_back(tmp_path):
     manifest = Manifest.load(prepared(tmp_path))
     assert [(s.file, s.split, s.tokens, s.bytes, s.max_token) for s in manifest.shards] == [
         ("train_000000.bin", "train", 3, 1030, 3),
@@ -269,7 +269,7 @@ def test_a_manifest_is_read_as_saved(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"version": 2}, "reads version 1"),
         ({"vocab_size": "10"}, "vocab_size is '10'"),
@@ -280,11 +280,11 @@ def test_a_manifest_is_read_as_saved(tmp_path):
         ({"shards": None}, "not a valid manifest"),
         ({"shards.file": "../elsewhere.bin"}, "not a plain file name"),
         ({"shards.split": "test"}, "neither train nor val"),
-        ({"shards.tokens": 0}, "not a whole number from 1 on"),
+        ({"shards.tokens": 0}, "not an integer of at least 1"),
         ({"shards.sha256": "abc"}, "64 hex digits"),
     ],
 )
-def test_a_manifest_that_is_not_valid_is_told(tmp_path, change, said):
+def test_an_invalid_manifest_is_reported(tmp_path, change, message):
     fields = asdict(Manifest.load(prepared(tmp_path)))
     for key, value in change.items():
         if key.startswith("shards."):
@@ -292,19 +292,19 @@ def test_a_manifest_that_is_not_valid_is_told(tmp_path, change, said):
         else:
             fields[key] = value
     (tmp_path / "manifest.json").write_text(json.dumps(fields))
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         open_split(tmp_path, "train")
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b'{"shards": {}}', b"[" * 100_000])
-def test_a_manifest_that_is_none_is_told(tmp_path, content):
+def test_a_file_that_is_no_manifest_is_reported(tmp_path, content):
     (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(UserError, match="not a valid manifest"):
         Manifest.load(tmp_path)
 
 
-def test_verify_passes_what_is_whole(tmp_path):
+def test_verify_accepts_an_intact_folder(tmp_path):
     assert len(verify(prepared(tmp_path)).shards) == 3
 
 
@@ -314,5 +314,5 @@ def test_verify_names_every_damaged_or_missing_shard(tmp_path):
     content = bytearray((tmp_path / "val_000000.bin").read_bytes())
     content[-1] ^= 1
     (tmp_path / "val_000000.bin").write_bytes(content)
-    with pytest.raises(UserError, match=r"train_000000\.bin, val_000000\.bin missing or other"):
+    with pytest.raises(UserError, match=r"train_000000\.bin, val_000000\.bin missing or damaged"):
         verify(tmp_path)

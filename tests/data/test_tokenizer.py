@@ -1,4 +1,4 @@
-"""Tokenizers: what goes in comes out, and a broken file is told in one line."""
+"""Tokenizers: decoding inverts encoding, and a damaged file is reported in one line."""
 
 import base64
 from pathlib import Path
@@ -37,17 +37,17 @@ def tokenizer(request, ranks_file):
 
 
 @given(text=st.text())
-def test_decoding_gives_the_text_back(tokenizer, text):
+def test_decoding_inverts_encoding(tokenizer, text):
     tokens = tokenizer.encode(text)
     assert tokens.dtype == np.uint16 and tokens.ndim == 1
     assert tokenizer.decode_bytes(tokens).decode() == text
 
 
-def test_half_a_surrogate_pair_is_a_question_mark(tokenizer):
+def test_a_lone_surrogate_becomes_a_question_mark(tokenizer):
     assert tokenizer.decode_bytes(tokenizer.encode("a\ud800b")) == b"a?b"
 
 
-def test_the_name_of_end_of_text_is_plain_text(tokenizer):
+def test_the_name_of_end_of_text_is_ordinary_text(tokenizer):
     tokens = tokenizer.encode("<|endoftext|>")
     assert tokenizer.eot not in tokens
     assert tokenizer.decode_bytes(tokens) == b"<|endoftext|>"
@@ -57,7 +57,7 @@ def test_end_of_text_decodes_to_nothing(tokenizer):
     assert tokenizer.decode_bytes([*tokenizer.encode("ab").tolist(), tokenizer.eot]) == b"ab"
 
 
-def test_bytes_are_their_own_tokens():
+def test_byte_tokens_are_the_bytes():
     byte = load_tokenizer("byte")
     assert (byte.name, byte.vocab_size, byte.eot) == ("byte", 257, 256)
     assert byte.encode("aé").tolist() == [97, 0xC3, 0xA9]
@@ -75,57 +75,67 @@ def test_a_file_merges_by_rank_and_never_across_words(ranks_file):
     assert tiny.encode("a b").tolist() == list(b"a b")
 
 
-def test_a_large_published_vocabulary_is_known_by_its_number_of_ranks(tmp_path):
+def test_a_published_vocabulary_is_recognised_by_its_number_of_ranks(tmp_path):
     pairs = [bytes([a, b]) for a in range(256) for b in range(256)]
     tokens = (SINGLE_BYTES + pairs + [b"\0" + pair for pair in pairs])[:100_256]
     large = load_tokenizer(write_ranks(tmp_path / "large.tiktoken", tokens))
     assert (large.eot, large.vocab_size) == (100_257, 100_258)
     assert large.encode("ab").dtype == np.uint32
-    # this vocabulary's pattern takes digits by three
+    # the pattern of this vocabulary splits digits into groups of three
     assert large.decode_bytes(large.encode("1234")) == b"1234" and large.encode("1234")[-1] == ord("4")
 
 
-def test_a_relative_path_is_taken_from_the_folder(ranks_file):
+def test_a_relative_path_is_relative_to_the_folder(ranks_file):
     assert load_tokenizer("tiny.tiktoken", ranks_file.parent).name == "tiny"
 
 
 @pytest.mark.parametrize(
-    ("lines", "said"),
+    ("lines", "message"),
     [
         ([], "256 single bytes"),
         ([*lines_of(SINGLE_BYTES), b"!!! 256"], "line 257 is not a token in base64"),
         ([*lines_of(SINGLE_BYTES), b"dGhl"], "line 257 is not a token in base64"),
         ([*lines_of(SINGLE_BYTES), b"dGhl x"], "line 257 is not a token in base64"),
-        ([*lines_of(SINGLE_BYTES), b"dGhl 255"], "not 0 to 256"),
-        ([*lines_of(SINGLE_BYTES), b"dGhl 300"], "not 0 to 256"),
-        ([*lines_of(SINGLE_BYTES), b"YQ== 256"], "not 0 to 255"),
+        ([*lines_of(SINGLE_BYTES), b"dGhl 255"], "must be 0 to 256"),
+        ([*lines_of(SINGLE_BYTES), b"dGhl 300"], "must be 0 to 256"),
+        ([*lines_of(SINGLE_BYTES), b"YQ== 256"], "must be 0 to 255"),
         (lines_of([*SINGLE_BYTES[1:], b"the"]), "256 single bytes"),
         (lines_of([*SINGLE_BYTES, b""]), "line 257 is not a token in base64"),
     ],
-    ids=["empty", "no base64", "no rank", "rank no number", "rank twice", "gap", "token twice", "no zero", "no token"],
+    ids=[
+        "empty",
+        "not base64",
+        "no rank",
+        "rank not a number",
+        "rank twice",
+        "gap",
+        "token twice",
+        "no zero",
+        "no token",
+    ],
 )
-def test_a_broken_file_is_told(tmp_path, lines, said):
+def test_a_damaged_file_is_reported(tmp_path, lines, message):
     path = tmp_path / "broken.tiktoken"
     path.write_bytes(b"\n".join(lines))
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         load_tokenizer(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_missing_file_is_told(tmp_path):
+def test_a_missing_file_is_reported(tmp_path):
     with pytest.raises(UserError, match=r"none\.tiktoken cannot be read"):
         load_tokenizer(tmp_path / "none.tiktoken")
 
 
-def test_an_unknown_spec_is_told_with_the_known_ones():
+def test_an_unknown_spec_is_reported_with_the_known_ones():
     with pytest.raises(UserError, match=r"tokenizer=bert is unknown; choose byte, gpt2 or .*\.tiktoken"):
         load_tokenizer("bert")
 
 
 def test_gpt2_without_network_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})  # forgets what another test may have loaded
+    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})  # drop what another test may have loaded
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     for proxy in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # where nobody listens
+        monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # no server
     with pytest.raises(UserError, match=r"TIKTOKEN_CACHE_DIR.*\.tiktoken file"):
         load_tokenizer("gpt2")
