@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -129,15 +130,18 @@ def test_validation_windows_are_spread_evenly() -> None:
     assert spread_windows(3, 5).tolist() == spread_windows(3, None).tolist() == [0, 1, 2]
 
 
-def test_a_split_shorter_than_a_window_is_rejected(counting: shards.Tokens) -> None:
-    assert batches_of(counting, block_size=999).n_windows == 1
-    with pytest.raises(UserError, match="block_size=1000 needs 1001 tokens"):
-        batches_of(counting, block_size=1000)
+def test_a_split_shorter_than_a_window_is_rejected(tmp_path: Path) -> None:
+    val = open_corpus(write_corpus(tmp_path), "byte").val
+    assert batches_of(val, block_size=499).n_windows == 1
+    message = f"block_size=500 needs 501 tokens, but a split of {tmp_path} has 500: use a smaller block_size"
+    with pytest.raises(UserError, match=re.escape(message)):
+        batches_of(val, block_size=500)
 
 
-def test_a_token_outside_the_vocabulary_is_reported(counting: shards.Tokens) -> None:
-    batches = Batches(counting, block_size=7, batch_size=100, seed=0, vocab_size=500)
-    with pytest.raises(UserError, match="vocabulary ends at 499"):
+def test_a_token_outside_the_vocabulary_is_reported(tmp_path: Path) -> None:
+    shards.write_shard(tmp_path / "train.bin", np.arange(1000, dtype=np.uint16))
+    batches = Batches(shards.open_split(tmp_path, "train"), block_size=7, batch_size=100, seed=0, vocab_size=500)
+    with pytest.raises(UserError, match=rf"^{re.escape(str(tmp_path))} holds token \d+, .*vocabulary ends at 499"):
         for step in range(10):
             batches.batch(step)
 
