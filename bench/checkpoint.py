@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ def main() -> None:
     optimizers[0].step()
     weights, tensors = model.state_dict(), optim.state_tensors(model, optimizers)
     folder = Path(tempfile.mkdtemp(dir=arguments.folder))
-    state = {"step": 0, "config": {}}
+    state: dict[str, Any] = {"step": 0, "config": {}}
     try:
         with checkpoint.Saver(folder / "background", keep_last=1, keep_every=None) as saver:
             steps = {
@@ -47,7 +48,8 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
     times = {name: values[1:] for name, values in times.items()}  # the first save allocates its copies
-    report = {"device": measure.device_name(), **{name: measure.summary(values) for name, values in times.items()}}
+    report: dict[str, Any] = {"device": measure.device_name()}
+    report |= {name: measure.summary(values) for name, values in times.items()}
     report["bytes"] = sum(tensor.nbytes for tensor in (*weights.values(), *tensors.values()))
     report["stall_of_waited_for"] = 1 + measure.overhead(times["stall"], times["waited for"])
     print(f"{report['device']}: {report['bytes'] / 1e9:.2f} GB")

@@ -242,7 +242,7 @@ def random_tokens(machine: Gpu | Interpreter, shape: tuple[int, ...], dtype: tor
 
 def check_gradients(machine: Gpu | Interpreter) -> list[dict[str, Any]]:
     """Before anything is timed: the gradient against float64, and that it comes out the same twice."""
-    checks = []
+    checks: list[dict[str, Any]] = []
     on_gpu = machine.device == "cuda"
     # (24, 512, 1600) takes more than one group
     shapes = [(2, 2, 3), (3, 300, 768), (2, 1024, 1600), (1, 129, 4096), (24, 512, 1600)] if on_gpu else [(1, 5, 3)]
@@ -289,7 +289,7 @@ def gpu_row(
     n_sequences, n_tokens, n_features = shape
     needed = 3 * n_sequences * n_tokens**2 * n_features  # FLOPs: N^2 F of the symmetric cosines, 2 N^2 F of H u
     median = {name: figures["median_ms"] for name, figures in times.items()}
-    row = {
+    row: dict[str, Any] = {
         "variant": variant,
         "shape": shape,
         "dtype": str(dtype).removeprefix("torch."),

@@ -13,7 +13,7 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def waited_for_a_core() -> float:
 
 
 def alternate(
-    steps: dict[str, Step], timer: Callable[[Step], float], rounds: int, warmup: int = 2
+    steps: Mapping[str, Step], timer: Callable[[Step], float], rounds: int, warmup: int = 2
 ) -> dict[str, list[float]]:
     """Milliseconds of each step, `rounds` of them, one of each in every round; `warmup` calls go before."""
     times: dict[str, list[float]] = {name: [] for name in steps}

@@ -29,21 +29,26 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from bench import measure
-from nanodisp import arguments, checkpoint, config, shards
+from nanodisp import cli, launch
+from nanodisp.config import Config
+from nanodisp.data import shards
 from nanodisp.errors import UserError
+from nanodisp.runs import checkpoint
 
 ROOT = Path(__file__).parent.parent
-SHORT = ("train.steps=24", "train.checkpoint_interval=2", "train.eval_interval=8", "train.eval_windows=8")
-SHORT += ("train.batch_size=4", "train.sample_tokens=0", "train.dtype=float32", "device=cpu")
+SHORT = (
+    *("train.steps=24", "train.checkpoint_interval=2", "train.eval_interval=8", "train.eval_windows=8"),
+    *("train.batch_size=4", "train.sample_tokens=0", "train.dtype=float32", "device=cpu"),
+)
 STEADY = ("optim.schedule=constant", "optim.warmup_steps=0")  # whatever the number of steps
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -173,7 +178,7 @@ def soak_mutations(folder: Path, n: int, rng: random.Random) -> dict[str, Any]:
         shards.write_shard(prepared / f"{split}_000000.bin", tokens)
         entries.append(shards.describe_shard(prepared / f"{split}_000000.bin", split))
     shards.Manifest("byte", 257, "soak", {}, entries).save(prepared)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config.Config())))
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(Config())))
     np.save(prepared / "other_val.npy", tokens)
 
     def read_checkpoint() -> bool:
@@ -193,9 +198,10 @@ def soak_mutations(folder: Path, n: int, rng: random.Random) -> dict[str, Any]:
 
     def read_config() -> bool:
         try:
-            config.check(OmegaConf.merge(OmegaConf.structured(config.Config()), OmegaConf.load(folder / "config.yaml")))
+            read = OmegaConf.merge(OmegaConf.structured(Config()), OmegaConf.load(folder / "config.yaml"))
+            launch.check(cast(DictConfig, read))
         except (OmegaConfBaseException, YAMLError, ValueError) as error:  # as Hydra's composition gives them
-            raise UserError(config.explain(error)) from error
+            raise UserError(launch.explain(error)) from error
         return True
 
     files: list[tuple[Path, Callable[[], bool]]] = [
@@ -228,7 +234,7 @@ def soak_mutations(folder: Path, n: int, rng: random.Random) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> None:
-    soak = arguments.parse(SoakConfig, argv)
+    soak = cli.parse(SoakConfig, argv)
     rng = random.Random(soak.seed)
     report: dict[str, Any] = {"device": measure.device_name()}
     began = time.perf_counter()
@@ -255,4 +261,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    arguments.run(main)
+    cli.run(main)

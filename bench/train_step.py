@@ -201,13 +201,14 @@ def largest_batch(kind: str, *how: Any) -> int:
     """Of the powers of two and the numbers halfway between them, the largest with which two steps fit."""
     fits = 1
     for rows in sorted(2**k * half // 2 for k in range(1, 10) for half in (2, 3)):
+        step: Step | None = None
         try:
             step = training_step(kind, rows, *how)
             step(), step()
         except torch.OutOfMemoryError:
             break
         finally:
-            step = None
+            step = None  # its memory, before the next
             torch.compiler.reset()
             torch.cuda.empty_cache()
         fits = rows
@@ -246,10 +247,12 @@ def training_step(
         hardware.keep_memory()
     torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
     objective = Objective(recipe.model).to(device)
-    optimizers = optim.build_optimizers(objective.model, optim.OptimConfig(lr=1e-3))
+    config = optim.OptimConfig(lr=1e-3, schedule="constant", warmup_steps=0)
+    optimizers = optim.build_optimizers(objective.model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     if compiled:
         objective.compile(dynamic=False)
+    assert recipe.model.vocab_size is not None
     x, y = torch.randint(recipe.model.vocab_size, (2, rows, recipe.model.block_size), device=device)
     step = 0
 
@@ -263,9 +266,8 @@ def training_step(
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = objective(x, y, positions)
         loss.backward()
-        bad = ~optim.clip_gradients(objective.model, 1.0).isfinite()
-        optim.set_lr(optimizers, 1.0)
-        optim.update(optimizers, scaler, leave_out=bad)
+        optim.set_lr(optimizers, config, step, recipe.steps)
+        optim.update(optimizers, scaler, optim.clip_gradients(objective.model, optimizers, scaler, 1.0))
         for optimizer in optimizers:
             optimizer.zero_grad()
 
