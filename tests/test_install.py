@@ -1,0 +1,120 @@
+"""The wheel, installed into a folder of its own and used away from the clone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY, compose, write_corpus
+
+from nanodisp import __version__, launch
+from nanodisp.data import prepare
+from nanodisp.errors import UserError
+
+pytestmark = pytest.mark.slow
+
+BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+LOSS = """
+import torch, nanodisp
+print(nanodisp.__file__)
+print(nanodisp.DispersionLoss()(torch.eye(3)[None]).item())
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the built wheel in it, and nothing else."""
+    source, wheels, target = (tmp_path_factory.mktemp(name) for name in ("source", "wheels", "target"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "nanodisp", source / "nanodisp", ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run([sys.executable, "-c", BUILD, str(wheels)], cwd=source, check=True, capture_output=True, timeout=120)
+    (wheel,) = wheels.glob("*.whl")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index", "--no-deps"]
+    subprocess.run([*pip, "--target", str(target), str(wheel)], check=True, timeout=120)
+    return target
+
+
+@pytest.fixture(scope="module")
+def sweep_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one finished run, out/run."""
+    import train
+
+    folder = tmp_path_factory.mktemp("runs")
+    corpus = write_corpus(folder / "corpus")
+    settings = (*TINY, "train.steps=2", f"data.path={corpus}", f"out_dir={folder}/out", "run_name=run")
+    train.train(compose(*settings))
+    return folder / "out"
+
+
+@pytest.fixture
+def python(installed: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the interpreter in an empty folder, with the installed package before any other."""
+
+    def go(*arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        )
+
+    return go
+
+
+def test_the_wheel_has_the_version_of_the_package(installed):
+    assert (installed / f"nanodisp-{__version__}.dist-info").is_dir()
+
+
+def test_the_wheel_says_that_it_is_typed(installed):
+    assert (installed / "nanodisp" / "py.typed").is_file()
+
+
+def test_the_loss_is_imported_from_the_wheel_and_not_from_the_clone(python, installed):
+    file, loss = python("-c", LOSS).stdout.splitlines()
+    assert file == str(installed / "nanodisp" / "__init__.py")
+    assert float(loss) < 0
+
+
+def test_a_folder_of_runs_becomes_a_page(python, sweep_folder):
+    done = python("-m", "nanodisp.report", str(sweep_folder))
+    assert done.returncode == 0, done.stderr
+    assert "1 finished" in (sweep_folder / "report" / "index.html").read_text()
+    assert "1 finished" in (sweep_folder / "report" / "report.md").read_text()
+
+
+def test_a_run_is_exported_for_hugging_face(python, sweep_folder, tmp_path):
+    pytest.importorskip("tokenizers")
+    done = python("-m", "nanodisp.hf", "export", f"checkpoint={sweep_folder / 'run'}", "to=exported")
+    assert done.returncode == 0, done.stderr
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {f.name for f in (tmp_path / "exported").iterdir()}
+
+
+def test_condensation_is_measured_on_a_text(python, sweep_folder, tmp_path):
+    (tmp_path / "book.txt").write_text("Tokens of a text that is long enough for two windows. " * 4)
+    done = python("-m", "nanodisp.condensation", f"checkpoint={sweep_folder / 'run'}", "text=book.txt", "out=measured")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "measured" / "condensation.json").is_file()
+
+
+def test_a_command_without_arguments_says_in_one_line_what_it_needs(python):
+    done = python("-m", "nanodisp.evaluate")
+    assert (done.returncode, done.stderr) == (2, "error: checkpoint is missing: give it as checkpoint=…\n")
+
+
+def test_training_without_conf_says_in_one_line_that_it_needs_the_clone(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(launch, "CONF", tmp_path / "conf")
+    with pytest.raises(SystemExit) as stopped:
+        launch.main(print)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "needs a clone of nanodisp" in error and error.count("\n") == 1
+
+
+def test_preparing_data_without_its_script_says_that_it_needs_the_clone(monkeypatch, tmp_path):
+    monkeypatch.setattr(prepare, "DATA", tmp_path / "data")
+    with pytest.raises(UserError, match=r"^data\.name=pystdlib needs a clone of nanodisp"):
+        prepare.prepare(prepare.DataConfig())
