@@ -61,9 +61,7 @@ def main(task: Callable[[Config], None]) -> None:
 
     try:
         if not CONF.is_dir():
-            raise UserError(
-                f"training needs a clone of nanodisp, with its conf/ and data/: {CONF} does not exist"
-            )
+            raise UserError(f"training needs a clone of nanodisp, with its conf/ and data/: {CONF} does not exist")
         check_keys(sys.argv[1:])
         entry()
     except (UserError, HydraException, OmegaConfBaseException) as error:
