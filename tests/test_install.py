@@ -13,10 +13,10 @@ import pytest
 from conftest import ROOT, TINY, compose, write_corpus
 
 from nanodisp import __version__, launch
-from nanodisp.data import prepare
-from nanodisp.errors import UserError
 
 pytestmark = pytest.mark.slow
+
+Python = Callable[..., subprocess.CompletedProcess[str]]
 
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
 LOSS = """
@@ -53,7 +53,7 @@ def sweep_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def python(installed: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def python(installed: Path, tmp_path: Path) -> Python:
     """Run the interpreter in an empty folder, with the installed package before any other."""
 
     def go(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -65,56 +65,52 @@ def python(installed: Path, tmp_path: Path) -> Callable[..., subprocess.Complete
     return go
 
 
-def test_the_wheel_has_the_version_of_the_package(installed):
+def test_the_wheel_has_the_version_of_the_package(installed: Path) -> None:
     assert (installed / f"nanodisp-{__version__}.dist-info").is_dir()
 
 
-def test_the_wheel_says_that_it_is_typed(installed):
+def test_the_wheel_says_that_it_is_typed(installed: Path) -> None:
     assert (installed / "nanodisp" / "py.typed").is_file()
 
 
-def test_the_loss_is_imported_from_the_wheel_and_not_from_the_clone(python, installed):
+def test_the_loss_comes_from_the_wheel_and_not_from_the_clone(python: Python, installed: Path) -> None:
     file, loss = python("-c", LOSS).stdout.splitlines()
     assert file == str(installed / "nanodisp" / "__init__.py")
     assert float(loss) < 0
 
 
-def test_a_folder_of_runs_becomes_a_page(python, sweep_folder):
+def test_a_folder_of_runs_becomes_a_page(python: Python, sweep_folder: Path) -> None:
     done = python("-m", "nanodisp.report", str(sweep_folder))
     assert done.returncode == 0, done.stderr
     assert "1 finished" in (sweep_folder / "report" / "index.html").read_text()
     assert "1 finished" in (sweep_folder / "report" / "report.md").read_text()
 
 
-def test_a_run_is_exported_for_hugging_face(python, sweep_folder, tmp_path):
+def test_a_run_is_exported_for_hugging_face(python: Python, sweep_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
     done = python("-m", "nanodisp.hf", "export", f"checkpoint={sweep_folder / 'run'}", "to=exported")
     assert done.returncode == 0, done.stderr
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {f.name for f in (tmp_path / "exported").iterdir()}
 
 
-def test_condensation_is_measured_on_a_text(python, sweep_folder, tmp_path):
+def test_condensation_is_measured_on_a_text(python: Python, sweep_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("Tokens of a text that is long enough for two windows. " * 4)
     done = python("-m", "nanodisp.condensation", f"checkpoint={sweep_folder / 'run'}", "text=book.txt", "out=measured")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "measured" / "condensation.json").is_file()
 
 
-def test_a_command_without_arguments_says_in_one_line_what_it_needs(python):
+def test_a_command_without_arguments_says_what_it_needs(python: Python) -> None:
     done = python("-m", "nanodisp.evaluate")
     assert (done.returncode, done.stderr) == (2, "error: checkpoint is missing: give it as checkpoint=…\n")
 
 
-def test_training_without_conf_says_in_one_line_that_it_needs_the_clone(monkeypatch, tmp_path, capsys):
+def test_training_without_conf_says_that_it_needs_the_clone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(launch, "CONF", tmp_path / "conf")
     with pytest.raises(SystemExit) as stopped:
         launch.main(print)
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert "needs a clone of nanodisp" in error and error.count("\n") == 1
-
-
-def test_preparing_data_without_its_script_says_that_it_needs_the_clone(monkeypatch, tmp_path):
-    monkeypatch.setattr(prepare, "DATA", tmp_path / "data")
-    with pytest.raises(UserError, match=r"^data\.name=pystdlib needs a clone of nanodisp"):
-        prepare.prepare(prepare.DataConfig())
