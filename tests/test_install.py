@@ -102,7 +102,8 @@ def test_condensation_is_measured_on_a_text(python: Python, sweep_folder: Path, 
 
 def test_a_command_without_arguments_says_what_it_needs(python: Python) -> None:
     done = python("-m", "nanodisp.evaluate")
-    assert (done.returncode, done.stderr) == (2, "error: checkpoint is missing: give it as checkpoint=…\n")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: checkpoint ") and done.stderr.count("\n") == 1
 
 
 def test_training_without_conf_says_that_it_needs_the_clone(
