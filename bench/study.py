@@ -1,0 +1,178 @@
+"""The queue of the study: the jobs of docs/study/plan.md, in order of priority.
+
+    python -m bench.study run --corpus <folder of the English corpus>   # one worker, one thread; again to resume
+    python -m bench.study list                                          # every job that is known now, and its state
+    python -m bench.study records                                       # finished runs -> docs/study/records/*.jsonl
+
+Each job of `bench.study_plan` is one `python train.py` under out/study/. Runs that stand in docs/study/records/ are
+finished, even if their folders are on another machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from bench.measure import device_name
+from bench.study_plan import Losses, Size, jobs
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "docs" / "study" / "records"
+EXITED_EARLY = 75  # train.py was asked to stop and has saved
+
+
+# --- running ---------------------------------------------------------------------------------
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run's metrics.jsonl; a last line that is cut off is left out."""
+    file, records = folder / "metrics.jsonl", []
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def final_loss(folder: Path) -> float | None:
+    """The validation loss of a finished run, infinite where it diverged; None for a run that is not finished."""
+    error = folder / "error.txt"
+    if error.is_file() and "not finite" in error.read_text():
+        return math.inf
+    if not (folder / "config.yaml").is_file():
+        return None
+    config = OmegaConf.load(folder / "config.yaml")
+    total = math.ceil(config.train.tokens / (config.train.batch_size * config.model.block_size))
+    last = [r for r in read_metrics(folder) if r["split"] == "val" and r["step"] >= total]
+    saved = (folder / "checkpoints" / f"step_{total:08d}").is_dir()
+    return (math.inf if last[-1]["loss"] is None else last[-1]["loss"]) if last and saved else None
+
+
+def known_losses(out: Path) -> Losses:
+    """Of the runs that are recorded, and of those in `out`."""
+    losses: Losses = {}
+    for file in sorted(RECORDS.glob("*.jsonl")):
+        for record in map(json.loads, file.read_text().splitlines()):
+            losses[record["name"]] = math.inf if record["loss"] is None else record["loss"]
+    for folder in sorted(out.glob("*/")):
+        if (loss := final_loss(folder)) is not None:
+            losses[folder.name] = loss
+    return losses
+
+
+def work(out: Path, corpus: Path) -> None:
+    """Run job after job until none is left; a job that fails is left for the next call."""
+    os.nice(19)
+    failed: set[str] = set()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    about = {"machine": device_name().partition(",")[0], "torch": torch.__version__, "code": revision}
+    while True:
+        losses = known_losses(out)
+        left = (j for j in jobs(losses, str(corpus)) if j.name not in losses and j.name not in failed)
+        todo = next((j for j in left if j.needs is None or (out / j.needs / "checkpoints").is_dir()), None)
+        if todo is None:
+            print(f"nothing left to run; failed: {', '.join(sorted(failed)) or 'none'}", flush=True)
+            return
+        folder = out / todo.name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "machine.json").write_text(json.dumps(about))
+        path = [] if "data=pystdlib" in todo.overrides else [f"data.path={corpus}"]
+        print(f"--- {todo.name}", flush=True)
+        with (folder / "log.txt").open("a") as log:
+            command = [sys.executable, "train.py", *todo.overrides, *path, f"run_name={todo.name}"]
+            code = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log).returncode
+        if code == EXITED_EARLY:
+            return
+        if code != 0:
+            failed.add(todo.name)
+        print(f"    exit code {code}, loss {final_loss(folder)}", flush=True)
+
+
+# --- records ---------------------------------------------------------------------------------
+
+
+def compact(record: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    """Some keys of a metrics record, with floats rounded."""
+
+    def shorten(value: Any) -> Any:
+        if isinstance(value, list):
+            return [shorten(item) for item in value]
+        return round(value, 6 if abs(value) > 1 else 5) if isinstance(value, float) else value
+
+    return {key: shorten(record[key]) for key in keys if record.get(key) is not None}
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    """Everything about a finished run that the report needs, without paths."""
+    config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    for key in ("wandb", "out_dir", "run_name", "device", "resume", "dry_run", "tensorboard"):
+        config.pop(key, None)
+    for key in ("path", "folder"):
+        config["data"].pop(key, None)
+    config["data"]["tokenizer"] = Path(config["data"]["tokenizer"]).name
+    for section, key in ((config, "init_from"), (config["intervention"], "teacher")):
+        section[key] = section[key] and Path(section[key]).name
+    metrics = read_metrics(folder)
+    validations = [r for r in metrics if r["split"] == "val"]
+    model = config["model"]
+    size = Size(model["n_layer"], model["n_embd"], model["n_head"])
+    about = json.loads((folder / "machine.json").read_text())
+    train = ("step", "loss", "dispersion", "grad_norm", "tokens_per_second")
+    return {
+        **{"name": folder.name, "design": folder.name.partition("-")[0], "loss": validations[-1]["loss"]},
+        **{"non_embedding": size.non_embedding, "parameters": size.total(model["vocab_size"])},
+        **{"seconds": validations[-1]["seconds"], **about},
+        "val": [compact(r, ("step", "loss", "bpb", "mean_cosine")) for r in validations],
+        "train": [compact(r, train) for r in metrics if r["split"] == "train"],
+        "condensation": [compact(r, ("step", "mean_cosine")) for r in metrics if r["split"] == "condensation"],
+        "config": config,
+    }
+
+
+def write_records(out: Path) -> None:
+    """Add the finished runs of `out` to the records, one file for each design."""
+    by_design: dict[str, dict[str, str]] = {}
+    for file in RECORDS.glob("*.jsonl"):
+        for line in file.read_text().splitlines():
+            by_design.setdefault(file.stem, {})[json.loads(line)["name"]] = line
+    for folder in sorted(out.glob("*/")):
+        if final_loss(folder) not in (None, math.inf):
+            record = record_of(folder)
+            by_design.setdefault(record["design"], {})[folder.name] = json.dumps(record, separators=(",", ":"))
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    for design, lines in sorted(by_design.items()):
+        (RECORDS / f"{design}.jsonl").write_text("".join(lines[name] + "\n" for name in sorted(lines)))
+        print(f"{design}: {len(lines)} runs")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("run", "list", "records"))
+    parser.add_argument("--corpus", type=Path, help="the folder of the English corpus, for run")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "study", help="the runs, for list and records")
+    arguments = parser.parse_args()
+    if arguments.action == "run":
+        if arguments.corpus is None:
+            parser.error("run needs --corpus, the folder of the English corpus")
+        work(arguments.out, arguments.corpus.resolve())
+    elif arguments.action == "records":
+        write_records(arguments.out)
+    else:
+        losses = known_losses(arguments.out)
+        for name in dict.fromkeys(j.name for j in jobs(losses)):
+            print(f"{name:40} {losses.get(name, 'to do')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""The jobs of docs/study/plan.md, in order of priority; `bench.study` runs them.
+
+Learning rates are chosen by earlier runs, so the list is computed from the losses of what is finished. A job whose
+rate is not known yet is not listed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+BLOCK_SIZE, VOCABULARY, TOKENS_PER_PARAMETER = 256, 4096, 20
+PRIMARY = (0.0, 0.1)  # lambda
+SECONDARY = (0.03, 0.3)
+FIRST_GRID, SMALLEST, LARGEST = (0.5, 1.0, 2.0, 4.0), 0.25, 16.0  # multiples of 0.384 / width
+
+
+@dataclass(frozen=True)
+class Size:
+    """Layers, width, heads and sequences per step of one rung of the ladder."""
+
+    n_layer: int
+    n_embd: int
+    n_head: int
+    batch_size: int = 8
+
+    @property
+    def non_embedding(self) -> int:
+        """Parameters but the token and position embeddings: matrices, biases, LayerNorms."""
+        return self.n_layer * (12 * self.n_embd**2 + 13 * self.n_embd) + 2 * self.n_embd
+
+    def total(self, vocab_size: int) -> int:
+        return self.non_embedding + (vocab_size + BLOCK_SIZE) * self.n_embd
+
+
+SIZES = {
+    "77k": Size(2, 56, 2),
+    "150k": Size(3, 64, 2),
+    "312k": Size(4, 80, 2),
+    "671k": Size(6, 96, 3),
+    "1.19M": Size(6, 128, 4, batch_size=16),
+    "2.47M": Size(8, 160, 5, batch_size=16),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run: its name (design-size-arm-seed), its overrides of train.py, and a run whose weights it begins with."""
+
+    name: str
+    overrides: tuple[str, ...]
+    needs: str | None = None
+
+
+Losses = dict[str, float]  # name of a finished run -> its last validation loss; infinite for a run that diverged
+
+
+def jobs(losses: Losses, corpus: str = "<corpus>") -> Iterator[Job]:
+    """All jobs that can be named now, most important first; a job may be named twice."""
+    yield from search("77k", 0.0, losses)[0]
+    yield from ladder("77k", PRIMARY, 1, 4, losses)
+    yield from search("150k", 0.0, losses)[0]
+    yield from ladder("150k", PRIMARY, 1, 4, losses)
+    yield from ladder("77k", SECONDARY, 1, 3, losses)
+    yield from ladder("150k", SECONDARY, 1, 3, losses)
+    yield from search("312k", 0.0, losses)[0]
+    yield from ladder("312k", PRIMARY, 1, 2, losses)
+    yield from search("77k", 0.1, losses)[0]
+    yield from ladder("77k", PRIMARY, 5, 10, losses)
+    yield from ladder("150k", PRIMARY, 5, 10, losses)
+    yield from search("150k", 0.1, losses)[0]
+    yield from tuned(losses)
+    yield from ladder("312k", PRIMARY, 3, 6, losses)
+    yield from ladder("671k", PRIMARY, 1, 2, losses)
+    yield from placements("150k", 1, 5, losses)
+    yield from text_and_tokenizer("150k", 1, 3, losses, corpus)
+    for size in ("77k", "150k"):
+        yield from ladder(size, PRIMARY, 11, 20, losses)
+        yield from ladder(size, SECONDARY, 4, 8, losses)
+    yield from budgets("150k", 1, 6, losses)
+    yield from regularisers("150k", 1, 6, losses)
+    yield from ladder("312k", PRIMARY, 7, 10, losses)
+    yield from ladder("312k", SECONDARY, 1, 3, losses)
+    yield from ladder("1.19M", PRIMARY, 1, 1, losses)
+    yield from ladder("671k", PRIMARY, 3, 5, losses)
+    yield from mid_training("312k", 1, 6, losses)
+    yield from distillation("671k", "150k", 1, 4, losses)
+    for size, primary, secondary in (("77k", 30, 12), ("150k", 30, 12), ("312k", 16, 6), ("671k", 8, 3)):
+        yield from ladder(size, PRIMARY, 1, primary, losses)
+        yield from ladder(size, SECONDARY, 1, secondary, losses)
+    yield from placements("150k", 6, 10, losses)
+    yield from text_and_tokenizer("150k", 4, 6, losses, corpus)
+    yield from budgets("150k", 7, 12, losses)
+    yield from ladder("1.19M", PRIMARY, 2, 4, losses)
+    yield from ladder("2.47M", PRIMARY, 1, 3, losses)
+
+
+def search(size: str, lam: float, losses: Losses) -> tuple[list[Job], float | None]:
+    """The search for a size's learning rate: runs that are still missing now, and the multiple once it is known."""
+
+    def run(multiple: float, seed: int) -> Job:
+        return job(f"lr-{size}-lam{lam:g}-x{multiple:g}", size, seed, multiple, [f"dispersion.lambda_disp={lam:g}"])
+
+    def missing(multiples: Iterable[float], seed: int) -> list[Job]:
+        return [run(m, seed) for m in multiples if run(m, seed).name not in losses]
+
+    def mean_loss(multiple: float, seeds: tuple[int, ...]) -> float:
+        return sum(losses[run(multiple, seed).name] for seed in seeds) / len(seeds)
+
+    if size in ("671k", "1.19M", "2.47M"):
+        return [], search("312k", lam, losses)[1]
+    if size == "312k":
+        centre = search("150k", lam, losses)[1]
+        grid = [centre / 2, centre, centre * 2] if centre else []
+        wanted = missing(grid, 101)
+        done = bool(grid) and not wanted
+        return wanted, min(grid, key=lambda m: mean_loss(m, (101,))) if done else None
+    grid = list(FIRST_GRID)
+    while not (wanted := missing(grid, 101)):
+        best = min(grid, key=lambda m: mean_loss(m, (101,)))
+        if best == grid[0] and best > SMALLEST:
+            grid.insert(0, best / 2)
+        elif best == grid[-1] and best < LARGEST:
+            grid.append(best * 2)
+        else:
+            break
+    if wanted:
+        return wanted, None
+    two = sorted(grid, key=lambda m: mean_loss(m, (101,)))[:2]
+    wanted = missing(two, 102)
+    return wanted, None if wanted else min(two, key=lambda m: mean_loss(m, (101, 102)))
+
+
+def job(arm: str, size: str, seed: int, multiple: float, extra: list[str], budget: float = TOKENS_PER_PARAMETER) -> Job:
+    """A run of `budget` tokens per non-embedding parameter; `extra` overrides come last and win."""
+    s = SIZES[size]
+    tokens = round(budget * s.non_embedding)
+    steps = math.ceil(tokens / (s.batch_size * BLOCK_SIZE))
+    overrides = (
+        *(
+            "data=english",
+            f"seed={seed}",
+            "device=cpu",
+            "out_dir=out/study",
+            f"optim.lr={multiple * 0.384 / s.n_embd:.6g}",
+        ),
+        *(f"model.n_layer={s.n_layer}", f"model.n_embd={s.n_embd}", f"model.n_head={s.n_head}"),
+        *(f"model.block_size={BLOCK_SIZE}", "optim.warmup_fraction=0.05"),
+        *(f"train.tokens={tokens}", f"train.batch_size={s.batch_size}", "train.dtype=float32", "train.compile=false"),
+        *("train.eval_windows=1024", f"train.eval_interval={math.ceil(steps / 2)}", "train.sample_tokens=0"),
+        *(f"train.condensation_interval={math.ceil(steps / 20)}", f"train.log_interval={math.ceil(steps / 20)}"),
+        *("train.checkpoint_interval=500", "train.keep_last=1"),
+    )
+    kept = [o for o in overrides if o.partition("=")[0] not in {e.partition("=")[0] for e in extra}]
+    return Job(f"{arm}-s{seed}", (*kept, *extra))
+
+
+def arms(
+    design: str, size: str, settings: dict[str, list[str]], first: int, last: int, losses: Losses, budget: float = 20
+) -> Iterator[Job]:
+    """Every arm with the seeds first to last, seed by seed, at the rate found for lambda 0; none before it is known."""
+    multiple = search(size, 0.0, losses)[1]
+    for seed in range(first, last + 1) if multiple else ():
+        for arm, extra in settings.items():
+            yield job(f"{design}-{size}-{arm}", size, seed, multiple or 1.0, extra, budget)
+
+
+def at(lam: float, *others: str) -> list[str]:
+    return [f"dispersion.lambda_disp={lam:g}", *others]
+
+
+def ladder(size: str, lambdas: tuple[float, ...], first: int, last: int, losses: Losses) -> Iterator[Job]:
+    yield from arms("a", size, {f"lam{lam:g}": at(lam) for lam in lambdas}, first, last, losses)
+
+
+def tuned(losses: Losses) -> Iterator[Job]:
+    """Lambda 0.1 at its own learning rate, where that is another one than lambda 0's."""
+    for size in ("77k", "150k"):
+        multiple = search(size, 0.1, losses)[1]
+        if multiple and multiple != search(size, 0.0, losses)[1]:
+            yield from (job(f"tuned-{size}-lam0.1", size, seed, multiple, at(0.1)) for seed in range(1, 9))
+
+
+def budgets(size: str, first: int, last: int, losses: Losses) -> Iterator[Job]:
+    for tokens in (5, 80):
+        stop = last if tokens == 5 else min(last, 6)
+        settings = {f"{tokens}x-lam{lam:g}": at(lam) for lam in PRIMARY}
+        yield from arms("b", size, settings, first, stop, losses, tokens)
+
+
+def placements(size: str, first: int, last: int, losses: Losses) -> Iterator[Job]:
+    settings = {
+        "late": at(0.1, "dispersion.layers=last_half"),
+        "last": at(0.1, "dispersion.layers=last"),
+        "warmup": at(0.1, "dispersion.schedule=linear"),
+        "decay": at(0.1, "dispersion.schedule=cosine"),
+    }
+    yield from arms("c", size, settings, first, last, losses)
+
+
+def regularisers(size: str, first: int, last: int, losses: Losses) -> Iterator[Job]:
+    """Dropout and weight decay, alone and with dispersion; the rivals of design (f) follow once they are calibrated."""
+    plain = {"dropout": "model.dropout=0.1", "decay0.3": "optim.weight_decay=0.3"}
+    settings = {f"{name}-lam{lam:g}": at(lam, override) for name, override in plain.items() for lam in PRIMARY}
+    yield from arms("f", size, settings, first, last, losses)
+
+
+def text_and_tokenizer(size: str, first: int, last: int, losses: Losses, corpus: str) -> Iterator[Job]:
+    """English by bytes, Python's standard library by bytes and by the vocabulary; English by it is design (a)."""
+    texts = {
+        "english-bytes": ["data.tokenizer=byte"],
+        "python-bytes": ["data=pystdlib"],
+        "python-bpe": ["data=pystdlib", f"data.tokenizer={corpus}/bpe4096.tiktoken"],
+    }
+    settings = {f"{name}-lam{lam:g}": at(lam, *extra) for name, extra in texts.items() for lam in PRIMARY}
+    yield from arms("i", size, settings, first, last, losses)
+
+
+def mid_training(size: str, first: int, last: int, losses: Losses) -> Iterator[Job]:
+    """Models of design (a) without dispersion, trained further with and without, at a third of the rate."""
+    multiple = search(size, 0.0, losses)[1]
+    for seed in range(first, last + 1) if multiple else ():
+        source = f"a-{size}-lam0-s{seed}"
+        for lam in PRIMARY:
+            extra = at(lam, f"init_from=out/study/{source}")
+            further = job(f"g-{size}-lam{lam:g}", size, seed + 1000, (multiple or 1.0) / 3, extra, budget=5)
+            yield Job(further.name, further.overrides, needs=source)
+
+
+def distillation(teacher: str, student: str, first: int, last: int, losses: Losses) -> Iterator[Job]:
+    """Teachers of design (a) with and without dispersion, students with and without."""
+    for of_teacher in PRIMARY:
+        for lam in PRIMARY:
+            extra = at(lam, "intervention=distillation")
+            name = f"teacher{of_teacher:g}-lam{lam:g}"
+            for one in arms("h", student, {name: extra}, first, last, losses):
+                source = f"a-{teacher}-lam{of_teacher:g}-s{one.name.rpartition('-s')[2]}"
+                yield Job(one.name, (*one.overrides, f"intervention.teacher=out/study/{source}"), needs=source)
