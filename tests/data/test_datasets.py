@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
-from test_prepare import config, documents_of, files_of, write_jsonl
+from test_prepare import config, documents_of, files_of, write_jsonl, write_ranks
 
 from nanodisp.data.prepare import CONF, DATA, DataConfig, prepare
 from nanodisp.data.shards import open_split, verify
@@ -55,6 +55,22 @@ def test_shakespeare_without_a_network_is_reported(tmp_path):
     with pytest.raises(UserError, match="cannot be downloaded"):
         script("shakespeare").prepare(config(tmp_path), (tmp_path / "none").as_uri())
     assert not (tmp_path / "prepared").exists()
+
+
+def test_english_is_four_files_with_a_vocabulary_beside_them(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    prepare_english, folder = script("english"), tmp_path / "english"
+    folder.mkdir()
+    write_ranks(folder / "bpe4096.tiktoken")
+    values = config(tmp_path, folder, tokenizer="bpe4096.tiktoken", val_fraction=0.25)
+    with pytest.raises(UserError, match=r"lacks docs\.parquet, fiction\.parquet"):
+        prepare_english.prepare(values)
+    for name in (*prepare_english.FILES, "other.parquet"):
+        parquet.write_table(arrow.table({"text": [f"{name} {i}" for i in range(2)]}), folder / name)
+    prepared = prepare_english.prepare(values)
+    assert documents_of(prepared, "val") == ["docs.parquet 0", "stories.parquet 0"]
+    assert len(documents_of(prepared, "train")) == 6
+    assert (prepared / "bpe4096.tiktoken").is_file()
 
 
 @pytest.fixture

@@ -1,0 +1,47 @@
+"""The jobs of the study: rates are chosen before they are used, and pairs differ in lambda alone."""
+
+import math
+
+import pytest
+
+from bench.study_plan import Job, jobs, search
+
+
+def run_all(loss_of):
+    """Finish all jobs, each with the loss that `loss_of` gives it, until they name no further ones; jobs and losses."""
+    losses, done = {}, {}
+    while todo := [job for job in jobs(losses) if job.name not in losses]:
+        done |= {job.name: job for job in todo}
+        losses |= {job.name: loss_of(job) for job in todo}
+        assert len(done) < 1000
+    return done, losses
+
+
+def value(job, key):
+    return next(o.partition("=")[2] for o in job.overrides if o.partition("=")[0] == key)
+
+
+@pytest.mark.parametrize(("best", "chosen"), [(0.024, 4.0), (0.0015, 0.25)])
+def test_the_rate_is_searched_beyond_the_grid_and_then_used(best, chosen):
+    done, losses = run_all(lambda job: 5 + abs(math.log(float(value(job, "optim.lr")) / best)))
+    assert search("150k", 0.0, losses)[1] == chosen
+    assert float(value(done["a-150k-lam0.1-s7"], "optim.lr")) == pytest.approx(chosen * 0.384 / 64)
+    assert not any(name.startswith("tuned") for name in done)  # the same rate is the best for both lambdas
+
+
+def test_the_runs_of_a_pair_differ_in_lambda_alone():
+    done, _ = run_all(lambda job: 5.0)
+    treated = {name: job for name, job in done.items() if "lam0.1" in name and not name.startswith(("lr", "tuned"))}
+    assert len(treated) > 150
+    for name, job in treated.items():
+        pair = done[name.replace("lam0.1", "lam0")]
+        assert {o for o in job.overrides if o not in pair.overrides} == {"dispersion.lambda_disp=0.1"}
+        assert value(job, "seed") == value(pair, "seed")
+
+
+def test_a_name_means_one_configuration():
+    seen: dict[str, Job] = {}
+    _, losses = run_all(lambda job: 5.0)
+    for known in ({}, losses):
+        for job in jobs(known):
+            assert seen.setdefault(job.name, job) == job
