@@ -64,11 +64,12 @@ def jobs(losses: Losses, corpus: str = "<corpus>") -> Iterator[Job]:
     yield from ladder("150k", PRIMARY, 1, 4, losses)
     yield from ladder("77k", SECONDARY, 1, 3, losses)
     yield from ladder("150k", SECONDARY, 1, 3, losses)
+    yield from ladder("77k", PRIMARY, 5, 10, losses)
+    yield from search("77k", 0.1, losses)[0]
+    yield from ladder("150k", PRIMARY, 5, 8, losses)
     yield from search("312k", 0.0, losses)[0]
     yield from ladder("312k", PRIMARY, 1, 2, losses)
-    yield from search("77k", 0.1, losses)[0]
-    yield from ladder("77k", PRIMARY, 5, 10, losses)
-    yield from ladder("150k", PRIMARY, 5, 10, losses)
+    yield from ladder("150k", PRIMARY, 9, 10, losses)
     yield from search("150k", 0.1, losses)[0]
     yield from tuned(losses)
     yield from ladder("312k", PRIMARY, 3, 6, losses)
