@@ -63,9 +63,10 @@ def jobs(losses: Losses, corpus: str = "<corpus>") -> Iterator[Job]:
     yield from search("150k", 0.0, losses)[0]
     yield from ladder("150k", PRIMARY, 1, 4, losses)
     yield from ladder("77k", SECONDARY, 1, 3, losses)
+    yield from placements("77k", 1, 3, losses)
+    yield from search("77k", 0.1, losses)[0]
     yield from ladder("150k", SECONDARY, 1, 3, losses)
     yield from ladder("77k", PRIMARY, 5, 10, losses)
-    yield from search("77k", 0.1, losses)[0]
     yield from ladder("150k", PRIMARY, 5, 8, losses)
     yield from search("312k", 0.0, losses)[0]
     yield from ladder("312k", PRIMARY, 1, 2, losses)
@@ -80,6 +81,7 @@ def jobs(losses: Losses, corpus: str = "<corpus>") -> Iterator[Job]:
         yield from ladder(size, PRIMARY, 11, 20, losses)
         yield from ladder(size, SECONDARY, 4, 8, losses)
     yield from budgets("150k", 1, 6, losses)
+    yield from budgets("77k", 1, 4, losses)
     yield from regularisers("150k", 1, 6, losses)
     yield from ladder("312k", PRIMARY, 7, 10, losses)
     yield from ladder("312k", SECONDARY, 1, 3, losses)
