@@ -99,6 +99,7 @@ def test_windows_computed_together_equal_those_computed_one_by_one(
 def test_any_number_of_ranks_sees_the_same_global_batch(counting: shards.Tokens, world_size: int) -> None:
     batches = batches_of(counting)
     parts = [batches.batch(3, rank, world_size)[0] for rank in range(world_size)]
+    assert [len(part) for part in parts] == [12 // world_size] * world_size
     assert torch.equal(torch.cat(parts), batches.batch(3)[0])
 
 
