@@ -363,7 +363,7 @@ def test_a_missing_tokenizer_file_is_reported(tmp_path):
 
 def test_an_unknown_data_set_is_reported_with_the_known_ones(tmp_path):
     assert_rejected(
-        config(tmp_path, name="pile"), "data.name=pile is unknown; choose one of fineweb10B, .*text, wikitext103"
+        config(tmp_path, name="pile"), "data.name=pile is unknown; choose one of .*fineweb10B, .*text, .*shards"
     )
 
 
