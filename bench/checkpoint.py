@@ -1,4 +1,4 @@
-"""Times what a checkpoint takes from training: in the background, against one that is waited for.
+"""Times how long a checkpoint keeps training waiting: saved in the background, and not in the background.
 
     python -m bench.checkpoint                  # GPT-2 124M with AdamW's state, 1.5 GB
     python -m bench.checkpoint --folder /data   # on another disk

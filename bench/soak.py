@@ -1,15 +1,16 @@
-"""What a run survives, tried: `make soak`.
+"""Tests what a run survives: `make soak`.
 
-    python -m bench.soak                # all of it
+    python -m bench.soak                # everything
     python -m bench.soak kills=5        # fewer kills: also ranks=, mutations=
 
-- kills: runs of the default model, killed with SIGKILL again and again at random moments, every third time while a
-  checkpoint is being written, and started again until they are done. Their final weights are compared
-  with those of a run that was left alone.
-- ranks: one run over 2, 1, 4 and 2 ranks, half of it with FSDP, against the loss curve of one rank; and a run of four
-  ranks under `torchrun --max-restarts` of which one is killed three times, against four that are not.
-- mutations: checkpoints, shards, manifests and configurations with bytes changed, cut off or doubled, each
-  read as training reads it: an error with a message, or what was written.
+- kills: runs of the default model, killed repeatedly with SIGKILL at random moments, every third time while a
+  checkpoint is being written, and started again until they are complete. Their final weights and losses must equal
+  those of an uninterrupted run.
+- ranks: one run on 2, 1, 4 and 2 ranks in turn, half of it with FSDP, compared with the loss curve of one rank; and a
+  run of four ranks under `torchrun --max-restarts` of which one is killed three times, compared with an uninterrupted
+  one.
+- mutations: checkpoints, shards, manifests and configurations with bytes changed, cut off or doubled, each read as
+  training reads it: the result must be an error with a message, or the original content.
 
 Figures go to bench/results/soak-<machine>.json. Everything random is drawn from one seed.
 """
@@ -49,13 +50,13 @@ SHORT = (
     *("train.steps=24", "train.checkpoint_interval=2", "train.eval_interval=8", "train.eval_windows=8"),
     *("train.batch_size=4", "train.sample_tokens=0", "train.dtype=float32", "device=cpu"),
 )
-STEADY = ("optim.schedule=constant", "optim.warmup_steps=0")  # whatever the number of steps
+STEADY = ("optim.schedule=constant", "optim.warmup_steps=0")  # the same for any number of steps
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @dataclass
 class SoakConfig:
-    """How much of each: see the head of this file. 0 leaves a part out."""
+    """How much of each, see the docstring of this file; 0 skips a part."""
 
     kills: int = 50
     ranks: int = 1
@@ -73,7 +74,7 @@ def start(folder: Path, name: str, *overrides: str, ranks: int = 1, restarts: in
 
 def run(folder: Path, name: str, *overrides: str, ranks: int = 1) -> Path:
     if start(folder, name, *overrides, ranks=ranks).wait() != 0:
-        raise SystemExit(f"a run that nothing happened to failed; see {folder / name}.log")
+        raise SystemExit(f"an uninterrupted run failed; see {folder / name}.log")
     return folder / name
 
 
@@ -166,7 +167,7 @@ def mutate(content: bytes, rng: random.Random) -> bytes:
 
 
 def soak_mutations(folder: Path, n: int, rng: random.Random) -> dict[str, Any]:
-    """Outcomes by kind of file. Anything but a UserError or what was written ends the soak with a traceback."""
+    """Outcomes by kind of file. An exception other than UserError ends the soak with a traceback."""
     torch.manual_seed(0)
     tensors = {"wte.weight": torch.randn(7, 5), "ln_f.weight": torch.randn(5)}
     saved = checkpoint.save(folder / "run", tensors, tensors, {"step": 3, "seconds": 1.0, "config": {"seed": 1}})
@@ -193,7 +194,7 @@ def soak_mutations(folder: Path, n: int, rng: random.Random) -> dict[str, Any]:
         return bool((split.read(0, len(tokens)) == tokens).all())
 
     def read_npy() -> bool:
-        read = shards.read_shard(prepared / "other_val.npy")  # no sum beside it: other tokens can not be told
+        read = shards.read_shard(prepared / "other_val.npy")  # no checksum: changed tokens go unnoticed
         return read.ndim == 1 and len(read) <= 4 * len(tokens)
 
     def read_config() -> bool:
@@ -223,7 +224,7 @@ def soak_mutations(folder: Path, n: int, rng: random.Random) -> dict[str, Any]:
         try:
             outcome = "as written" if read() else "SILENTLY WRONG"
         except UserError as error:
-            outcome = "refused" if str(error).strip() else "REFUSED WITHOUT A WORD"
+            outcome = "rejected" if str(error).strip() else "REJECTED WITHOUT A REASON"
         slowest = max(slowest, time.perf_counter() - began)
         outcomes[path.name][outcome] += 1
         path.write_bytes(content)
@@ -254,7 +255,7 @@ def main(argv: Sequence[str]) -> None:
         missed = missed or not report["ranks"]["finished"] or not max(errors) <= 1e-5
     if soak.mutations:
         outcomes = report["mutations"]["outcomes"].values()
-        missed = missed or any(name not in ("refused", "as written") for counts in outcomes for name in counts)
+        missed = missed or any(name not in ("rejected", "as written") for counts in outcomes for name in counts)
     measure.write("soak", report)
     if missed:
         raise SystemExit("something did not survive: see above")
