@@ -5,7 +5,7 @@ different tokens of the same sequence. u = z / (|z| + 0.01) is a token's directi
 tokens, D_ij = arccos(c_ij) / pi their angle. A formula returns one loss per sequence, ``[B]``.
 
 Formulas of cosines are exact enough in float32. The others use float64 inside: exp(-|z_i - z_j|^2) of distances in
-the hundreds loses four of float32's seven digits, and so does the standard deviation of nearly equal numbers.
+the hundreds loses four of float32's seven digits, as does the standard deviation of nearly equal numbers.
 
 Sources: Liu et al., "Dispersion Loss Counteracts Embedding Condensation and Improves Generalization in Small Language
 Models", arXiv 2602.00217; Wang & He, "Diffuse and Disperse", arXiv 2506.09027; the other formulas name theirs.
@@ -31,19 +31,19 @@ def angular(z: Tensor, tau: float) -> Tensor:
 
 
 def cosine(z: Tensor, tau: float) -> Tensor:
-    """log( mean_{i!=j} exp(c_ij / tau) ), arXiv 2506.09027 with the diagonal left out."""
+    """log( mean_{i!=j} exp(c_ij / tau) ), arXiv 2506.09027 without the diagonal."""
     return _log_mean_exp_of_pairs(_cosines(z) / tau)
 
 
 def orthogonalization(z: Tensor, tau: float) -> Tensor:
-    """mean_{i!=j} max(0, 1/2 - D_ij)^2: only acute angles cost. arXiv 2602.00217."""
+    """mean_{i!=j} max(0, 1/2 - D_ij)^2: penalises acute angles only. arXiv 2602.00217."""
     return _mean_of_pairs((0.5 - _angles(z)).clamp(min=0).square())
 
 
 def decorrelation(z: Tensor, tau: float) -> Tensor:
     """mean_{i!=j} Cov_ij^2, Cov = Z Z^T / (F - 1), rows of Z standardised. arXiv 2602.00217.
 
-    A row without variance (all features equal) has no correlation: it counts as zeros.
+    A row with zero variance (all features equal) has no correlation and is treated as zeros.
     """
     z = z.double()
     n_features = z.size(-1)
@@ -56,7 +56,7 @@ def decorrelation(z: Tensor, tau: float) -> Tensor:
 def l2_repel(z: Tensor, tau: float) -> Tensor:
     """log( mean_{i!=j} exp(-|z_i - z_j|^2 / tau) ) + 0.1 mean(z^2), arXiv 2602.00217.
 
-    The second term keeps the norms from growing without end.
+    The second term keeps the norms from growing without bound.
     """
     z = z.double()
     return _log_mean_exp_of_pairs(-_squared_distances(z) / tau) + L2_PENALTY * z.square().mean(dim=(1, 2))
@@ -80,7 +80,7 @@ def variance(z: Tensor, tau: float) -> Tensor:
 def logdet(z: Tensor, tau: float) -> Tensor:
     """-1/(2F) logdet( I + F/(N tau^2) U^T U ): the coding rate of arXiv 2006.08558, negated.
 
-    U^T U [F, F] and U U^T [N, N] give the same determinant; the smaller one is taken.
+    U^T U [F, F] and U U^T [N, N] give the same determinant; the smaller one is used.
     """
     _, n_tokens, n_features = z.shape
     u = _directions(z.double())
@@ -102,7 +102,7 @@ VARIANTS: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
-# --- what the formulas are made of -----------------------------------------------------
+# --- building blocks of the formulas ---------------------------------------------------
 
 
 def _directions(z: Tensor) -> Tensor:
@@ -115,10 +115,10 @@ def _cosines(z: Tensor) -> Tensor:
 
 
 def _angles(z: Tensor) -> Tensor:
-    """D = arccos(c) / pi with c clamped in value but not in slope, [B, N, N].
+    """D = arccos(c) / pi, [B, N, N], with c clamped in value but not in gradient.
 
-    Outside the band the gradient is the edge's: nearly parallel tokens, where plain
-    clamping would give none and arccos an infinite one, must still be pushed apart.
+    Outside the band the gradient is that at its edge: nearly parallel tokens must still be pushed apart, where plain
+    clamping would give no gradient and arccos an infinite one.
     """
     c = _cosines(z)
     clamped = c + (c.clamp(-1 + COSINE_MARGIN, 1 - COSINE_MARGIN) - c).detach()
@@ -126,7 +126,7 @@ def _angles(z: Tensor) -> Tensor:
 
 
 def _squared_distances(z: Tensor) -> Tensor:
-    """|z_i - z_j|^2 = |z_i|^2 + |z_j|^2 - 2 z_i . z_j; cancels, so z should be float64."""
+    """|z_i - z_j|^2 = |z_i|^2 + |z_j|^2 - 2 z_i . z_j; it cancels, so z should be float64."""
     squared_norm = z.square().sum(dim=-1)
     return squared_norm[:, :, None] + squared_norm[:, None, :] - 2 * z @ z.mT
 

@@ -1,4 +1,4 @@
-"""`DispersionLoss`: a formula as a loss to minimise, by the fastest backend that can compute it."""
+"""`DispersionLoss`: a formula as a loss to minimise, computed by the fastest backend available."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ class DispersionLoss(nn.Module):
     Args:
         variant: a key of `VARIANTS`; "angular" is the paper's.
         tau: temperature, > 0 (unused by orthogonalization, decorrelation and variance).
-        backend: "reference" computes the formula as written below; "triton" (on a GPU) and "cpu" are
-            fused kernels of angular, orthogonalization and cosine, many times faster and smaller;
-            "auto" takes the fused kernel where there is one and the reference elsewhere. A fused loss
-            can be differentiated once: what needs second derivatives needs "reference".
+        backend: "reference" computes the formula as written in `formulas.py`; "triton" (on a GPU) and "cpu" are
+            fused kernels for angular, orthogonalization and cosine that need a fraction of the time and memory;
+            "auto" uses the fused kernel if it supports the input, else the reference. A fused loss can be
+            differentiated only once: second derivatives need "reference".
 
     Shapes:
         z ``[B, N, F]``, any floating dtype, N >= 2 -> scalar, float32 (float64 for float64
         z), the mean over B.
 
     Raises:
-        ValueError: unknown variant or backend, tau not positive, z not of that shape, or a backend
-            that cannot serve.
+        ValueError: unknown variant or backend, tau not positive, z of another shape, or a backend
+            that does not support the input.
     """
 
     def __init__(self, variant: str = "angular", tau: float = 1.0, backend: str = "auto") -> None:
@@ -57,10 +57,8 @@ class DispersionLoss(nn.Module):
 
 
 def check_backend(backend: str, variant: str, tau: float) -> None:
-    """Raises a ValueError for a backend that is unknown or, whatever the tensor, cannot serve."""
+    """Raises ValueError for a backend that is unknown, or that does not support variant and tau for any tensor."""
     if backend not in BACKENDS:
         raise ValueError(f"unknown dispersion backend {backend!r}; choose one of {', '.join(BACKENDS)}")
     if backend in ("triton", "cpu"):
-        reason = kernels.why_not(backend, variant, tau)
-        if reason is not None:
-            raise ValueError(f"backend={backend} cannot serve {reason}; use backend=auto or backend=reference")
+        kernels.require(backend, variant, tau)

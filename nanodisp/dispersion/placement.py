@@ -1,4 +1,4 @@
-"""The loss in training: which layers, which tokens, which weight."""
+"""Where the loss is applied in training: which layers, which tokens, which weight."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from .loss import check_backend
 
 @dataclass
 class DispersionConfig:
-    """The dispersion loss in training; 0 for `lambda_disp` turns it off.
+    """The dispersion loss in training; `lambda_disp` = 0 turns it off.
 
     variant: which formula, a key of `VARIANTS`.
-    lambda_disp: weight of the loss beside cross-entropy.
-    tau: temperature of the formulas that have one.
+    lambda_disp: weight of the loss, added to cross-entropy.
+    tau: temperature, for the formulas that have one.
     layers: "all" (every layer after the embedding), "last", "first_half", "last_half", or
         a list of indices into the model's hidden states (0 is the embedding output,
-        n_layer the last layer; negative ones count from the end).
-    max_tokens: tokens of a sequence that the loss looks at, drawn anew for every layer and
-        step, the same positions for all sequences; null for all.
+        n_layer the last layer; negative indices count from the end).
+    max_tokens: tokens per sequence that the loss uses, drawn again for every layer and step,
+        at the same positions in all sequences; null for all.
     schedule: `lambda_disp` over the run: "constant", "warmup" (linear from 0 over the first
         `warmup_fraction` of the steps, then constant) or "cosine" (decays to 0 at the end).
-    warmup_fraction: see `schedule`, as a share of all steps.
+    warmup_fraction: length of the warm-up as a fraction of all steps.
     backend: "auto", "reference", "triton" or "cpu"; see `DispersionLoss`.
     """
 
@@ -56,14 +56,14 @@ class DispersionConfig:
         if self.max_tokens is not None and self.max_tokens < 2:
             raise ValueError(f"dispersion.max_tokens={self.max_tokens}: a pair needs 2 tokens; null takes all")
         if not 0 < self.warmup_fraction <= 1:
-            raise ValueError(f"dispersion.warmup_fraction={self.warmup_fraction} must lie in (0, 1]")
+            raise ValueError(f"dispersion.warmup_fraction={self.warmup_fraction} must be in (0, 1]")
         check_backend(self.backend, self.variant, self.tau)
 
 
 def select_layers(layers: str | Sequence[int], n_layer: int) -> list[int]:
-    """Indices into a model's n_layer + 1 hidden states (0 is the embedding output).
+    """Sorted indices into a model's n_layer + 1 hidden states (0 is the embedding output).
 
-    Raises ValueError for a name or an index that the model does not have.
+    Raises ValueError for an unknown name or an index out of range.
     """
     named = {
         "all": range(1, n_layer + 1),
@@ -86,10 +86,10 @@ def select_layers(layers: str | Sequence[int], n_layer: int) -> list[int]:
 
 
 def sample_positions(seed: int, step: int, layers: Sequence[int], n_tokens: int, max_tokens: int | None) -> Tensor:
-    """Which tokens the loss looks at: int64 [len(layers), min(n_tokens, max_tokens)] on the CPU.
+    """Positions of the tokens that the loss uses: int64 [len(layers), min(n_tokens, max_tokens)] on the CPU.
 
-    A row is drawn without replacement by a generator that (seed, step, layer) alone decides,
-    and sorted, so that it is the same whichever other layers, ranks or micro-batches there are.
+    Each row is drawn without replacement by a generator seeded with (seed, step, layer) and sorted,
+    so it does not depend on the other layers, the ranks or the micro-batches.
     """
     if max_tokens is None or max_tokens >= n_tokens:
         return torch.arange(n_tokens).repeat(len(layers), 1)
@@ -117,5 +117,5 @@ SCHEDULES: dict[str, Callable[[float, float], float]] = {
 
 
 def lambda_at(config: DispersionConfig, step: int, total_steps: int) -> float:
-    """The weight of the loss at `step` (from 0) of `total_steps`, by the config's schedule."""
+    """The weight of the loss at `step` (from 0) of `total_steps`, following the config's schedule."""
     return config.lambda_disp * SCHEDULES[config.schedule](step / total_steps, config.warmup_fraction)

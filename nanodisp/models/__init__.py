@@ -1,1 +1,1 @@
-"""The models: a decoder, its cache, its output head, and what one does with a trained one."""
+"""The models: a decoder, its key-value cache and output head, generation and scoring."""

@@ -1,4 +1,4 @@
-"""Keys and values of earlier tokens, so that a new token costs one token's work."""
+"""The key-value cache: keys and values of earlier tokens, so that a new token costs one token's work."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SPAN = 256  # places, the smallest span of a cache that attention reads
+SPAN = 256  # positions, the smallest span of a cache that attention reads
 
 
 class Past(NamedTuple):
-    """One layer of a `KVCache`, and what its T new tokens are to do with it.
+    """One layer of a `KVCache`, and how T new tokens use it.
 
-    keys, values: [B, n_head, span, head_dim], all that is attended to, as views of the cache.
-    positions: int64 [T], where the new tokens go.
-    mask: bool [T, span], what each of them sees: the earlier ones and itself.
+    keys, values: [B, n_head, span, head_dim], views of the cache that attention reads.
+    positions: int64 [T], where the new tokens are written.
+    mask: bool [T, span], what each of them attends to: the earlier tokens and itself.
     """
 
     keys: Tensor
@@ -27,8 +27,8 @@ class Past(NamedTuple):
 class KVCache:
     """Keys and values of the tokens seen so far, for all layers: two [L, B, n_head, block_size, head_dim].
 
-    Attention goes over a span of places, the first power of two times `SPAN` that holds all tokens: a
-    short context does not pay for a long one, and a compiled block meets few shapes.
+    Attention reads a span of positions, the smallest power of two times `SPAN` that holds all tokens: a
+    short context does not pay for a long one, and a compiled block sees few shapes.
     """
 
     def __init__(
@@ -43,19 +43,19 @@ class KVCache:
         dtype: torch.dtype,
     ) -> None:
         shape = (n_layer, batch_size, n_head, block_size, head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # a weight of zero would not silence a NaN
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # zeros, because an attention weight of 0 times NaN is NaN
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.places = torch.arange(block_size, device=device)
-        self.length = 0  # tokens that every layer holds
+        self.positions = torch.arange(block_size, device=device)
+        self.length = 0  # tokens in every layer
 
     def append(self, n_tokens: int) -> list[Past]:
-        """Make room for further tokens, the same in every layer."""
+        """Reserve positions for n_tokens more tokens, the same in every layer."""
         start, self.length = self.length, self.length + n_tokens
         span = SPAN
         while span < self.length:
             span *= 2
-        positions = self.places[start : self.length]
-        mask = self.places[:span] <= positions[:, None]
+        positions = self.positions[start : self.length]
+        mask = self.positions[:span] <= positions[:, None]
         return [
             Past(self.keys[layer, :, :, :span], self.values[layer, :, :, :span], positions, mask)
             for layer in range(len(self.keys))

@@ -1,4 +1,4 @@
-"""Tokens from a model, one after the other."""
+"""Sampling tokens from a model, one at a time."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ def generate(
     top_p: float = 1.0,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Iterator[Tensor]:
-    """Continue `idx` (int64 [B, T], T >= 1), yielding one int64 [B] after the other.
+    """Continue `idx` (int64 [B, T], T >= 1), yielding the next tokens, int64 [B], one step at a time.
 
-    Positions are learned, so a full context can not slide: when it is full, the last half
-    of it is read anew and generation goes on from there.
+    Positions are learned, so a full context cannot slide: its last half is read again and
+    generation continues from there.
 
-    Args: temperature (0 is greedy), top_k (only the k likeliest tokens), top_p (only the
-    likeliest that together reach this probability), generator on the model's device, or one for
-    each of the B, whose draws then do not depend on the others.
+    Args:
+        temperature: divides the logits; 0 is greedy.
+        top_k: sample from the k likeliest tokens; None for all.
+        top_p: sample from the likeliest tokens that together reach this probability.
+        generator: on the model's device, or one per sequence, which makes each sequence's samples
+            independent of the others.
     """
     block_size = model.config.block_size
     cache = model.new_cache(idx.size(0))
@@ -51,7 +54,7 @@ def sample_token(
     top_p: float,
     generator: torch.Generator | Sequence[torch.Generator] | None,
 ) -> Tensor:
-    """Draw from logits [B, V]: int64 [B]; with B generators each row from its own."""
+    """Sample from logits [B, V]: int64 [B]; with B generators each row uses its own."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
@@ -60,7 +63,7 @@ def sample_token(
         logits = logits.masked_fill(logits < kth, -math.inf)
     if top_p < 1:
         likeliest, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-        beyond = likeliest.cumsum(dim=-1) - likeliest >= top_p  # all that comes after top_p is reached
+        beyond = likeliest.cumsum(dim=-1) - likeliest >= top_p  # tokens after top_p is reached
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
     probabilities = logits.softmax(dim=-1)
     if not isinstance(generator, Sequence):

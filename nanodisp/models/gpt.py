@@ -1,17 +1,17 @@
-"""GPT-2, as published: learned positions, pre-LayerNorm, GELU in its tanh form, tied embeddings.
+"""GPT-2, as published: learned positions, pre-LayerNorm, tanh-approximated GELU, tied embeddings.
 
-Radford et al., "Language Models are Unsupervised Multitask Learners" (2019). Modules carry
+Radford et al., "Language Models are Unsupervised Multitask Learners" (2019). Modules have
 GPT-2's own names (wte, wpe, h, ln_1, c_attn, ...), so a released checkpoint maps name by name.
 
-Three things differ from the plainest way to write it:
+Three things differ from the simplest implementation:
 
-- The vocabulary is padded to a multiple of 64, which matrix units like, and the padding can
-  not be predicted: its logits are -inf, so it gets neither probability nor gradient.
-- Hidden states can be asked for whole, or for a few tokens of a few layers only. A plain
-  gather of those would write a zero tensor as large as the layer in backward; `TakeTokens`
-  adds their gradient to the one that passes by anyway.
-- With a cache of keys and values a new token costs one token's work (`cache.py`). Their places are
-  tensors and their shapes few, so that one compiled block serves every layer and every token.
+- The vocabulary is padded to a multiple of 64, which matrix units need for full speed. The padding
+  is never predicted: its logits are -inf, so it gets neither probability nor gradient.
+- A forward pass returns complete hidden states, or only a few tokens of a few layers. A plain
+  gather of those would allocate a zero tensor as large as the layer in backward; `TakeTokens`
+  adds their gradient to the one that flows through the layer anyway.
+- With a key-value cache a new token costs one token's work (`cache.py`). Positions are tensors and
+  shapes are few, so that one compiled block is used for every layer and every token.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from nanodisp.models.head import linear_cross_entropy, linear_kl_divergence
 VOCAB_MULTIPLE = 64
 INIT_STD = 0.02
 HAS_AMX = torch.cpu._is_amx_tile_supported()
-AMX_FROM = 512  # tokens: for shorter sequences attention on a CPU is slower in bfloat16, with AMX too
+AMX_FROM = 512  # tokens: attention over shorter sequences is slower in bfloat16 than in float32 even with AMX
 
 
 @dataclass
@@ -39,11 +39,11 @@ class GPTConfig:
     """The shape of a model.
 
     n_layer, n_head, n_embd: blocks, attention heads, width (a multiple of n_head).
-    block_size: the longest context, in tokens.
-    d_ff: width of the MLP's inner layer; null means 4 * n_embd.
-    vocab_size: null takes the tokenizer's.
-    bias: biases in linear layers and LayerNorms, as GPT-2 has them.
-    dropout: probability, after embeddings, attention weights and residual branches.
+    block_size: maximum context length in tokens.
+    d_ff: width of the MLP's hidden layer; null means 4 * n_embd.
+    vocab_size: null means the tokenizer's.
+    bias: whether linear layers and LayerNorms have biases, as in GPT-2.
+    dropout: probability, for embeddings, attention weights and residual branches.
     """
 
     n_layer: int = 12
@@ -65,14 +65,14 @@ class GPTConfig:
         if self.n_embd % self.n_head != 0:
             raise ValueError(f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout={self.dropout} must lie in [0, 1)")
+            raise ValueError(f"model.dropout={self.dropout} must be in [0, 1)")
 
 
 class GPTOutput(NamedTuple):
-    """What a forward pass gives; None where it was not asked for.
+    """The result of a forward pass; None for what was not requested.
 
-    logits: [B, T, V padded], only without targets (and with the head); the padding's are -inf. With a
-        cache [B, 1, V padded], the last token's.
+    logits: [B, T, V padded], only without targets (and with the head), -inf for the padding. With a
+        cache [B, 1, V padded], for the last token.
     loss: scalar, mean cross-entropy in nats per token, only with targets.
     hidden: see `GPT.forward`.
     divergence: scalar, only with targets and soft targets.
@@ -85,11 +85,11 @@ class GPTOutput(NamedTuple):
 
 
 class SoftTargets(NamedTuple):
-    """A teacher's predictions, as what its head makes logits of.
+    """A teacher's predictions, as the input and the weight of its output head.
 
     hidden: [B, T, C of the teacher], after its ln_f.
     head: [V padded, C of the teacher].
-    temperature: what the logits of both are divided by.
+    temperature: divides the logits of both teacher and student.
     """
 
     hidden: Tensor
@@ -98,11 +98,11 @@ class SoftTargets(NamedTuple):
 
 
 class ParameterGroups(NamedTuple):
-    """A model's parameters as an optimizer sees them.
+    """A model's trained parameters, grouped for the optimizer.
 
-    block_matrices: the blocks' weight matrices: decayed, and Muon's where it is used.
-    other_matrices: embeddings: decayed.
-    vectors: biases and norms: not decayed.
+    block_matrices: weight matrices of the blocks; with weight decay, and updated by Muon if it is used.
+    other_matrices: embeddings; with weight decay.
+    vectors: biases and norms; without weight decay.
     """
 
     block_matrices: list[nn.Parameter]
@@ -128,7 +128,7 @@ class TakeTokens(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear; but a CPU reads bfloat16 weights faster for a vector than for a matrix of one row."""
+    """F.linear, but as matrix times vector for a single bfloat16 row on a CPU, which is faster."""
     if x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() == x.size(-1):
         y = weight @ x.flatten() if bias is None else torch.addmv(bias, weight, x.flatten())
         return y.view(*x.shape[:-1], -1)
@@ -158,7 +158,7 @@ class Attention(nn.Module):
             k = past.keys.index_copy_(2, past.positions, k.to(q.dtype))
             v = past.values.index_copy_(2, past.positions, v.to(q.dtype))
         elif q.device.type == "cpu" and q.dtype == torch.bfloat16 and not (HAS_AMX and T >= AMX_FROM):
-            q, k, v = q.float(), k.float(), v.float()  # the CPU's backward in bfloat16 is several times slower
+            q, k, v = q.float(), k.float(), v.float()  # backward in bfloat16 is several times slower on a CPU
         with torch.autocast("cpu", enabled=False):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
         y = y.transpose(1, 2).reshape(B, T, C).to(dtype)
@@ -192,9 +192,9 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model. Its output head is the token embedding, transposed.
+    """The model. Its output head is the transposed token embedding.
 
-    Raises ValueError when `config.vocab_size` is not set.
+    Raises ValueError if `config.vocab_size` is not set.
     """
 
     never_predicted: Tensor  # [V padded], added to the logits
@@ -202,7 +202,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         if config.vocab_size is None:
-            raise ValueError("model.vocab_size is not set: take the tokenizer's")
+            raise ValueError("model.vocab_size is not set: use the tokenizer's")
         self.config = config
         self.vocab_size = config.vocab_size
         padded = math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
@@ -217,7 +217,7 @@ class GPT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """GPT-2's initialisation: N(0, 0.02), zero biases; branches into the residual stream by 1/sqrt(2L) less."""
+        """GPT-2's initialisation: N(0, 0.02), zero biases; projections into the residual stream scaled by 1/sqrt(2L)."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 residual = name.endswith("c_proj.weight")
@@ -228,10 +228,10 @@ class GPT(nn.Module):
                 nn.init.ones_(parameter)
 
     def compile_one_token(self) -> None:
-        """Let the blocks' steps of one token with a cache go through torch.compile.
+        """Compile the blocks' forward pass for one new token with a cache.
 
-        What is compiled is one block, once a span and batch size, for all layers: 12 layers as one graph take
-        twelve times as long. Longer inputs, of ever new lengths, stay as they are.
+        One block is compiled for all layers, once per span and batch size: compiling 12 layers as one graph takes
+        twelve times as long. Longer inputs come in many lengths and stay eager.
         """
         self.one_token = torch.compile(Block.forward, dynamic=False)
 
@@ -249,19 +249,19 @@ class GPT(nn.Module):
         """Predict the token after each of `idx`.
 
         Args:
-            idx: int64 [B, T], T at most block_size (with `cache`: together with what it holds).
-            targets: int64 [B, T], the next tokens (-100 to leave one out): gives `loss`, else `logits`.
-            return_hidden: gives `hidden`, a tuple of n_layer + 1 tensors [B, T, C]: hidden[0] the
+            idx: int64 [B, T], T at most block_size (with `cache`: including the cached tokens).
+            targets: int64 [B, T], the next tokens (-100 to ignore one): returns `loss`, else `logits`.
+            return_hidden: returns `hidden`, a tuple of n_layer + 1 tensors [B, T, C]: hidden[0] the
                 embedding output, hidden[l] after block l, hidden[-1] after ln_f.
-            take: (layers, positions), indices into those hidden states and int64
-                [len(layers), N]: gives `hidden` as one tensor [len(layers), B, N, C], row i the
-                tokens positions[i] of hidden[layers[i]]. Layers ascend.
-            head: False leaves out the output head, and so logits and loss.
-            soft_targets: beside `targets`: gives `divergence`, the mean KL divergence of the predictions from these.
-            cache: keys and values of earlier tokens, extended by these, without gradients; `logits` are then the
-                last token's alone.
+            take: (layers, positions), indices into those hidden states in ascending order, and int64
+                [len(layers), N]: returns `hidden` as one tensor [len(layers), B, N, C], row i the
+                tokens positions[i] of hidden[layers[i]].
+            head: False skips the output head: no logits, no loss.
+            soft_targets: with `targets`: returns `divergence`, the mean KL divergence of the predictions from these.
+            cache: keys and values of earlier tokens, extended in place, without gradients; `logits` are then those
+                of the last token only.
 
-        Raises ValueError when the tokens do not fit, or when `take` names a layer that there is not.
+        Raises ValueError if the tokens do not fit, or if `take` names a layer that does not exist.
         """
         T = idx.size(1)
         start = cache.length if cache is not None else 0
@@ -270,10 +270,10 @@ class GPT(nn.Module):
         hidden: list[Tensor] = []
         layers, positions = take if take is not None else ((), idx)
         if not set(layers) <= set(range(self.config.n_layer + 1)):
-            raise ValueError(f"take names layers {list(layers)}; there are hidden states 0 to {self.config.n_layer}")
+            raise ValueError(f"take names layers {list(layers)}; the model has hidden states 0 to {self.config.n_layer}")
 
         def visit(layer: int, x: Tensor) -> Tensor:
-            """Note what was asked for of hidden[layer]; every hidden state passes through here."""
+            """Collect what was requested of hidden[layer]; every hidden state passes through here."""
             if return_hidden:
                 hidden.append(x)
             elif layer in layers:
@@ -301,8 +301,8 @@ class GPT(nn.Module):
         x, weight, bias = x.flatten(0, 1), self.wte.weight, self.never_predicted
         loss, divergence = linear_cross_entropy(x, weight, bias, targets.flatten()), None
         if soft_targets is not None:
-            theirs = soft_targets.hidden.flatten(0, 1)
-            divergence = linear_kl_divergence(x, weight, theirs, soft_targets.head, bias, soft_targets.temperature)
+            teacher_x = soft_targets.hidden.flatten(0, 1)
+            divergence = linear_kl_divergence(x, weight, teacher_x, soft_targets.head, bias, soft_targets.temperature)
         return GPTOutput(None, loss, collected, divergence)
 
     def hidden_states(self, idx: Tensor) -> tuple[Tensor, ...]:
@@ -310,7 +310,7 @@ class GPT(nn.Module):
         return self(idx, return_hidden=True, head=False).hidden
 
     def new_cache(self, batch_size: int) -> KVCache:
-        """An empty cache for `batch_size` sequences, where the weights are and of their dtype."""
+        """An empty cache for `batch_size` sequences, with the device and dtype of the weights."""
         c = self.config
         return KVCache(
             n_layer=c.n_layer,
@@ -329,7 +329,7 @@ class GPT(nn.Module):
 
     @property
     def embedding(self) -> nn.Embedding:
-        """The token embedding, whose transpose is the output head."""
+        """The token embedding; its transpose is the output head."""
         return self.wte
 
     @property
@@ -337,7 +337,7 @@ class GPT(nn.Module):
         return self.wte.weight.device
 
     def parameter_groups(self) -> ParameterGroups:
-        """The trained parameters by how an optimizer treats them, each parameter in exactly one group."""
+        """The trained parameters in groups for the optimizer, each in exactly one group."""
         in_blocks = {id(p) for p in self.h.parameters()}
         trained = [p for p in self.parameters() if p.requires_grad]
         matrices = [p for p in trained if p.dim() >= 2]
@@ -348,15 +348,15 @@ class GPT(nn.Module):
         )
 
     def num_parameters(self) -> int:
-        """Parameters, counted with the vocabulary as it is, not padded."""
+        """The number of parameters, without the vocabulary's padding."""
         padding = self.wte.num_embeddings - self.vocab_size
         return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
 
     def flops_per_token(self) -> int:
-        """Of a training step (forward and backward), at full context.
+        """FLOPs per token of a training step (forward and backward) at full context.
 
-        6 per parameter that takes part in a matrix product, and 12 L C T for attention's two
-        products, not halved for causality: PaLM, arXiv 2204.02311, appendix B.
+        6 per parameter used in a matrix product, and 12 L C T for attention's two products,
+        not halved for causality: PaLM, arXiv 2204.02311, appendix B.
         """
         c = self.config
         in_matmuls = self.num_parameters() - self.wpe.weight.numel()

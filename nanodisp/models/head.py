@@ -1,10 +1,9 @@
-"""Cross-entropy of a linear head, and its divergence from another, without holding all their logits.
+"""Cross-entropy and KL divergence of a linear head, in chunks of tokens, without storing all logits.
 
 For GPT-2's vocabulary the logits of a batch are by far the largest tensor of a training step: 16 x 1024
-tokens are 3.3 GB in float32, and plain PyTorch keeps three or four of that size. Here the tokens go
-through in chunks. As the gradient of the logits is softmax minus one-hot, it is computed with the loss, and
-what is kept for backward is the gradient of the head's input and of its weight. The work is the same three
-matrix products.
+tokens are 3.3 GB in float32, and plain PyTorch keeps three or four tensors of that size. Here the tokens are
+processed in chunks. The gradient of the logits, softmax minus one-hot, is computed with the loss, and only the
+gradients of the head's input and weight are kept for backward. The work is the same three matrix products.
 """
 
 from __future__ import annotations
@@ -14,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORED = -100  # the target that does not count, as in torch.nn.functional.cross_entropy
-CHUNK_BYTES = 2**29  # of a chunk's float32 logits: small chunks would add to the weight's gradient too often
+IGNORED = -100  # the target of a token without loss, as in torch.nn.functional.cross_entropy
+CHUNK_BYTES = 2**29  # of a chunk's float32 logits; smaller chunks update the weight's gradient more often, which is slow
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy of the logits x weight^T + bias in nats: a float32 scalar.
 
     Args:
-        x: [n, C]. Under autocast the products are of its dtype, everything else is float32.
+        x: [n, C]. Under autocast the matrix products use autocast's dtype, everything else is float32.
         weight: [V, C].
-        bias: float32 [V], without gradient; -inf for what is never predicted.
+        bias: float32 [V], without gradient; -inf for tokens that are never predicted.
         targets: int64 [n], each below V, or `IGNORED`.
     """
     dtype, n_chunks, with_grad = _plan(x, weight, 1)
@@ -36,11 +35,11 @@ def linear_kl_divergence(
 ) -> Tensor:
     """Mean KL(p || q) in nats of the predictions q = softmax((x weight^T + bias) / temperature) from a teacher's p.
 
-    A float32 scalar. Arguments as above; the teacher's, without gradient, may be of another width:
+    A float32 scalar. Arguments as for `linear_cross_entropy`; the teacher has no gradient and may have another width:
 
         teacher_x: [n, C of the teacher].
         teacher_weight: [V, C of the teacher].
-        temperature: > 0. The gradient falls with its square: Hinton et al., arXiv 1503.02531, multiply by that.
+        temperature: > 0. The gradient falls with its square; Hinton et al., arXiv 1503.02531, multiply the loss by it.
     """
     dtype, n_chunks, with_grad = _plan(x, weight, 4)
     return _LinearKLDivergence.apply(
@@ -49,7 +48,7 @@ def linear_kl_divergence(
 
 
 def _plan(x: Tensor, weight: Tensor, n_copies: int) -> tuple[torch.dtype, int, bool]:
-    """dtype of the products, chunks for so many tensors of a chunk's logits at once, whether gradients are wanted."""
+    """The products' dtype, the number of chunks if n_copies of a chunk's logits are held, whether gradients are needed."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     largest = CHUNK_BYTES // (4 * n_copies * weight.size(0))
@@ -58,7 +57,7 @@ def _plan(x: Tensor, weight: Tensor, n_copies: int) -> tuple[torch.dtype, int, b
 
 
 class _WithGradients(torch.autograd.Function):
-    """A loss that is computed with its gradients: `forward` gives loss, dx and dweight of x, weight and more."""
+    """A loss computed together with its gradients: `forward(x, weight, ...)` returns loss, dx and dweight."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -102,7 +101,7 @@ class _LinearCrossEntropy(_WithGradients):
                 logit, largest = logits.gather(1, target), logits.amax(dim=1, keepdim=True)
                 total = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
                 loss += (largest + total.log() - logit).where(count, 0.0).sum()
-                if with_grad:  # dlogits = softmax - one-hot, times 1 / n in the end: 16 bits would not hold it
+                if with_grad:  # dlogits = softmax - one-hot; 1 / n is applied at the end: 16 bits would underflow
                     dlogits = logits.mul_(count / total).scatter_add_(1, target, -count.float())
                     product = product.copy_(dlogits) if dtype != torch.float32 else dlogits
                     dx[rows] = product @ operand
@@ -140,8 +139,8 @@ class _LinearKLDivergence(_WithGradients):
                 chunk = x[rows].to(dtype)
                 log_q, log_p = log_softmax(chunk, operand), log_softmax(teacher_x[rows].to(dtype), teacher_operand)
                 p = log_p.exp()
-                loss += log_p.sub_(log_q).mul_(p).where(p > 0, 0.0).sum()  # what is never predicted counts 0, not NaN
-                if with_grad:  # dlogits = q - p, times 1 / (n * temperature) in the end: 16 bits would not hold it
+                loss += log_p.sub_(log_q).mul_(p).where(p > 0, 0.0).sum()  # tokens that are never predicted add 0, not NaN
+                if with_grad:  # dlogits = q - p; 1 / (n * temperature) is applied at the end: 16 bits would underflow
                     product = log_q.exp_().sub_(p).to(dtype)
                     dx[rows] = product @ operand
                     dweight.add_(product.T @ chunk)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nanodisp.models.gpt import GPT
 
-TOKENS_AT_ONCE = 4096  # of a forward pass, whose logits are all in memory
+TOKENS_AT_ONCE = 4096  # per forward pass, whose logits are all in memory
 
 
 @torch.no_grad()
@@ -28,29 +28,30 @@ def loglikelihoods(
 
     Args:
         model: in eval mode.
-        pairs: tokens of a context (one at least) and of its continuation. What is longer than the model's context
-            and one token loses its beginning.
-        tokens_at_once: of a forward pass, padding included; a row alone may have more.
-        rank, n_ranks: this rank's share is computed, the rest stays 0. With FSDP all ranks must call it.
-        progress: what the batches pass through.
+        pairs: tokens of a context (at least one) and of its continuation. Pairs longer than block_size + 1 tokens
+            lose their beginning.
+        tokens_at_once: per forward pass, padding included; a single row may have more.
+        rank, n_ranks: only this rank's share is computed, the rest stays 0. With FSDP all ranks must call it.
+        progress: wraps the iteration over batches.
 
-    Returns: log-likelihood in nats, float64 [len(pairs)], and whether every token was the likeliest, bool [len(pairs)].
+    Returns: log-likelihoods in nats, float64 [len(pairs)], and whether greedy decoding gives the continuation,
+    bool [len(pairs)].
     """
     device, longest = model.device, model.config.block_size + 1
     rows = [[*context, *continuation][-longest:] for context, continuation in pairs]
-    batches: list[list[int]] = []  # of indices into pairs; rows of like length together, the longest first
+    batches: list[list[int]] = []  # of indices into pairs, similar lengths together, longest first
     for i in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
         if not batches or (len(batches[-1]) + 1) * len(rows[batches[-1][0]]) > tokens_at_once:
             batches.append([])
         batches[-1].append(i)
     totals = torch.zeros(len(rows), dtype=torch.float64, device=device)
     greedy = torch.zeros(len(rows), dtype=torch.bool, device=device)
-    rounds = math.ceil(len(batches) / n_ranks) * n_ranks  # FSDP needs all ranks at every call
+    rounds = math.ceil(len(batches) / n_ranks) * n_ranks  # FSDP needs all ranks in every forward pass
     for number, batch in enumerate(progress([*batches, *batches[:1] * (rounds - len(batches))])):
         if number % n_ranks != rank:
             continue
         T = max(len(rows[batch[0]]) - 1, 1)
-        x = torch.zeros(len(batch), T, dtype=torch.long)  # [B, T], padded on the right, which causality hides
+        x = torch.zeros(len(batch), T, dtype=torch.long)  # [B, T], padded on the right: causal attention never sees the padding
         y, asked = torch.zeros_like(x), torch.zeros_like(x, dtype=torch.bool)
         for b, i in enumerate(batch):
             row, n = rows[i], min(len(pairs[i][1]), len(rows[i]) - 1)

@@ -1,6 +1,6 @@
-"""Compiles the Triton kernels for GPUs that need not be there; prints one JSON line a kernel.
+"""Compiles the Triton kernels for GPUs that are not present; prints one JSON line per kernel.
 
-A program of its own, because the interpreter that the tests run in cannot compile.
+A separate program, because the interpreter that the tests use cannot compile.
 """
 
 from __future__ import annotations

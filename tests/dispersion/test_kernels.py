@@ -1,13 +1,12 @@
 """The fused kernels against float64 autograd of the reference formulas.
 
-The Triton kernel runs in Triton's interpreter (conftest.py sets TRITON_INTERPRET); that it compiles for
-real GPUs is checked in a process of its own, tests/aot_compile.py.
+The Triton kernel runs in Triton's interpreter (conftest.py sets TRITON_INTERPRET); test_aot.py checks that it
+compiles for real GPUs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,16 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nanodisp.dispersion import COSINE_MARGIN, NORM_EPS, VARIANTS, DispersionConfig, DispersionLoss, kernels
+from nanodisp.dispersion import VARIANTS, DispersionLoss, kernels
 from nanodisp.dispersion.kernels import FAMILY, cpu, pairwise
+from nanodisp.dispersion.placement import DispersionConfig
 
 triton = pytest.importorskip("triton")
 from nanodisp.dispersion.kernels import gpu  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
 FUSED = ("cpu", "triton")
-# Relative to float64. The interpreter cuts float32 off to bfloat16 where a GPU rounds: twice the error, and
-# all of one sign.
+# Relative to float64. The interpreter truncates float32 to bfloat16 where a GPU rounds: twice the error, all of
+# one sign.
 TOLERANCE = {
     ("cpu", torch.float32): 1e-5,
     ("cpu", torch.bfloat16): 4e-3,
@@ -52,16 +51,16 @@ def check(z: Tensor, variant: str, tau: float, backend: str, matmul_dtype: torch
     right_loss, right = loss_and_gradient(z.double(), variant, tau, "reference")
     tolerance = TOLERANCE[backend, matmul_dtype]
     if variant == "orthogonalization" and (backend, matmul_dtype) == ("triton", torch.bfloat16):
-        tolerance *= 1.5  # its h grows with c, so that the interpreter's rounding of c and of h add up
+        tolerance *= 1.5  # its h grows with c, so the interpreter's errors in c and in h add up
     assert loss.dtype == torch.float32
     assert abs(loss - right_loss) <= tolerance * (1 + abs(right_loss))
-    # what survives the normalisation may be a small part of what goes into it, or nothing
+    # the tangential gradient may be a small part of the gradient before the normalisation, or zero
     before = 1 / (tau * z.norm(dim=-1).min() * (z.size(0) * z.size(1)) ** 0.5)
     assert (gradient - right).norm() <= tolerance * right.norm() + 3e-7 * before
     assert gradient.dtype == z.dtype
 
 
-# (2, 130, 40) takes three tiles a side in float32 and two in bfloat16, with ragged edges.
+# (2, 130, 40) takes three tiles per side in float32 and two in bfloat16, with ragged edges.
 SHAPES = [(1, 2, 2), (3, 7, 5), (2, 130, 40), (1, 3, 4096)]
 
 
@@ -90,7 +89,7 @@ def test_bfloat16_at_small_temperatures(variant: str, tau: float, condensed: boo
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", FUSED)
 def test_half_precision_input(backend: str, dtype: torch.dtype) -> None:
-    # Scaled as by a GradScaler: without it the gradient lies below float16's range.
+    # Scaled as by a GradScaler: otherwise the gradient underflows float16.
     z = tokens(2, 70, 96).to(dtype).requires_grad_()
     (gradient,) = torch.autograd.grad(DispersionLoss(backend=backend)(z) * 2.0**14, z)
     _, right = loss_and_gradient(z.double(), "angular", 1.0, "reference")
@@ -101,7 +100,7 @@ def test_half_precision_input(backend: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("shape", [(3, 256, 24), (2, 300, 24), (1, 1000, 24), (9, 127, 8), (2, 129, 8)], ids=str)
 @pytest.mark.parametrize("matmul_dtype", [torch.float32, torch.bfloat16])
-def test_blocked_twin_at_every_depth_of_halving(shape: tuple[int, ...], matmul_dtype: torch.dtype) -> None:
+def test_the_cpu_kernel_at_every_depth_of_halving(shape: tuple[int, ...], matmul_dtype: torch.dtype) -> None:
     check(tokens(*shape), "angular", 1.0, "cpu", matmul_dtype)
 
 
@@ -151,7 +150,7 @@ def test_degenerate_tokens(backend: str, variant: str, kind: str) -> None:
     _, gradient = loss_and_gradient(z, variant, 1.0, backend)
     _, right = loss_and_gradient(z.double(), variant, 1.0, "reference")
     assert gradient.isfinite().all()
-    # identical and opposite tokens have no tangential gradient: what is left there is rounding
+    # identical and opposite tokens have no tangential gradient, only rounding error
     assert (gradient - right).norm() <= 1e-5 * right.norm() + (1e-6 if kind in ("identical", "opposite") else 0)
 
 
@@ -188,7 +187,7 @@ def test_the_same_input_gives_the_same_bits(backend: str, variant: str) -> None:
 
 
 @pytest.mark.parametrize(("backend", "limit"), [("cpu", "SCRATCH_ELEMENTS"), ("triton", "GROUP_BYTES")])
-def test_sequences_in_groups_give_what_they_give_at_once(
+def test_sequences_in_groups_give_the_same_as_all_at_once(
     backend: str, limit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     z = tokens(5, 20, 12)
@@ -202,7 +201,7 @@ def test_sequences_in_groups_give_what_they_give_at_once(
 
 @pytest.mark.parametrize("variant", FAMILY)
 @pytest.mark.parametrize("backend", FUSED)
-def test_without_gradient_the_loss_is_the_same_and_nothing_else_is_made(backend: str, variant: str) -> None:
+def test_without_gradient_the_loss_is_the_same_and_dz_is_not_computed(backend: str, variant: str) -> None:
     z = tokens(2, 70, 12)
     loss, dz = kernels._pairwise(z, variant, 1.0, torch.float32, False, backend)
     assert torch.equal(loss, kernels._pairwise(z, variant, 1.0, torch.float32, True, backend)[0])
@@ -210,7 +209,7 @@ def test_without_gradient_the_loss_is_the_same_and_nothing_else_is_made(backend:
 
 
 @pytest.mark.parametrize("backend", FUSED)
-def test_backward_keeps_one_tensor_of_the_size_of_z(backend: str) -> None:
+def test_backward_saves_one_tensor_of_the_size_of_z(backend: str) -> None:
     z = tokens(2, 40, 12).requires_grad_()
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -219,7 +218,7 @@ def test_backward_keeps_one_tensor_of_the_size_of_z(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", FUSED)
-def test_the_incoming_gradient_is_multiplied_in(backend: str) -> None:
+def test_the_gradient_is_multiplied_by_the_incoming_gradient(backend: str) -> None:
     z = tokens(2, 20, 12).requires_grad_()
     loss = DispersionLoss(backend=backend)(z)
     (once,) = torch.autograd.grad(loss, z, retain_graph=True)
@@ -228,7 +227,7 @@ def test_the_incoming_gradient_is_multiplied_in(backend: str) -> None:
 
 
 @pytest.mark.parametrize("derivative", [torch.func.grad, torch.func.hessian], ids=lambda f: f.__name__)
-def test_auto_leaves_what_it_can_not_differentiate_to_the_reference(
+def test_auto_uses_the_reference_under_torch_func(
     derivative: Callable[..., Callable[[Tensor], Tensor]],
 ) -> None:
     z = tokens(1, 4, 3)
@@ -237,7 +236,7 @@ def test_auto_leaves_what_it_can_not_differentiate_to_the_reference(
         derivative(DispersionLoss(backend="cpu"))(z)
 
 
-def test_forward_mode_is_the_reference_s() -> None:
+def test_auto_uses_the_reference_in_forward_mode() -> None:
     z, direction = tokens(1, 4, 3), tokens(1, 4, 3, seed=1)
     _, slope = torch.func.jvp(DispersionLoss(), (z,), (direction,))
     torch.testing.assert_close(slope, (torch.func.grad(DispersionLoss())(z) * direction).sum())
@@ -256,7 +255,7 @@ def test_the_default_dtype_does_not_matter(default: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("backend", FUSED)
-def test_a_second_derivative_is_refused_in_words(backend: str) -> None:
+def test_a_second_derivative_is_rejected_with_advice(backend: str) -> None:
     z = tokens(1, 5, 4).requires_grad_()
     (gradient,) = torch.autograd.grad(DispersionLoss(backend=backend)(z), z, create_graph=True)
     with pytest.raises(RuntimeError, match="backend=reference"):
@@ -270,14 +269,14 @@ def test_the_reference_has_a_second_derivative() -> None:
     assert z.grad is not None
 
 
-def test_a_nan_is_not_hidden() -> None:
+def test_a_nan_is_propagated() -> None:
     z = tokens(1, 5, 4)
     z[0, 0, 0] = float("nan")
     for backend in FUSED:
         assert DispersionLoss(backend=backend)(z).isnan()
 
 
-# --- as an operator of PyTorch's -------------------------------------------------------------
+# --- as a PyTorch operator -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("matmul_dtype", [torch.float32, torch.bfloat16])
@@ -285,12 +284,12 @@ def test_a_nan_is_not_hidden() -> None:
 @pytest.mark.parametrize("backend", FUSED)
 def test_the_operator_is_registered_properly(backend: str, with_grad: bool, matmul_dtype: torch.dtype) -> None:
     z = tokens(2, 9, 6).requires_grad_(with_grad)
-    checks = ("test_schema", "test_faketensor", "test_autograd_registration")  # one more would differentiate dz
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")  # the remaining one would differentiate dz
     torch.library.opcheck(kernels._pairwise, (z, "angular", 1.0, matmul_dtype, with_grad, backend), test_utils=checks)
 
 
 class Model(nn.Module):
-    """A layer, and the loss on what it makes of its input."""
+    """A layer, and the loss on its output."""
 
     def __init__(self, backend: str) -> None:
         super().__init__()
@@ -316,16 +315,16 @@ def test_a_model_with_the_loss_compiles_without_a_graph_break(backend: str, auto
     torch.testing.assert_close(*gradients)
 
 
-# --- which backend serves ---------------------------------------------------------------------
+# --- choice of the backend ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_auto_takes_the_blocked_twin_on_the_cpu_and_the_reference_for_the_rest(variant: str) -> None:
+def test_auto_is_the_cpu_kernel_for_the_family_and_the_reference_otherwise(variant: str) -> None:
     chosen = kernels.choose("auto", variant, 1.0, tokens(1, 4, 3))
     assert chosen == ("cpu" if variant in FAMILY else "reference")
 
 
-def test_auto_takes_the_reference_where_the_kernels_cannot_serve() -> None:
+def test_auto_is_the_reference_if_the_kernels_do_not_support_the_input() -> None:
     assert kernels.choose("auto", "angular", 1.0, tokens(1, 4, 3).double()) == "reference"
     assert kernels.choose("auto", "angular", 0.001, tokens(1, 4, 3)) == "reference"
 
@@ -338,22 +337,19 @@ def test_the_smallest_temperature_is_still_finite() -> None:
 
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("make", [DispersionLoss, DispersionConfig], ids=["loss", "config"])
-def test_a_fused_backend_refuses_a_variant_outside_the_family(make: type, backend: str) -> None:
+def test_a_fused_backend_rejects_a_variant_outside_the_family(make: type, backend: str) -> None:
     with pytest.raises(ValueError, match=r"variant=entropy.*angular.*use backend=auto"):
         make(variant="entropy", backend=backend)
 
 
 @pytest.mark.parametrize("backend", FUSED)
-def test_a_fused_backend_refuses_a_tensor_it_cannot_take(backend: str) -> None:
+def test_a_fused_backend_rejects_an_unsupported_dtype(backend: str) -> None:
     with pytest.raises(ValueError, match=r"float64.*use backend=auto"):
         DispersionLoss(backend=backend)(tokens(1, 4, 3).double())
 
 
-def test_triton_refuses_the_cpu_outside_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_rejects_a_cpu_tensor_outside_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "INTERPRETED", False)
     with pytest.raises(ValueError, match=r"cpu.*needs a GPU.*use backend=auto"):
         DispersionLoss(backend="triton")(tokens(1, 4, 3))
 
-
-def test_the_kernels_use_the_same_constants_as_the_formulas() -> None:
-    assert (pairwise.NORM_EPS, pairwise.COSINE_MARGIN) == (NORM_EPS, COSINE_MARGIN)

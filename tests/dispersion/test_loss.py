@@ -1,4 +1,4 @@
-"""The dispersion formulas against a second writing of them, pair by pair and in float64."""
+"""The dispersion formulas against a second implementation, pair by pair and in float64."""
 
 from __future__ import annotations
 
@@ -11,16 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nanodisp.dispersion import (
-    VARIANTS,
-    DispersionConfig,
-    DispersionLoss,
-    lambda_at,
-    sample_positions,
-    select_layers,
-)
+from nanodisp.dispersion import VARIANTS, DispersionLoss
+from nanodisp.dispersion.placement import DispersionConfig, lambda_at, sample_positions, select_layers
 
-# --- the second opinion: one sequence, z [N, F] float64, token by token against the others ---
+# --- the second implementation: one sequence, z [N, F] float64, token by token against the others ---
 
 
 def others(rows: Tensor, i: int) -> Tensor:
@@ -36,7 +30,7 @@ def cosines_with_others(u: Tensor, i: int) -> Tensor:
 
 
 def angles_with_others(u: Tensor, i: int) -> Tensor:
-    """arccos / pi at the clamped cosine, and as slope the one there, whatever the cosine was."""
+    """arccos / pi at the clamped cosine, with the slope at that point for any cosine."""
     c = cosines_with_others(u, i)
     at = c.detach().clamp(-0.75, 0.75)
     slope = -1 / (math.pi * (1 - at**2).sqrt())
@@ -86,7 +80,7 @@ def expected(variant: str, z: Tensor, tau: float) -> Tensor:
         u = directions(z)
         inside = torch.eye(n_features, dtype=z.dtype) + n_features / (n_tokens * tau**2) * u.T @ u
         return -torch.logdet(inside) / 2 / n_features
-    raise AssertionError(f"no second opinion on {variant}")
+    raise AssertionError(f"no second implementation of {variant}")
 
 
 def expected_loss_and_gradient(variant: str, z: Tensor, tau: float) -> tuple[Tensor, Tensor]:
@@ -105,11 +99,11 @@ def tokens(n_sequences: int, n_tokens: int, n_features: int, seed: int = 0, scal
     return torch.randn(n_sequences, n_tokens, n_features, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def check_against_second_opinion(variant: str, z: Tensor, tau: float) -> None:
+def check_against_second_implementation(variant: str, z: Tensor, tau: float) -> None:
     loss, gradient = loss_and_gradient(variant, z, tau)
     right_loss, right = expected_loss_and_gradient(variant, z, tau)
     assert abs(loss - right_loss) <= 1e-5 * max(1, abs(right_loss))
-    # 5e-8: what the rounding of one cosine leaves where orthogonalization has almost nothing to push.
+    # 5e-8: the rounding of one cosine, if orthogonalization has almost no gradient
     assert (gradient - right).norm() <= 1e-5 * right.norm() + 5e-8
 
 
@@ -119,7 +113,7 @@ SHAPES = [(1, 2, 2), (3, 2, 7), (2, 5, 3), (2, 16, 16), (1, 33, 130), (1, 130, 3
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_float32_gradient_is_within_1e_5_of_the_formula(variant: str, shape: tuple[int, int, int]) -> None:
-    check_against_second_opinion(variant, tokens(*shape), tau=1.0)
+    check_against_second_implementation(variant, tokens(*shape), tau=1.0)
 
 
 @settings(max_examples=60, deadline=None)
@@ -131,7 +125,7 @@ def test_float32_gradient_is_within_1e_5_of_the_formula(variant: str, shape: tup
     tau=st.sampled_from([0.3, 1.0, 3.0]),
 )
 def test_any_shape_and_temperature(variant: str, n_tokens: int, n_features: int, seed: int, tau: float) -> None:
-    check_against_second_opinion(variant, tokens(2, n_tokens, n_features, seed), tau)
+    check_against_second_implementation(variant, tokens(2, n_tokens, n_features, seed), tau)
 
 
 DEGENERATE = {
@@ -169,7 +163,7 @@ def test_the_loss_is_the_mean_over_sequences(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_autocast_does_not_lower_the_precision(variant: str) -> None:
+def test_autocast_does_not_reduce_the_precision(variant: str) -> None:
     z = tokens(2, 20, 12)
     loss = DispersionLoss(variant, backend="reference")
     with torch.autocast("cpu", torch.bfloat16):
@@ -188,7 +182,7 @@ def test_orthogonal_tokens_have_an_angle_of_one_half() -> None:
     assert DispersionLoss("orthogonalization", backend="reference")(z).item() == pytest.approx(0, abs=1e-12)
 
 
-def test_the_diagonal_is_left_out() -> None:
+def test_the_diagonal_is_excluded() -> None:
     """Two opposite tokens: with a term for c_ii = 1 the loss would be larger than its value at the edge."""
     z = torch.tensor([[[100.0, 0], [-100, 0]]])
     edge = math.acos(-0.75) / math.pi
@@ -196,11 +190,11 @@ def test_the_diagonal_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("cosine", [0.8, 0.99, 0.9999])
-def test_nearly_parallel_tokens_are_pushed_apart_with_the_slope_of_the_edge(cosine: float) -> None:
+def test_nearly_parallel_tokens_are_pushed_apart_with_the_slope_at_the_edge(cosine: float) -> None:
     second = torch.tensor([cosine, math.sqrt(1 - cosine**2)])
     z = 10 * torch.stack([torch.tensor([1.0, 0.0]), second])[None]
     loss, gradient = loss_and_gradient("angular", z, 1.0)
-    assert loss.item() == pytest.approx(-math.acos(0.75) / math.pi, abs=1e-6)  # the value of the edge
+    assert loss.item() == pytest.approx(-math.acos(0.75) / math.pi, abs=1e-6)  # the value at the edge
     assert gradient[0, 0, 1] > 0  # descent turns the first token away from the second
     sine = math.sqrt(1 - cosine**2)
     slope_of_edge = 1 / (math.pi * math.sqrt(1 - 0.75**2))  # -dD/dc
@@ -227,12 +221,12 @@ def test_layers_are_selected_by_name_or_index(layers, expected: list[int]) -> No
 
 
 @pytest.mark.parametrize("layers", ["middle", [6], [-7], [1.5], [], ["all"]])
-def test_layers_that_the_model_does_not_have_are_refused(layers) -> None:
+def test_layers_that_the_model_does_not_have_are_rejected(layers) -> None:
     with pytest.raises(ValueError, match="layers"):
         select_layers(layers, 5)
 
 
-def test_first_half_of_one_layer_is_refused() -> None:
+def test_first_half_of_one_layer_is_rejected() -> None:
     with pytest.raises(ValueError, match="selects no layer"):
         select_layers("first_half", 1)
 
@@ -245,7 +239,7 @@ def test_positions_are_distinct_sorted_and_in_range() -> None:
     assert positions.max() < 50
 
 
-def test_positions_depend_on_seed_step_and_layer_alone() -> None:
+def test_positions_depend_only_on_seed_step_and_layer() -> None:
     torch.manual_seed(0)
     alone = sample_positions(1, 2, [3], 50, 10)
     torch.manual_seed(1)
@@ -254,16 +248,16 @@ def test_positions_depend_on_seed_step_and_layer_alone() -> None:
 
 
 @pytest.mark.parametrize(("seed", "step", "layer"), [(2, 2, 3), (1, 3, 3), (1, 2, 4)])
-def test_another_seed_step_or_layer_draws_other_positions(seed: int, step: int, layer: int) -> None:
+def test_a_different_seed_step_or_layer_draws_different_positions(seed: int, step: int, layer: int) -> None:
     assert not torch.equal(sample_positions(seed, step, [layer], 50, 10), sample_positions(1, 2, [3], 50, 10))
 
 
 @pytest.mark.parametrize("max_tokens", [None, 7, 8])
-def test_a_short_sequence_gives_all_its_positions(max_tokens: int | None) -> None:
+def test_a_short_sequence_uses_all_its_positions(max_tokens: int | None) -> None:
     assert sample_positions(0, 0, [1, 2], 7, max_tokens).tolist() == [list(range(7))] * 2
 
 
-def test_drawing_positions_leaves_the_global_generator_alone() -> None:
+def test_drawing_positions_does_not_use_the_global_generator() -> None:
     before = torch.get_rng_state()
     sample_positions(1, 2, [3], 50, 10)
     assert torch.equal(torch.get_rng_state(), before)
@@ -273,9 +267,14 @@ def test_constant_schedule() -> None:
     assert [lambda_at(DispersionConfig(lambda_disp=0.3), step, 10) for step in (0, 9)] == [0.3, 0.3]
 
 
-def test_linear_schedule_rises_over_the_warmup_and_stays() -> None:
-    config = DispersionConfig(lambda_disp=0.2, schedule="linear", warmup_fraction=0.5)
+def test_warmup_schedule_rises_linearly_and_then_stays_constant() -> None:
+    config = DispersionConfig(lambda_disp=0.2, schedule="warmup", warmup_fraction=0.5)
     assert [lambda_at(config, step, 8) for step in (0, 1, 2, 4, 7)] == pytest.approx([0, 0.05, 0.1, 0.2, 0.2])
+
+
+def test_the_old_name_of_the_warmup_schedule_is_rejected_with_the_new_one() -> None:
+    with pytest.raises(ValueError, match=r"schedule=linear is now called dispersion\.schedule=warmup"):
+        DispersionConfig(schedule="linear")
 
 
 def test_cosine_schedule_decays() -> None:
@@ -284,7 +283,7 @@ def test_cosine_schedule_decays() -> None:
     assert lambda_at(config, 3, 4) < lambda_at(config, 2, 4)
 
 
-# --- what is refused ----------------------------------------------------------------------
+# --- rejected settings ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -302,20 +301,20 @@ def test_cosine_schedule_decays() -> None:
     ],
     ids=lambda wrong: next(iter(wrong)),
 )
-def test_a_wrong_setting_is_named(wrong: dict) -> None:
+def test_the_error_names_a_wrong_setting(wrong: dict) -> None:
     (name,) = wrong
     with pytest.raises(ValueError, match=name):
         DispersionConfig(**wrong)
 
 
 @pytest.mark.parametrize("wrong", [{"variant": "angle"}, {"tau": 0.0}, {"backend": "cuda"}], ids=str)
-def test_a_wrong_argument_of_the_loss_is_named(wrong: dict) -> None:
+def test_the_error_names_a_wrong_argument_of_the_loss(wrong: dict) -> None:
     (name,) = wrong
     with pytest.raises(ValueError, match=name):
         DispersionLoss(**wrong)
 
 
 @pytest.mark.parametrize("z", [torch.zeros(4, 3), torch.zeros(1, 1, 3), torch.zeros(1, 4, 3, dtype=torch.int64)])
-def test_a_wrong_tensor_is_refused(z: Tensor) -> None:
+def test_a_wrong_tensor_is_rejected(z: Tensor) -> None:
     with pytest.raises(ValueError, match="z must be floating point"):
         DispersionLoss()(z)

@@ -1,4 +1,4 @@
-"""Tokens one after the other: with a cache as without, compiled, and drawn at random."""
+"""Generation: the same with a cache as without, compiled, and sampled at random."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ import torch
 from test_gpt import small_model, tokens
 from torch import nn
 
-from nanodisp import gpt
+from nanodisp.models import cache
 from nanodisp.models.generate import generate, sample_token
-from nanodisp.models.gpt import GPT, KVCache
+from nanodisp.models.gpt import GPT
 
 
 def without_cache(model: GPT, prompt: torch.Tensor, n_tokens: int) -> torch.Tensor:
-    """Greedy tokens [B, n_tokens], each from all before it; a context that is full goes on with its last half."""
-    context, made = prompt, []
+    """Greedy tokens [B, n_tokens], each from all before it; a full context is cut to its last half."""
+    context, new = prompt, []
     for _ in range(n_tokens):
         if context.size(1) > model.config.block_size:
             context = context[:, -(model.config.block_size // 2) :]
-        made.append(model(context).logits[:, -1].argmax(-1))
-        context = torch.cat([context, made[-1][:, None]], dim=1)
-    return torch.stack(made, dim=1)
+        new.append(model(context).logits[:, -1].argmax(-1))
+        context = torch.cat([context, new[-1][:, None]], dim=1)
+    return torch.stack(new, dim=1)
 
 
 def greedy(model: GPT, prompt: torch.Tensor, n_tokens: int) -> torch.Tensor:
     return torch.stack(list(generate(model, prompt, n_tokens, temperature=0)), dim=1)
 
 
-def lively(**changes: object) -> GPT:
+def lively() -> GPT:
     """Weights so large that greedy text does not repeat one token."""
-    model = small_model(**changes).eval()
+    model = small_model().eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     return model
@@ -42,19 +42,19 @@ def test_generation_with_the_cache_equals_recomputing_the_context(length: int) -
     model, prompt = lively(), tokens(3, length)
     new = greedy(model, prompt, 30)  # twice beyond the context
     assert torch.equal(new, without_cache(model, prompt, 30))
-    assert all(len(set(row.tolist())) > 3 for row in new), "a token repeated would tell little"
+    assert all(len(set(row.tolist())) > 3 for row in new), "a repeated token would prove little"
 
 
-def test_spans_of_the_cache_change_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpt, "SPAN", 2)  # 2, 4, 8 and 16, the last one wider than the context
+def test_the_span_of_the_cache_does_not_change_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "SPAN", 2)  # 2, 4, 8 and 16, the last one wider than the context
     model, prompt = lively(), tokens(2, 1)
     assert torch.equal(greedy(model, prompt, 30), without_cache(model, prompt, 30))
 
 
 @torch.no_grad()
-def test_a_cache_takes_several_tokens_at_any_time() -> None:
+def test_a_cache_takes_any_number_of_tokens_at_a_time() -> None:
     model, idx = lively(), tokens(2, 12)
-    cache = KVCache(model.config, 2, torch.device("cpu"), torch.float32)
+    cache = model.new_cache(2)
     for start, stop in ((0, 4), (4, 5), (5, 12)):
         logits = model(idx[:, start:stop], cache=cache).logits
         assert logits.shape == (2, 1, 128)
@@ -63,9 +63,9 @@ def test_a_cache_takes_several_tokens_at_any_time() -> None:
         model(idx[:, :1], cache=cache)
 
 
-def test_compiled_steps_give_the_same_tokens_and_compile_once_a_span(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpt, "SPAN", 6)
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # no C++ to wait for
+def test_compiled_generation_gives_the_same_tokens_and_compiles_once_per_span(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "SPAN", 6)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # without waiting for a C++ compiler
     model, prompt = lively(), tokens(2, 3)
     expected = greedy(model, prompt, 30)
     torch._dynamo.reset()
@@ -76,15 +76,15 @@ def test_compiled_steps_give_the_same_tokens_and_compile_once_a_span(monkeypatch
 
 
 @torch.no_grad()
-def test_a_model_of_bfloat16_weights_generates_with_its_cache_as_without() -> None:
+def test_bfloat16_weights_give_the_same_logits_with_the_cache_as_without() -> None:
     model, idx = lively().bfloat16(), tokens(1, 12)
-    cache = KVCache(model.config, 1, torch.device("cpu"), torch.bfloat16)
+    cache = model.new_cache(1)
     for position in range(12):
         logits = model(idx[:, position : position + 1], cache=cache).logits
     torch.testing.assert_close(logits[..., :70], model(idx).logits[:, -1:, :70], rtol=0.05, atol=0.2)
 
 
-def test_the_draws_of_a_sample_do_not_depend_on_the_others() -> None:
+def test_a_sample_does_not_depend_on_the_others_in_its_batch() -> None:
     model, prompt = small_model().eval(), tokens(1, 3)
 
     def drawn(*seeds: int) -> torch.Tensor:

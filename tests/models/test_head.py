@@ -1,4 +1,4 @@
-"""The head's loss in chunks is the loss of all logits, in value and gradient."""
+"""The head's loss in chunks equals the loss of all logits, in value and gradient."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nanodisp.models import head as cross_entropy
+from nanodisp.models import head
 from nanodisp.models.head import linear_cross_entropy, linear_kl_divergence
 
 
@@ -41,12 +41,12 @@ def gradients(loss: Tensor, *of: Tensor) -> tuple[Tensor, ...]:
 
 @settings(deadline=None, max_examples=60)
 @given(**SIZES)
-def test_it_is_pytorchs(n: int, n_features: int, vocab_size: int, at_once: int, seed: int) -> None:
+def test_cross_entropy_equals_pytorchs(n: int, n_features: int, vocab_size: int, at_once: int, seed: int) -> None:
     x, weight, bias, targets = case(n, n_features, vocab_size, seed)
     x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
     right = gradients(F.cross_entropy(F.linear(x, weight, bias.double()), targets), x, weight)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cross_entropy, "CHUNK_BYTES", 4 * len(weight) * at_once)
+        patch.setattr(head, "CHUNK_BYTES", 4 * len(weight) * at_once)
         x, weight = x.float().detach().requires_grad_(), weight.float().detach().requires_grad_()
         ours = gradients(linear_cross_entropy(x, weight, bias, targets), x, weight)
     for a, b in zip(ours, right, strict=True):
@@ -54,7 +54,7 @@ def test_it_is_pytorchs(n: int, n_features: int, vocab_size: int, at_once: int, 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_under_autocast_it_is_pytorchs_up_to_rounding(dtype: torch.dtype) -> None:
+def test_cross_entropy_under_autocast_equals_pytorchs_up_to_rounding(dtype: torch.dtype) -> None:
     x, weight, bias, targets = case(500, 32, 60)
     weight, x = (0.3 * weight).requires_grad_(), x.requires_grad_()
     right = gradients(F.cross_entropy(F.linear(x, weight, bias), targets), x, weight)
@@ -65,16 +65,23 @@ def test_under_autocast_it_is_pytorchs_up_to_rounding(dtype: torch.dtype) -> Non
         assert (a - b).norm() <= {torch.bfloat16: 6e-3, torch.float16: 8e-4}[dtype] * b.norm()
 
 
-def test_the_incoming_gradient_is_multiplied_in_and_none_is_made_without_need() -> None:
+def test_the_gradient_is_multiplied_by_the_incoming_gradient() -> None:
     x, weight, bias, targets = case(20, 5, 7)
     x.requires_grad_()
     once, thrice = (torch.autograd.grad(k * linear_cross_entropy(x, weight, bias, targets), x)[0] for k in (1, 3))
     torch.testing.assert_close(thrice, 3 * once)
+
+
+def test_without_gradient_none_is_computed() -> None:
+    x, weight, bias, targets = case(20, 5, 7)
+    x.requires_grad_()
     with torch.no_grad():
-        assert not linear_cross_entropy(x, weight, bias, targets).requires_grad
+        loss = linear_cross_entropy(x, weight, bias, targets)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, linear_cross_entropy(x, weight, bias, targets).detach())
 
 
-def test_it_compiles_without_a_graph_break() -> None:
+def test_cross_entropy_compiles_without_a_graph_break() -> None:
     x, weight, bias, targets = case(20, 5, 7)
     x.requires_grad_(), weight.requires_grad_()
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
@@ -86,7 +93,7 @@ def test_it_compiles_without_a_graph_break() -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_what_is_kept_for_backward_is_no_larger_than_the_gradients() -> None:
+def test_cross_entropy_saves_only_the_gradients_for_backward() -> None:
     x, weight, bias, targets = case(64, 4, 500)
     x.requires_grad_(), weight.requires_grad_()
     kept: list[Tensor] = []
@@ -95,11 +102,11 @@ def test_what_is_kept_for_backward_is_no_larger_than_the_gradients() -> None:
     assert sorted(t.shape for t in kept) == sorted([x.shape, weight.shape])
 
 
-# --- a teacher's predictions as targets ------------------------------------------------------
+# --- KL divergence from a teacher ------------------------------------------------------------
 
 
 def lesson(n: int, n_features: int, vocab_size: int, seed: int = 0) -> tuple[Tensor, ...]:
-    """As `case`, with a teacher of another width in place of the targets."""
+    """As `case`, with a teacher of another width instead of targets."""
     x, weight, bias, _ = case(n, n_features, vocab_size, seed)
     teacher_x, teacher_weight, _, _ = case(n, n_features + 3, vocab_size, seed + 1)
     return x, weight, teacher_x, teacher_weight, bias
@@ -108,7 +115,7 @@ def lesson(n: int, n_features: int, vocab_size: int, seed: int = 0) -> tuple[Ten
 def pytorchs(
     x: Tensor, weight: Tensor, teacher_x: Tensor, teacher_weight: Tensor, bias: Tensor, temperature: float
 ) -> Tensor:
-    """Mean over tokens of F.kl_div, of all logits in float64."""
+    """F.kl_div of all logits in float64, mean over tokens."""
     predicted = bias.isfinite()
     q, p = (
         (F.linear(h.double(), w.double())[:, predicted] / temperature).log_softmax(dim=1)
@@ -119,21 +126,21 @@ def pytorchs(
 
 @settings(deadline=None, max_examples=60)
 @given(**SIZES, temperature=st.floats(0.5, 8))
-def test_the_divergence_is_pytorchs(
+def test_the_divergence_equals_pytorchs(
     n: int, n_features: int, vocab_size: int, at_once: int, temperature: float, seed: int
 ) -> None:
     x, weight, *rest = lesson(n, n_features, vocab_size, seed)
     x, weight = x.requires_grad_(), weight.requires_grad_()
     right = gradients(pytorchs(x, weight, *rest, temperature), x, weight)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cross_entropy, "CHUNK_BYTES", 16 * len(weight) * at_once)
+        patch.setattr(head, "CHUNK_BYTES", 16 * len(weight) * at_once)
         ours = gradients(linear_kl_divergence(x, weight, *rest, temperature), x, weight)
     for a, b in zip(ours, right, strict=True):
         torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_under_autocast_the_divergence_is_pytorchs_up_to_rounding(dtype: torch.dtype) -> None:
+def test_the_divergence_under_autocast_equals_pytorchs_up_to_rounding(dtype: torch.dtype) -> None:
     x, weight, *rest = lesson(500, 32, 60)
     weight, x = (0.3 * weight).requires_grad_(), x.requires_grad_()
     right = gradients(pytorchs(x, weight, *rest, 2.0), x, weight)
@@ -144,7 +151,7 @@ def test_under_autocast_the_divergence_is_pytorchs_up_to_rounding(dtype: torch.d
         assert (a - b).norm() <= {torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype] * b.norm()
 
 
-def test_the_divergence_keeps_no_logits_and_compiles_without_a_graph_break() -> None:
+def test_the_divergence_saves_no_logits_and_compiles_without_a_graph_break() -> None:
     x, weight, *rest = lesson(64, 4, 500)
     x.requires_grad_(), weight.requires_grad_()
     kept: list[Tensor] = []
@@ -156,7 +163,7 @@ def test_the_divergence_keeps_no_logits_and_compiles_without_a_graph_break() -> 
         torch.testing.assert_close(a, b)
 
 
-def test_nobody_diverges_from_himself() -> None:
+def test_a_model_has_no_divergence_from_itself() -> None:
     x, weight, _, _, bias = lesson(20, 5, 7)
     x.requires_grad_(), weight.requires_grad_()
     value, *grads = gradients(linear_kl_divergence(x, weight, x.detach(), weight.detach(), bias, 3.0), x, weight)

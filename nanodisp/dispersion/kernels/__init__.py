@@ -1,9 +1,9 @@
-"""Fused kernels of the pairwise-cosine family: loss and gradient in one pass, dz alone kept for backward.
+"""Fused kernels of the pairwise-cosine family: loss and gradient in one pass, only dz kept for backward.
 
-`pairwise_dispersion` is what `DispersionLoss` calls; `choose` says which backend serves a tensor.
-The scheme, and what the members of the family have in common, stands in `pairwise.py`; `gpu.py` is the
-Triton kernel, `cpu.py` the same in PyTorch operations on blocks. Both compute the gradient together
-with the loss, because its common factor, 1/S, is all that is not known while the pairs are visited.
+`DispersionLoss` calls `pairwise_dispersion`; `choose` selects the backend for a tensor. `pairwise.py` documents
+the scheme and what the family has in common; `gpu.py` is the Triton kernel, `cpu.py` the same in PyTorch
+operations on blocks. Both compute the gradient together with the loss, because only its common factor, 1/S, is
+unknown while the pairs are visited.
 """
 
 from __future__ import annotations
@@ -19,62 +19,66 @@ from .pairwise import FAMILY, gradient_dtype, smallest_tau
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 CPU_HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton runs its kernels on the CPU, slowly, to test them
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton runs its kernels on the CPU, slowly, for tests
 
 
-def why_not(backend: str, variant: str, tau: float, z: Tensor | None = None) -> str | None:
-    """What keeps the backend ("triton" or "cpu") from serving, or None; without `z` as far as one can know."""
+def unsupported(backend: str, variant: str, tau: float, z: Tensor | None = None) -> str | None:
+    """Why "triton" or "cpu" does not support the input, or None if it does; without `z` only what holds for any z."""
     if variant not in FAMILY:
-        return f"variant={variant}: the fused kernels know {', '.join(FAMILY)}"
+        return f"variant={variant} has no fused kernel, only {', '.join(FAMILY)} have"
     if tau < smallest_tau(variant):
-        return f"tau={tau}: below {smallest_tau(variant):.3g} exp(1/tau) leaves float32"
+        return f"tau={tau} is below {smallest_tau(variant):.3g}, where exp(1/tau) overflows float32"
     if backend == "triton" and not TRITON_INSTALLED:
-        return "without triton: install it (it comes with PyTorch for CUDA)"
+        return "triton is not installed (it comes with PyTorch for CUDA)"
     if z is None:
         return None
     if z.size(2) == 0:
-        return "tokens without features"
+        return "z has no features"
     if not torch.compiler.is_compiling() and (
         torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
     ):
-        return "torch.func or forward-mode differentiation: the fused kernels know backward() and torch.autograd.grad"
+        return "the fused kernels support backward() and torch.autograd.grad, not torch.func or forward mode"
     if z.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"{z.dtype}: the fused kernels know float32, bfloat16 and float16"
+        return f"z is {z.dtype}, but the fused kernels take float32, bfloat16 and float16"
     if backend == "cpu" and z.device.type != "cpu":
-        return f"a tensor on {z.device}: it is the CPU's"
+        return f"z is on {z.device}, but it needs the CPU"
     if backend == "triton" and not z.is_cuda and not (INTERPRETED and z.device.type == "cpu"):
-        return f"a tensor on {z.device}: it needs a GPU"
+        return f"z is on {z.device}, but it needs a GPU"
     if backend == "triton" and torch.version.hip is not None:
-        return "AMD's GPUs: its tiles are NVIDIA's"
+        return "it does not support AMD GPUs (its tile sizes are for NVIDIA)"
     if backend == "triton" and z.is_cuda and torch.cuda.get_device_properties(z.device).major < 8:
-        return "this GPU: it needs compute capability 8.0 or more"
+        return "this GPU has a compute capability below 8.0"
     return None
 
 
-def choose(backend: str, variant: str, tau: float, z: Tensor) -> str:
-    """The backend that serves z: "triton", "cpu" or "reference".
+def require(backend: str, variant: str, tau: float, z: Tensor | None = None) -> None:
+    """Raises ValueError, with the reason, if "triton" or "cpu" does not support the input."""
+    reason = unsupported(backend, variant, tau, z)
+    if reason is not None:
+        raise ValueError(f"backend={backend} is not available: {reason}; use backend=auto or backend=reference")
 
-    "auto" takes the fused one of z's device, and the reference where that cannot serve.
+
+def choose(backend: str, variant: str, tau: float, z: Tensor) -> str:
+    """The backend that computes the loss of z: "triton", "cpu" or "reference".
+
+    "auto" is the fused backend of z's device if it supports z, else the reference.
 
     Raises:
-        ValueError: another `backend` than "auto" cannot serve; says why.
+        ValueError: the backend was named explicitly and does not support z; says why.
     """
-    if backend == "reference":
-        return backend
-    candidate = backend if backend != "auto" else "triton" if z.is_cuda else "cpu"
-    reason = why_not(candidate, variant, tau, z)
-    if reason is None:
-        return candidate
     if backend == "auto":
-        return "reference"
-    raise ValueError(f"backend={backend} cannot serve {reason}; use backend=auto or backend=reference")
+        fused = "triton" if z.is_cuda else "cpu"
+        return fused if unsupported(fused, variant, tau, z) is None else "reference"
+    if backend != "reference":
+        require(backend, variant, tau, z)
+    return backend
 
 
 def pairwise_dispersion(z: Tensor, variant: str, tau: float, backend: str) -> Tensor:
     """The dispersion loss of z [B, N, F], mean over B: a float32 scalar, differentiable once.
 
-    Matmuls run in bfloat16 where z is bfloat16 or float16, or where autocast asks for a 16-bit type, and in
-    float32 otherwise, and on a CPU without bfloat16. Everything else is float32.
+    Matmuls run in bfloat16 if z is bfloat16 or float16 or autocast selects a 16-bit type, and in float32 otherwise
+    or on a CPU without bfloat16. Everything else is float32.
     """
     device = z.device.type
     half = z.dtype != torch.float32 or (
@@ -86,13 +90,14 @@ def pairwise_dispersion(z: Tensor, variant: str, tau: float, backend: str) -> Te
     return _pairwise(z, variant, tau, matmul_dtype, with_grad, backend)[0]
 
 
-@torch.library.custom_op("nanodisp::pairwise_dispersion", mutates_args=())
+# The operator's namespace is the package, so that a copy of this folder in another package registers its own.
+@torch.library.custom_op(f"{__name__.partition('.')[0]}::pairwise_dispersion", mutates_args=())
 def _pairwise(
     z: Tensor, variant: str, tau: float, matmul_dtype: torch.dtype, with_grad: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Loss (scalar) and dloss/dz, which is empty without `with_grad`."""
+    """The loss (scalar) and dloss/dz (empty without `with_grad`)."""
     if backend == "triton":
-        from . import gpu as kernel  # triton is imported with the first use of it
+        from . import gpu as kernel  # imports triton on first use
     else:
         from . import cpu as kernel  # type: ignore[no-redef]
     with torch.autocast(z.device.type, enabled=False), torch.cuda.device_of(z):
@@ -114,8 +119,8 @@ def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, grad_dz: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_dz is not None:  # someone differentiates the gradient that this function returned before
-        raise RuntimeError("the fused dispersion loss can be differentiated once only; use backend=reference")
+    if grad_dz is not None:  # second derivative: the caller differentiates a gradient returned from here
+        raise RuntimeError("the fused dispersion loss can be differentiated only once; use backend=reference")
     (dz,) = ctx.saved_tensors
     dloss = None if grad_loss is None else (dz * grad_loss).to(ctx.z_dtype)
     return dloss, None, None, None, None, None

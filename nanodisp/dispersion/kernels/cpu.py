@@ -1,18 +1,18 @@
-"""The blocked CPU twin: the single-pass scheme in PyTorch operations on small, reused scratch.
+"""The CPU kernel: the single-pass scheme in blocked PyTorch operations on small, reused buffers.
 
-A few sequences at a time (one, if it is long) go through four steps:
+A few sequences at a time (one if it is long) go through four steps:
 
 1. u = z / (|z| + eps), padded with zero rows to a multiple of the block, and its copy in the matmul dtype;
-2. the cosines on and above the diagonal, then w and h of them. The square of pairs is halved
-   again and again: the off-diagonal quarter of every half is one matmul, and what remains in
-   the end are blocks on the diagonal. All of it lies packed in one flat tensor, so that an
-   elementwise step is one call over data that stays in the processor's cache;
-3. h and its mirror image are laid out as the square H, and H u is one batched matmul;
-4. the gradient of the normalisation takes away what is radial, parallel to u_i. Its size is
-   known beforehand, sum_j h_ij c_ij, so its negative goes onto the diagonal of H: no further pass
+2. the cosines on and above the diagonal, then their w and h. The square of pairs is halved
+   recursively: the off-diagonal quarter of every half is one matmul, and blocks on the diagonal
+   remain. Everything is packed in one flat tensor, so that an elementwise step is one call over
+   data that stays in the processor's cache;
+3. h and its mirror image are unpacked into the square H, and H u is one batched matmul;
+4. the gradient of the normalisation removes the radial component, parallel to u_i. Its size is
+   known in advance, sum_j h_ij c_ij, so its negative goes onto the diagonal of H: no further pass
    over the features, and in bfloat16 the matmul's result is rounded after the cancellation, not before.
 
-Scratch does not grow with the number of sequences, and nothing but dz is kept.
+The buffers do not grow with the number of sequences, and only dz is kept.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from torch import Tensor
 from ..formulas import COSINE_MARGIN, NORM_EPS
 from .pairwise import arcsin_coefficients, gradient_dtype, loss_and_factor, slope_at_edge
 
-SCRATCH_ELEMENTS = 2**20  # of the largest scratch tensor, unless one sequence needs more
-SMALLEST_BLOCK = 128  # smaller ones slow the matmul by more than they save
-ARCSIN = {torch.float32: arcsin_coefficients(7), torch.bfloat16: arcsin_coefficients(3)}  # as exact as the cosines
+SCRATCH_ELEMENTS = 2**20  # in the largest buffer, unless one sequence needs more
+SMALLEST_BLOCK = 128  # smaller ones slow the matmul down by more than they save
+ARCSIN = {torch.float32: arcsin_coefficients(7), torch.bfloat16: arcsin_coefficients(3)}  # as accurate as the cosines
 SMALL_TAU = 0.5
 TINY = torch.finfo(torch.float32).tiny
 
@@ -50,10 +50,10 @@ def pairwise_cosine(
     n_sequences, n_tokens, n_features = z.shape
     n_halvings = max(0, (n_tokens // SMALLEST_BLOCK).bit_length() - 1)
     padded = -(-n_tokens >> n_halvings) << n_halvings
-    n_pairs = padded * (padded + (padded >> n_halvings)) // 2  # that are packed for one sequence
+    n_pairs = padded * (padded + (padded >> n_halvings)) // 2  # packed, of one sequence
     at_once = max(1, min(n_sequences, SCRATCH_ELEMENTS // (padded * max(padded, n_features))))
 
-    # orthogonalization's h is proportional to c, and exp(c / tau) of a small tau is steep: rounding c would show
+    # rounding c would hurt: orthogonalization's h is proportional to c, and exp(c / tau) is steep for a small tau
     cosine_dtype = torch.float32 if variant == "orthogonalization" or tau < SMALL_TAU else matmul_dtype
     direction_scratch = torch.zeros(at_once, padded, n_features, dtype=torch.float32)
     result_scratch = torch.empty(at_once, padded, n_features, dtype=matmul_dtype)
@@ -101,7 +101,7 @@ def pairwise_cosine(
         gradient = dz[group] if dz.dtype == torch.float32 else torch.empty_like(some_z)
         torch.bmm(square, u, out=result)
         torch.mul(result[:, :n_tokens], scale, out=gradient)
-        if matmul_dtype == torch.bfloat16:  # the rounding of u_i and of its large factor, made good
+        if matmul_dtype == torch.bfloat16:  # corrects the rounding of u_i and of its large factor
             gradient.addcmul_(u[:, :n_tokens], diagonal * scale, value=-1)
             gradient.addcmul_(directions[:, :n_tokens], radial * scale, value=-1)
         if gradient.dtype != dz.dtype:
@@ -110,7 +110,7 @@ def pairwise_cosine(
 
 
 def _levels(packed: Tensor, n: int, n_halvings: int) -> list[Tensor]:
-    """Views of the packed pairs of n sequences, one for each level of halving, [n, blocks, size, size].
+    """Views of the packed pairs of n sequences, one per level of halving, [n, blocks, size, size].
 
     The last one holds the blocks on the diagonal, the others the blocks above it.
     """
@@ -129,7 +129,7 @@ def _multiply_upper(u: Tensor, levels: list[Tensor]) -> None:
         halves = u.view(level.size(0), 2, -1, u.size(-1))
         if u.dtype == torch.float32:
             torch.bmm(halves[:, 0], halves[:, 1].mT, out=level)
-        else:  # a batched bfloat16 matmul would first copy operands with gaps between them
+        else:  # a batched bfloat16 matmul would first copy strided operands
             for (first, second), block in zip(halves, level, strict=True):
                 torch.mm(first, second.T, out=block)
     blocks = u.view(diagonal.size(0), -1, u.size(-1))
@@ -163,7 +163,7 @@ def _base_terms(
 
 
 def _clear_padding(levels: list[Tensor], n_padding: int) -> None:
-    """No token is paired with itself or with the rows that fill the last block."""
+    """Zero the pairs of a token with itself and with the padding rows of the last block."""
     levels[-1].diagonal(dim1=-2, dim2=-1).zero_()
     if n_padding:
         for level in levels:
@@ -172,7 +172,7 @@ def _clear_padding(levels: list[Tensor], n_padding: int) -> None:
 
 
 def _sum(levels: list[Tensor]) -> Tensor:
-    """Sum over all pairs of each sequence [n]: what lies above the diagonal counts twice."""
+    """Sum over all pairs of each sequence [n]: blocks above the diagonal count twice."""
     *above, diagonal = (level.sum(dim=(1, 2, 3)) for level in levels)
     return diagonal + 2 * sum(above)
 
@@ -190,7 +190,7 @@ def _row_sums(levels: list[Tensor]) -> Tensor:
 
 
 def _unpack(levels: list[Tensor], square: Tensor) -> None:
-    """The levels and their mirror images into the square [n, padded, padded]."""
+    """Write the levels and their mirror images into the square [n, padded, padded]."""
     *above, diagonal = levels
     n = square.size(0)
     for level in above:

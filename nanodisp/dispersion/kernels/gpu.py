@@ -2,16 +2,16 @@
 
 For a group of sequences at a time:
 
-1. `_norms`: |z_i| of every token. u is never written: u_i . u_j is z_i . z_j times the two inverse
+1. `_norms`: |z_i| of every token. u is never stored: u_i . u_j is z_i . z_j times the two inverse
    norms, and sum_j h_ij u_j is (h_ij / (|z_j| + eps)) times z_j;
-2. `_pair_tiles`: one program for each tile on or above the diagonal of z z^T. While the tile's
-   cosines are in registers it sums w and, where a gradient is asked for, writes the tile of H
-   (h times the inverse norm of its column) and the mirror tile. Each program writes its sum to a
-   place of its own: no atomics, so the same input gives the same bits;
+2. `_pair_tiles`: one program per tile on or above the diagonal of z z^T. While the tile's
+   cosines are in registers it sums w and, if a gradient is needed, writes the tile of H
+   (h times the inverse norm of its column) and the mirror tile. Each program writes its sum to its
+   own element: no atomics, so the same input gives the same bits;
 3. A = H z, a batched matmul of the vendor's library;
 4. `_through_normalisation`: dz from A and z, row by row.
 
-H and A live for one group; the only tensor that outlives the call is dz.
+H and A are reused by every group; only dz outlives the call.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from torch import Tensor
 from ..formulas import COSINE_MARGIN, NORM_EPS
 from .pairwise import arcsin_coefficients, gradient_dtype, loss_and_factor
 
-GROUP_BYTES = 32 * 2**20  # of H and A; less than the second-level cache of the GPUs this is meant for
-LARGEST_GRID = 65535  # sequences of one launch
+GROUP_BYTES = 32 * 2**20  # of H and A; less than the L2 cache of the GPUs this is meant for
+LARGEST_GRID = 65535  # sequences per launch
 
 EPS = tl.constexpr(NORM_EPS)
 BAND = tl.constexpr(1 - COSINE_MARGIN)
 A0, A1, A2, A3, A4, A5, A6, A7 = (tl.constexpr(a) for a in arcsin_coefficients(7))
 INVERSE_PI = tl.constexpr(1 / math.pi)
 OPERAND_TYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
-if triton.knobs.runtime.interpret:  # the interpreter holds bfloat16 as integers, and multiplies those
+if triton.knobs.runtime.interpret:  # the interpreter stores bfloat16 as integers and multiplies those
     OPERAND_TYPE[torch.bfloat16] = tl.float32
 
 
 def tile_options(dtype: torch.dtype, capability: int) -> dict[str, int]:
-    """Tile sizes and launch options of `_pair_tiles`, chosen by count and not tuned at run time.
+    """Tile sizes and launch options of `_pair_tiles`, derived by counting, not tuned at run time.
 
-    A program of tile side T reads 2 / T elements a multiplication from the second-level cache: the
-    larger the better, until the tile and its epilogue no longer fit into registers. 128 x 128 in 256 threads
-    is 64 accumulators each; three stages of two [128, 64] bfloat16 operands are 96 KB of shared memory.
-    Compute capability 10 keeps accumulators elsewhere and copies them for the epilogue, and a
+    A program of tile side T reads 2 / T elements per multiplication from the L2 cache: the larger the
+    better, until the tile and its epilogue no longer fit into registers. 128 x 128 in 256 threads
+    is 64 accumulators per thread; three stages of two [128, 64] bfloat16 operands are 96 KB of shared memory.
+    Compute capability 10 keeps accumulators outside registers and copies them for the epilogue, and a
     float32 matmul (three tf32 products) holds its operands twice: both spill at 128.
     """
     if dtype == torch.float32:
@@ -76,9 +76,9 @@ def pairwise_cosine(
     n_tiles = n_blocks * (n_blocks + 1) // 2
     exponent = 1 / (tau * math.log(2)) * (1 / math.pi if variant == "angular" else 1)
 
-    h_stride = triton.cdiv(n_tokens, 16) * 16  # Triton stores wide where rows are a multiple of 16 apart
-    bytes_of_one = n_tokens * (h_stride * matmul_dtype.itemsize + n_features * 4)
-    n_groups = triton.cdiv(n_sequences, min(LARGEST_GRID, max(1, GROUP_BYTES // bytes_of_one)))
+    h_stride = triton.cdiv(n_tokens, 16) * 16  # Triton vectorises stores if the row stride is a multiple of 16
+    bytes_per_sequence = n_tokens * (h_stride * matmul_dtype.itemsize + n_features * 4)
+    n_groups = triton.cdiv(n_sequences, min(LARGEST_GRID, max(1, GROUP_BYTES // bytes_per_sequence)))
     at_once = max(1, triton.cdiv(n_sequences, max(1, n_groups)))  # groups of equal size
     h_scratch = z.new_empty((at_once, n_tokens, h_stride) if with_grad else 0, dtype=matmul_dtype)
     sums_scratch = z.new_empty(at_once, n_tiles, dtype=torch.float32)
@@ -116,17 +116,17 @@ def pairwise_cosine(
 
 
 def _gradient(z: Tensor, x: Tensor, norm: Tensor, h_matrix: Tensor, factor: Tensor, dz: Tensor) -> None:
-    """A = H x, and dz from it.
+    """Compute A = H x, and dz from it.
 
-    A is float32 whatever H is: rounding it would cost most where tokens are nearly parallel, because
-    there what survives the normalisation is small beside what does not.
+    A is float32 even if H is not: rounding it would hurt most for nearly parallel tokens, where the
+    tangential component that remains is small compared with the radial one that is removed.
     """
     n, n_tokens, n_features = z.shape
     if x.dtype == torch.float32:
         a = torch.bmm(h_matrix, x)
     elif x.is_cuda:
         a = torch.bmm(h_matrix, x, out_dtype=torch.float32)
-    else:  # the interpreter's
+    else:  # in the interpreter
         a = torch.bmm(h_matrix.float(), x.float())
     _through_normalisation[n_tokens, n](
         z, a, norm, factor, dz, *z.stride(), n_tokens, n_features, **_row_options(n_features)
@@ -134,14 +134,14 @@ def _gradient(z: Tensor, x: Tensor, norm: Tensor, h_matrix: Tensor, factor: Tens
 
 
 def _row_options(n_features: int) -> dict[str, int]:
-    """Of the kernels that walk one row a program: 16 elements a thread."""
+    """Launch options of the kernels with one program per row: 16 elements per thread."""
     block = min(4096, triton.next_power_of_2(n_features))
     return {"BLOCK": block, "num_warps": max(1, block // 512)}
 
 
 def _matmul_operand(z: Tensor, dtype: torch.dtype, block: int) -> Tensor:
-    """z [n, N, F] in the matmul dtype, laid out for wide loads without masks: features side by side, rows
-    a multiple of 16 apart, and zeros after the features up to a multiple of the block."""
+    """z [n, N, F] in the matmul dtype, laid out for vectorised loads without masks: contiguous features, row
+    strides that are multiples of 16, and zero padding of the features to a multiple of the block."""
     n, n_tokens, n_features = z.shape
     fits = z.stride(2) == 1 and z.stride(0) % 16 == z.stride(1) % 16 == z.data_ptr() % 16 == n_features % block == 0
     if fits and z.dtype == dtype:
@@ -152,7 +152,7 @@ def _matmul_operand(z: Tensor, dtype: torch.dtype, block: int) -> Tensor:
 
 @triton.jit
 def _norms(z, norm, stride_b, stride_n, stride_f, n_tokens, n_features, BLOCK: tl.constexpr):
-    """norm[b, i] = |z[b, i]|, one program a row."""
+    """norm[b, i] = |z[b, i]|, one program per row."""
     i = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     row = z + b * stride_b + i.to(tl.int64) * stride_n
@@ -183,9 +183,9 @@ def _pair_tiles(
     BLOCK: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """One tile of pairs on or above the diagonal: its sum of w, its part of H and the mirror of that.
+    """One tile of pairs on or above the diagonal: its sum of w, its tile of H and the mirror tile.
 
-    h_matrix[b, i, j] = h(c_ij) / (|z_j| + eps), zero on the diagonal. sums[b, tile] = sum of w, where a tile
+    h_matrix[b, i, j] = h(c_ij) / (|z_j| + eps), zero on the diagonal. sums[b, tile] = sum of w; a tile
     above the diagonal counts twice.
     """
     tile = tl.program_id(0)
@@ -199,7 +199,7 @@ def _pair_tiles(
     i = row * BLOCK + tl.arange(0, BLOCK)
     j = column * BLOCK + tl.arange(0, BLOCK)
     f = tl.arange(0, BLOCK_F)
-    # Rows past the end read the last token again; what comes of them is cleared below.
+    # Rows past the end read the last token again; their results are masked below.
     i_pointers = z + b * stride_b + tl.minimum(i, n_tokens - 1)[:, None] * stride_n + f[None, :]
     j_pointers = z + b * stride_b + tl.minimum(j, n_tokens - 1)[None, :] * stride_n + f[:, None]
     c = tl.zeros((BLOCK, BLOCK), tl.float32)
@@ -248,9 +248,9 @@ def _pair_tiles(
 def _through_normalisation(
     z, a, norm, factor, dz, stride_b, stride_n, stride_f, n_tokens, n_features, BLOCK: tl.constexpr
 ):
-    """dz = factor (a - z (z . a) / (|z| (|z| + eps))) / (|z| + eps), one program a row; a and dz contiguous.
+    """dz = factor (a - z (z . a) / (|z| (|z| + eps))) / (|z| + eps), one program per row; a and dz contiguous.
 
-    The gradient of u = z / (|z| + eps): what changes only the length of z counts for little.
+    The gradient of u = z / (|z| + eps): a change in the length of z has almost no effect on u.
     """
     i = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)

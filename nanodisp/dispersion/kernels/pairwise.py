@@ -1,4 +1,4 @@
-"""What the CPU and the GPU kernel of the pairwise-cosine family share.
+"""Mathematics shared by the CPU and GPU kernels of the pairwise-cosine family.
 
 Every member is a function of S = sum_{i!=j} w(c_ij) over the cosines of one sequence, and its
 gradient with respect to u_i is a factor, known once S is, times sum_{j!=i} h(c_ij) u_j:
@@ -9,8 +9,8 @@ gradient with respect to u_i is a factor, known once S is, times sum_{j!=i} h(c_
     cosine             c                exp(s/tau) w                    log(S / P)
 
 with P = N (N - 1) pairs, c~ the clamped cosine and s+ = max(0, s). The angle D = arccos(c~) / pi of the
-formulas is 1/2 - s; centred like this, w stays within exp(+-0.27 / tau) and no maximum has to
-be found first, so that w, S and the sum over h u can all be had in one pass.
+formulas is 1/2 - s. Centred this way, w stays within exp(+-0.27 / tau), so no maximum has to be subtracted first
+and w, S and the sum over h u are computed in one pass.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..formulas import COSINE_MARGIN
 
 FAMILY = ("angular", "orthogonalization", "cosine")
 
-LARGEST_EXPONENT = 40.0  # exp(40), its square and its inverse are float32s, times 10^3 or more at that
+LARGEST_EXPONENT = 40.0  # exp(40), its square and its inverse fit float32 with a factor of 10^3 to spare
 
 
 def arcsin_coefficients(degree: int) -> tuple[float, ...]:
@@ -42,7 +42,7 @@ def arcsin_coefficients(degree: int) -> tuple[float, ...]:
 def slope_at_edge(variant: str, tau: float) -> float:
     """h at the upper edge of the clamped band, where it is largest (1 for cosine, which has no band).
 
-    All pairs of condensed tokens lie there. Divided by this, their h is 1 and survives rounding.
+    All pairs of condensed tokens are there. Divided by this, their h is 1 and survives rounding.
     """
     if variant == "cosine":
         return 1.0
@@ -52,7 +52,7 @@ def slope_at_edge(variant: str, tau: float) -> float:
 
 
 def smallest_tau(variant: str) -> float:
-    """Below this temperature exp(s / tau) leaves float32's range (orthogonalization has none)."""
+    """The temperature below which exp(s / tau) overflows float32 (0 for orthogonalization, which has none)."""
     largest_s = {"angular": math.asin(1 - COSINE_MARGIN) / math.pi, "cosine": 1.0, "orthogonalization": 0.0}
     return largest_s[variant] / LARGEST_EXPONENT
 
@@ -60,7 +60,7 @@ def smallest_tau(variant: str) -> float:
 def loss_and_factor(total: Tensor, variant: str, tau: float, n_tokens: int) -> tuple[Tensor, Tensor]:
     """S of each sequence [B] -> its loss [B], and the factor [B] from sum_j h_ij u_j to dloss/du_i.
 
-    Each unordered pair counts twice in S, which is where the 2 of the factors comes from.
+    Each unordered pair counts twice in S, hence the 2 in the factors.
     """
     n_pairs = n_tokens * (n_tokens - 1)
     if variant == "orthogonalization":
@@ -72,9 +72,9 @@ def loss_and_factor(total: Tensor, variant: str, tau: float, n_tokens: int) -> t
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the dz that is kept for a z of this dtype: its own, but bfloat16 for float16.
+    """The dtype of the saved dz for a z of this dtype: the same, but bfloat16 for float16.
 
-    dz is kept before the incoming gradient, and with it the scale that float16 training relies on, is
-    multiplied in: it lies below float16's range.
+    dz is saved before it is multiplied by the incoming gradient, which carries the loss scale of float16
+    training: unscaled it would underflow float16.
     """
     return torch.bfloat16 if dtype == torch.float16 else dtype
