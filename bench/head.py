@@ -1,9 +1,9 @@
-"""Times and weighs the output head with its cross-entropy: in chunks, against plain PyTorch.
+"""Time and memory of the output head with its cross-entropy: in chunks, against plain PyTorch.
 
     python -m bench.head                        # GPT-2's head on 16 x 1024 tokens, under bfloat16 autocast
     python -m bench.head --tokens 2048 --dtype float32
 
-Forward and backward; the two alternate. Each is weighed in a process of its own: how much that grew at its peak.
+Forward and backward; the two alternate. Peak memory is measured as the growth of a separate process for each.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def step_of(name: str, n_tokens: int, dtype: str) -> Any:
 
 
 def peak_mib(name: str, n_tokens: int, dtype: str) -> float:
-    step_of(name, 64, dtype)()  # what loading and warming up take
+    step_of(name, 64, dtype)()  # memory for loading and warm-up is not counted
     step = step_of(name, n_tokens, dtype)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step()

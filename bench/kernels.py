@@ -1,14 +1,14 @@
-"""Times the fused dispersion loss against the formula in plain PyTorch, eager and compiled.
+"""Time of the fused dispersion loss against the formula in plain PyTorch, eager and compiled.
 
-    python -m bench.kernels                     # the CPU twin; about a minute
-    python -m bench.kernels --device cuda       # the Triton kernel; checks, then times; begins no row after 4 minutes
+    python -m bench.kernels                     # the CPU kernel; about a minute
+    python -m bench.kernels --device cuda       # the Triton kernel: checks, then times; starts no row after 4 minutes
     python -m bench.kernels --dry-run           # the code of --device cuda in Triton's interpreter, at toy sizes
 
-Forward and backward together, the implementations in alternation; the median of the rounds and their
-interquartile range. The figures go to bench/results/ (or to the folder that $OUT names), beside the
-device's name. A dry run writes nothing: its times mean nothing.
+Forward and backward together, the implementations in alternation; reported are the median of the rounds and their
+interquartile range. The report is written to bench/results/ (or the folder $OUT) with the device's name in the
+file's name. A dry run writes nothing, because its times are meaningless.
 
-Needs torch, numpy, triton (for --device cuda) and nanodisp.dispersion with its kernels, nothing else.
+Needs only torch, numpy, triton (for --device cuda) and nanodisp.dispersion.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from bench.measure import (
 
 FAMILY = ("angular", "orthogonalization", "cosine")
 ERROR_LIMIT = {"float32": 1e-5, "bfloat16": 4e-3}
-INTERPRETED_LIMIT = 1e-2  # of bfloat16 in Triton's interpreter, which cuts off where a GPU rounds
+INTERPRETED_LIMIT = 1e-2  # of bfloat16 in Triton's interpreter, which truncates where a GPU rounds
 MATMULS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
 GPU_SHAPES = [(16, 256, 768), (16, 1024, 768), (8, 1024, 1600), (4, 2048, 1024)]
-TIME_LIMIT = 240.0  # seconds after which no further row is begun
+TIME_LIMIT = 240.0  # seconds after which no row is started
 
 
 def main() -> None:
@@ -49,14 +49,14 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="run the code of --device cuda on the CPU, tiny")
     arguments = parser.parse_args()
     if arguments.dry_run:
-        os.environ["TRITON_INTERPRET"] = "1"  # before nanodisp looks at it
+        os.environ["TRITON_INTERPRET"] = "1"  # before nanodisp reads it
     elif arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("PyTorch sees no GPU here; leave --device cuda out, or try --dry-run")
+        parser.error("PyTorch finds no GPU; omit --device cuda, or use --dry-run")
 
     report: dict[str, Any] = {}
     if arguments.dry_run:
         gpu_report(report, Interpreter(), [(2, 70, 24)], rounds=1)
-        print("dry run: nothing was written")
+        print("dry run: no file written")
         return
     if arguments.device == "cuda":
         gpu_report(report, Gpu(), GPU_SHAPES, rounds=15)
@@ -65,7 +65,7 @@ def main() -> None:
     measure.write("kernels", report)
 
 
-# --- what is measured ---------------------------------------------------------------------
+# --- measurements -------------------------------------------------------------------------
 
 
 def loss_of(variant: str, backend: str) -> Callable[[Tensor], Tensor]:
@@ -79,7 +79,7 @@ def forward_and_backward(loss: Callable[[Tensor], Tensor], z: Tensor) -> Step:
 
 
 def under_autocast(step: Step, device: str, enabled: bool) -> Step:
-    """The step as training runs it: float32 z, matmuls in bfloat16."""
+    """The step as in training: float32 z, matmuls in bfloat16."""
 
     def run() -> Any:
         with torch.autocast(device, torch.bfloat16, enabled=enabled):
@@ -107,7 +107,7 @@ class Saved:
 
 
 def saved_bytes(loss: Callable[[Tensor], Tensor], z: Tensor) -> dict[str, int]:
-    """What autograd saves in forward: all of it added up, and the distinct memory still held when it ends."""
+    """Bytes that autograd saves in forward: the sum over all tensors, and the distinct memory still held at its end."""
     total = 0
     held: weakref.WeakSet[Saved] = weakref.WeakSet()
 
@@ -177,7 +177,7 @@ def cpu_row(variant: str, shape: tuple[int, int, int], dtype: str, rounds: int) 
 
 
 def mebibytes(kept: dict[str, int]) -> str:
-    """Added up, and distinct."""
+    """The sum over all tensors, and in brackets the distinct memory."""
     return f"{kept['added_up'] / 2**20:.0f} ({kept['distinct'] / 2**20:.0f})"
 
 
@@ -191,7 +191,7 @@ class Gpu(measure.Cuda):
 
 
 class Interpreter:
-    """What takes its place in the dry run on the CPU."""
+    """Replaces `Gpu` in a dry run on the CPU."""
 
     device = "cpu"
     compiler = "aot_eager"
@@ -219,7 +219,7 @@ def gpu_report(
     rate = matmul_rate(machine.device, torch.bfloat16, machine.matmul_size, machine.timer, rounds)
     report["matmul_tflops"] = rate / 1e12
     print(f"bfloat16 matmul of {machine.matmul_size}^3: {report['matmul_tflops']:.0f} TFLOP/s")
-    print("forward + backward, ms; the fused one also without Python between kernels (graph)")
+    print("forward + backward, ms; fused also as a CUDA graph, without Python between kernels")
     print(f"{'':46}{'eager':>16}{'compiled':>17}{'fused':>17}{'graph':>17}   against   peak MiB   of matmul")
     report["rows"], report["left_out"] = [], []
     for shape in shapes:
@@ -231,8 +231,8 @@ def gpu_report(
                 report["rows"].append(gpu_row(machine, variant, shape, dtype, rounds, report["matmul_tflops"]))
     report["seconds"] = time.perf_counter() - start
     if report["left_out"]:
-        print(f"left out for want of time: {len(report['left_out'])} rows")
-    print(f"{report['seconds']:.0f} s in all")
+        print(f"not enough time for {len(report['left_out'])} rows")
+    print(f"{report['seconds']:.0f} s in total")
 
 
 def random_tokens(machine: Gpu | Interpreter, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -241,7 +241,7 @@ def random_tokens(machine: Gpu | Interpreter, shape: tuple[int, ...], dtype: tor
 
 
 def check_gradients(machine: Gpu | Interpreter) -> list[dict[str, Any]]:
-    """Before anything is timed: the gradient against float64, and that it comes out the same twice."""
+    """Compare gradients with float64, and two runs bit for bit, before anything is timed."""
     checks: list[dict[str, Any]] = []
     on_gpu = machine.device == "cuda"
     # (24, 512, 1600) takes more than one group
@@ -274,7 +274,7 @@ def gpu_row(
     rounds: int,
     matmul_tflops: float,
 ) -> dict[str, Any]:
-    torch.compiler.reset()  # every row compiles anew
+    torch.compiler.reset()  # so that every row compiles again
     z = random_tokens(machine, shape, dtype)
     reference = loss_of(variant, "reference")
     fused = forward_and_backward(loss_of(variant, "triton"), z)

@@ -1,7 +1,7 @@
-"""What the benchmarks share: timing in alternation, the machine's name, and where figures go.
+"""Shared by the benchmarks: alternating timing, the machine's name, and files with results.
 
-A benchmark here compares; machines are noisy, so what is compared alternates, and what is told is the
-median of the rounds with their interquartile range.
+Benchmarks compare implementations on noisy machines, so the implementations alternate and the median of the
+rounds is reported with the interquartile range.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def wall_clock(step: Step) -> float:
 
 
 def undisturbed(step: Step) -> float:
-    """The wall clock, read again (5 times at most) where other programs held the cores for over 2 % of it."""
+    """Wall-clock milliseconds, measured again (at most 5 times) if other programs held the cores for over 2%."""
     for _ in range(5):
         before = waited_for_a_core()
         milliseconds = wall_clock(step)
@@ -43,14 +43,14 @@ def undisturbed(step: Step) -> float:
 
 
 def waited_for_a_core() -> float:
-    """Milliseconds that the threads of this process were ready and not running (Linux; 0 elsewhere)."""
+    """Milliseconds that this process's threads were ready but not running (Linux; 0 elsewhere)."""
     return sum(int(file.read_text().split()[1]) for file in Path("/proc/self/task").glob("*/schedstat")) / 1e6
 
 
 def alternate(
     steps: Mapping[str, Step], timer: Callable[[Step], float], rounds: int, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Milliseconds of each step, `rounds` of them, one of each in every round; `warmup` calls go before."""
+    """Milliseconds of each step in each of `rounds` rounds, one call per step and round, after `warmup` calls."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         for _ in range(warmup):
@@ -68,8 +68,8 @@ def summary(times: list[float]) -> dict[str, float]:
 
 
 def overhead(times: list[float], base: list[float]) -> float:
-    """How much slower, as the median of the rounds' own ratios: what disturbs a round disturbs both."""
-    return statistics.median(time / of_base for time, of_base in zip(times, base, strict=True)) - 1
+    """Relative slowdown: the median of the ratios of each round, because a disturbance of a round affects both."""
+    return statistics.median(time / base_time for time, base_time in zip(times, base, strict=True)) - 1
 
 
 def show(figures: dict[str, float]) -> str:
@@ -77,14 +77,14 @@ def show(figures: dict[str, float]) -> str:
 
 
 def matmul_rate(device: str, dtype: torch.dtype, size: int, timer: Callable[[Step], float], rounds: int) -> float:
-    """FLOP/s of the library's own matmul of size^3, on random numbers."""
+    """FLOP/s of PyTorch's matmul of two random [size, size] matrices."""
     a, b, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
     times = alternate({"matmul": lambda: torch.mm(a, b, out=out)}, timer, rounds)["matmul"]
     return 2 * size**3 / statistics.median(times) * 1e3
 
 
 def time_by_operator(step: Step, device: str = "cpu") -> dict[str, float]:
-    """Each operator's share of the time that all operators take in a call, without those they call; largest first."""
+    """Each operator's share of the total time of a call, without nested operators; largest first."""
     from torch.profiler import ProfilerActivity, profile
 
     step()
@@ -107,7 +107,7 @@ def device_name(device: str = "cpu") -> str:
 
 
 def write(name: str, report: dict[str, Any]) -> None:
-    """Leave the figures in bench/results/ (or in the folder that $OUT names), beside the name of report["device"]."""
+    """Write the report to bench/results/ (or the folder $OUT), with report["device"] in the file's name."""
     folder = Path(os.environ.get("OUT") or RESULTS)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{re.sub('[^a-z0-9]+', '-', report['device'].lower()).strip('-')}.json"
@@ -117,12 +117,12 @@ def write(name: str, report: dict[str, Any]) -> None:
 
 
 def parser_of(module_docstring: str | None) -> argparse.ArgumentParser:
-    """A command line whose --help is the head of the benchmark's file."""
+    """A command line whose --help is the benchmark's docstring."""
     return argparse.ArgumentParser(description=module_docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def positive(text: str) -> int:
-    """The type of an argument that counts something."""
+    """Argument type: an integer of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
@@ -130,10 +130,10 @@ def positive(text: str) -> int:
 
 
 class Cuda:
-    """How to time and to weigh on a GPU."""
+    """Time and memory on a GPU."""
 
     def timer(self, step: Step) -> float:
-        """Milliseconds of a call, of five in a row: the queue hides what Python takes, as in training."""
+        """Milliseconds per call, averaged over five in a row: the queue hides Python's time, as in training."""
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         for _ in range(5):
@@ -143,7 +143,7 @@ class Cuda:
         return start.elapsed_time(end) / 5
 
     def peak_bytes(self, step: Step) -> int:
-        """The most that the step holds at once beyond what was there before."""
+        """Peak memory of the step beyond what was allocated before it."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -152,7 +152,7 @@ class Cuda:
         return torch.cuda.max_memory_allocated() - before
 
     def graph(self, step: Step) -> Step:
-        """The step's kernels without Python between them."""
+        """The step captured as a CUDA graph, without Python between its kernels."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

@@ -1,12 +1,12 @@
-"""Times a token of GPT-2 124M at a full context: with the cache, eager and compiled, and without one.
+"""Time per token of GPT-2 124M at a full context: with the cache, eager and compiled, and without one.
 
     python -m bench.sampling                                   # float32 and bfloat16 weights
     python -m bench.sampling --batch-size 8 --dtypes bfloat16
     python -m bench.sampling --device cuda
 
-The cache holds 1000 tokens; then come `--tokens` more, each drawn with top_k=50 from the last one's logits.
-Without a cache the model reads the whole context for each token, its head the last position alone. The
-kinds alternate; weights are random. `faster` is against no cache in the same dtype, in the rounds' own ratios.
+The cache holds 1000 tokens; `--tokens` more are generated, each sampled with top_k=50. Without a cache the model
+reads the complete context for each token, and its head only the last position. The kinds alternate; weights are
+random. `faster` is relative to no cache in the same dtype, the median of each round's ratio.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
     for dtype in arguments.dtypes:
         steps, compile_seconds = steps_of(arguments, getattr(torch, dtype))
         times = measure.alternate(steps, measure.wall_clock, arguments.rounds)
-        # the cacheless step makes one token, the others `tokens`
+        # a step without cache generates one token, the others `tokens`
         per_token = {k: [t / (1 if k == "no cache" else arguments.tokens) for t in ts] for k, ts in times.items()}
         for kind, milliseconds in per_token.items():
             figures = measure.summary(milliseconds)
@@ -53,7 +53,7 @@ def main() -> None:
 
 @torch.no_grad()
 def steps_of(arguments: Any, dtype: torch.dtype) -> tuple[dict[str, Step], float]:
-    """The kinds of steps, compiled; and how long that took."""
+    """The kinds of steps, compiled, and the seconds that compilation took."""
     torch.manual_seed(0)
     device = torch.device(arguments.device)
     eager, compiled = (GPT(GPTConfig(vocab_size=50257)).to(device, dtype).eval() for _ in range(2))
@@ -62,13 +62,13 @@ def steps_of(arguments: Any, dtype: torch.dtype) -> tuple[dict[str, Step], float
     context = torch.randint(50257, (arguments.batch_size, CONTEXT), device=device)
     last = torch.tensor([[CONTEXT - 1]], device=device)
 
-    def draw(logits: torch.Tensor) -> torch.Tensor:
+    def sample(logits: torch.Tensor) -> torch.Tensor:
         return sample_token(logits[:, -1], 0.8, 50, 1.0, None)
 
     @torch.no_grad()
-    def whole_context() -> list[int]:
+    def without_cache() -> list[int]:
         taken = eager(context, head=False, take=([eager.config.n_layer], last)).hidden[0]  # [B, 1, C]
-        return draw(F.linear(taken, eager.wte.weight, eager.never_predicted.to(dtype))).tolist()
+        return sample(F.linear(taken, eager.embedding.weight, eager.never_predicted.to(dtype))).tolist()
 
     def cached(model: GPT) -> Step:
         cache = model.new_cache(arguments.batch_size)
@@ -79,12 +79,12 @@ def steps_of(arguments: Any, dtype: torch.dtype) -> tuple[dict[str, Step], float
             cache.length = CONTEXT
             token = context[:, -1]
             for _ in range(arguments.tokens):
-                token = draw(model(token[:, None], cache=cache).logits)
-                token.tolist()  # as they are written: one after the other
+                token = sample(model(token[:, None], cache=cache).logits)
+                token.tolist()  # each token is read before the next, as sample.py does
 
         return step
 
-    steps = {"no cache": whole_context, "cache": cached(eager), "cache compiled": cached(compiled)}
+    steps = {"no cache": without_cache, "cache": cached(eager), "cache compiled": cached(compiled)}
     start = time.perf_counter()
     steps["cache compiled"]()
     return steps, time.perf_counter() - start

@@ -4,14 +4,14 @@
     python -m bench.train_step --recipe gpt2 --baseline <folder of a nanoGPT checkout>
     python -m bench.train_step --recipe gpt2 --device cuda    # the largest batch that fits
 
-A step is forward, backward, clipping and AdamW on random tokens. Each kind runs in what `train.dtype=auto`
-and `train.compile=auto` choose here, or in --dtype and --compile; nanoGPT's model and step, from its own
-files, as its train.py runs them on this device, and under bfloat16 and torch.compile. The kinds alternate;
-of the rounds the median, and as overhead the median of the rounds' own ratios to the step without
-dispersion. MFU is against the matmul rate measured here, in the same dtype. On a CPU memory is what a kind's
-process holds at its peak; on a GPU, where each kind has its largest batch, what a step holds beyond the weights.
+A step is forward, backward, clipping and AdamW on random tokens. Each kind of step uses what `train.dtype=auto`
+and `train.compile=auto` choose on this machine, or --dtype and --compile. nanoGPT's model and step come from its
+own files, as its train.py runs them on this device, and also under bfloat16 and torch.compile. The kinds alternate;
+times are medians over the rounds, overhead is the median of each round's ratio to its step without dispersion. MFU
+is relative to the matmul rate measured here in the same dtype. Memory on a CPU is the peak of a kind's process; on
+a GPU, where each kind has its largest batch, it is what a step allocates beyond the weights.
 
-Needs torch, numpy, triton (on a GPU) and nanodisp's model, loss and optimizers, nothing else.
+Needs only torch, numpy, triton (on a GPU) and nanodisp's model, loss and optimizers.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from nanodisp.dispersion.placement import sample_positions
 from nanodisp.distributed import hardware
 from nanodisp.models.gpt import GPT, GPTConfig
 from nanodisp.training import optim
+from nanodisp.training.optim import OptimConfig
 
 LAMBDA = 0.1
 DISPERSED = {"off": 0, "256 tokens": 256, "all tokens": None}
@@ -46,17 +47,17 @@ BASELINES = ("nanoGPT", "nanoGPT bf16", "nanoGPT bf16 compiled")
 
 @dataclass
 class Recipe:
-    """A model, its batch in sequences, the steps of a whole run of it, and how many rounds of them are timed."""
+    """A model, its batch size in sequences, the steps of a complete run, and the number of timed rounds."""
 
     model: GPTConfig
     batch_size: int
     steps: int
     rounds: int
-    nanogpt_vocab_size: int  # of the same recipe there
+    nanogpt_vocab_size: int  # of the same recipe in nanoGPT
 
 
 RECIPES = {
-    # nanoGPT's published CPU recipe: 65 characters there, 256 bytes and end-of-text here
+    # nanoGPT's published CPU recipe: a vocabulary of 65 characters there, of 256 bytes and end-of-text here
     "nanogpt_cpu": Recipe(GPTConfig(4, 4, 128, 64, vocab_size=257, bias=False), 12, 2_000, 200, 65),
     "micro": Recipe(GPTConfig(6, 6, 384, 256, vocab_size=257), 4, 10_000, 40, 257),
     "gpt2": Recipe(GPTConfig(12, 12, 768, 1024, vocab_size=50257), 2, 100_000, 7, 50304),
@@ -70,13 +71,13 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--compile", choices=["auto", "true", "false"], default="auto")
     parser.add_argument(
-        "--batch-size", type=measure.positive, help="sequences; without it a GPU gets the most it holds"
+        "--batch-size", type=measure.positive, help="sequences; by default a GPU gets the largest batch that fits"
     )
     parser.add_argument("--rounds", type=measure.positive)
     parser.add_argument("--baseline", type=Path, help="folder of a nanoGPT checkout")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("PyTorch sees no GPU here; leave --device cuda out")
+        parser.error("PyTorch finds no GPU; omit --device cuda")
     if arguments.baseline and not (arguments.baseline / "model.py").is_file():
         parser.error(f"--baseline {arguments.baseline} holds no model.py: give the folder of a nanoGPT checkout")
     for name in [arguments.recipe] if arguments.recipe else RECIPES:
@@ -95,7 +96,7 @@ def bench(name: str, arguments: argparse.Namespace) -> None:
     matmul_size = 8192 if device.type == "cuda" else 2048
     with worker() as pool:
         peak = pool.submit(matmul_rate, device, dtype, matmul_size).result()
-    # on a GPU one kind after the other, each with its largest batch: several would not fit into its memory
+    # on a GPU one kind after the other, each with its largest batch: several would not fit into memory
     found: dict[str, Timed] = {}
     for together in [[kind] for kind in kinds] if device.type == "cuda" else [kinds]:
         found |= time_together(together, arguments.batch_size, arguments.rounds or recipe.rounds, how)
@@ -108,11 +109,11 @@ def bench(name: str, arguments: argparse.Namespace) -> None:
         f"matmul of {matmul_size}^3 {peak / 1e9:,.0f} GFLOP/s"
     )
     print(f"{'':24}{'batch':>12}{'step, ms':>18}{'tokens/s':>12}{'MFU':>8}{'overhead':>10}{'peak MiB':>10}")
-    a_token = {kind: [time / it.rows for time in it.times] for kind, it in found.items()}  # but for a constant
+    per_row = {kind: [time / it.rows for time in it.times] for kind, it in found.items()}
     for kind, it in found.items():
         figures: dict[str, Any] = {**measure.summary(it.times), "rows": it.rows, "peak_mib": it.peak_mib}
         figures["tokens_per_second"] = it.rows * recipe.model.block_size / figures["median_ms"] * 1e3
-        figures["overhead"] = measure.overhead(a_token[kind], a_token["off"])
+        figures["overhead"] = measure.overhead(per_row[kind], per_row["off"])
         ours = kind in DISPERSED
         figures["mfu"] = figures["tokens_per_second"] * model.flops_per_token() / peak if ours else None
         report["steps"][kind] = figures
@@ -125,7 +126,7 @@ def bench(name: str, arguments: argparse.Namespace) -> None:
         ratio = 1 + report["steps"][kind]["overhead"]
         print(f"dispersion off against {kind}: {ratio:.2f} times as fast")
     report["operators"] = dict(list(found["256 tokens"].operators.items())[:10])
-    print("where the time of a step over 256 tokens goes:")
+    print("time of a step with dispersion over 256 tokens, by operator:")
     for operator, share in report["operators"].items():
         print(f"  {share:6.1%} {operator}")
     measure.write(f"train-step-{name}-{precision.replace(', ', '-')}", report)
@@ -133,7 +134,7 @@ def bench(name: str, arguments: argparse.Namespace) -> None:
 
 @dataclass
 class Timed:
-    """One kind of step: sequences of its batch, milliseconds, memory, operators' shares."""
+    """One kind of step: sequences per batch, milliseconds, memory, time by operator."""
 
     rows: int
     times: list[float]
@@ -142,7 +143,7 @@ class Timed:
 
 
 def time_together(kinds: list[str], batch_size: int | None, rounds: int, how: tuple[Any, ...]) -> dict[str, Timed]:
-    """Steps that alternate, each in a process of its own, for they tune their memory differently."""
+    """Time steps in alternation, each in its own process because they configure memory allocation differently."""
     recipe, device = how[0], how[1]
     rows = dict.fromkeys(kinds, batch_size or recipe.batch_size)
     if device.type == "cuda" and not batch_size:
@@ -153,7 +154,7 @@ def time_together(kinds: list[str], batch_size: int | None, rounds: int, how: tu
         for kind, pool in workers.items():
             pool.submit(prepare, kind, rows[kind], *how).result()
         # Cuda's timer times five steps at once
-        steps = {kind: partial(remote, pool, time_of, device) for kind, pool in workers.items()}
+        steps: dict[str, Step] = {kind: partial(remote, pool, time_of, device) for kind, pool in workers.items()}
         times = measure.alternate(steps, lambda step: step(), rounds, warmup=3)
         peaks = {kind: remote(pool, peak_mib, device) for kind, pool in workers.items()}
         operators = {kind: remote(workers[kind], time_by_operator, device) for kind in kinds if kind == "256 tokens"}
@@ -162,7 +163,7 @@ def time_together(kinds: list[str], batch_size: int | None, rounds: int, how: tu
 
 # --- in the workers ----------------------------------------------------------------------------
 
-STEPS: list[Step] = []  # one
+STEPS: list[Step] = []  # this worker's step
 
 
 def worker() -> ProcessPoolExecutor:
@@ -186,7 +187,7 @@ def time_by_operator(device: torch.device) -> dict[str, float]:
 
 
 def peak_mib(device: torch.device) -> float:
-    """Of the process on a CPU, weights and optimizer included; on a GPU what the step holds beyond these."""
+    """On a CPU the process's peak, weights and optimizer included; on a GPU what the step allocates beyond these."""
     if device.type == "cuda":
         return measure.Cuda().peak_bytes(STEPS[0]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -198,25 +199,29 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
 
 
 def largest_batch(kind: str, *how: Any) -> int:
-    """Of the powers of two and the numbers halfway between them, the largest with which two steps fit."""
-    fits = 1
+    """The largest of 2, 3, 4, 6, 8, 12, ... sequences with which two steps fit into memory."""
+    largest = 1
     for rows in sorted(2**k * half // 2 for k in range(1, 10) for half in (2, 3)):
-        step: Step | None = None
-        try:
-            step = training_step(kind, rows, *how)
-            step(), step()
-        except torch.OutOfMemoryError:
+        fitted = fits(kind, rows, *how)
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
+        if not fitted:
             break
-        finally:
-            step = None  # its memory, before the next
-            torch.compiler.reset()
-            torch.cuda.empty_cache()
-        fits = rows
-    return fits
+        largest = rows
+    return largest
+
+
+def fits(kind: str, rows: int, *how: Any) -> bool:
+    try:
+        step = training_step(kind, rows, *how)
+        step(), step()
+    except torch.OutOfMemoryError:
+        return False
+    return True
 
 
 class Objective(nn.Module):
-    """Cross-entropy and dispersion, as train.py has them."""
+    """Cross-entropy and dispersion, as in train.py."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -243,11 +248,9 @@ def training_step(
     if kind in BASELINES:
         assert baseline is not None
         return nanogpt_step(kind, recipe, rows, device, baseline)
-    if device.type == "cpu":
-        hardware.keep_memory()
-    torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
+    hardware.prepare(device, dtype)
     objective = Objective(recipe.model).to(device)
-    config = optim.OptimConfig(lr=1e-3, schedule="constant", warmup_steps=0)
+    config = OptimConfig(lr=1e-3)
     optimizers = optim.build_optimizers(objective.model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     if compiled:
@@ -262,12 +265,13 @@ def training_step(
         if kind != "off":
             positions = sample_positions(0, step, objective.layers, recipe.model.block_size, DISPERSED[kind])
             positions = positions.to(device, non_blocking=True)
+        optim.set_lr(optimizers, config, step, recipe.steps)
         step += 1
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = objective(x, y, positions)
         loss.backward()
-        optim.set_lr(optimizers, config, step, recipe.steps)
-        optim.update(optimizers, scaler, optim.clip_gradients(objective.model, optimizers, scaler, 1.0))
+        grad_norm = optim.clip_gradients(objective.model, optimizers, scaler, config.grad_clip)
+        optim.update(optimizers, scaler, grad_norm)
         for optimizer in optimizers:
             optimizer.zero_grad()
 
@@ -275,7 +279,7 @@ def training_step(
 
 
 def nanogpt_step(kind: str, recipe: Recipe, rows: int, device: torch.device, folder: Path) -> Step:
-    """One step of nanoGPT's train.py, with its own model and optimizer, in float32 on a CPU unless `kind` says more."""
+    """One step of nanoGPT's train.py with its model and optimizer; in float32 on a CPU unless `kind` says otherwise."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
     assert spec is not None and spec.loader is not None
     nanogpt = importlib.util.module_from_spec(spec)

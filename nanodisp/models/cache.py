@@ -43,7 +43,8 @@ class KVCache:
         dtype: torch.dtype,
     ) -> None:
         shape = (n_layer, batch_size, n_head, block_size, head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # zeros, because an attention weight of 0 times NaN is NaN
+        # zeros: an attention weight of 0 times uninitialised memory could be NaN
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.positions = torch.arange(block_size, device=device)
         self.length = 0  # tokens in every layer

@@ -217,7 +217,7 @@ class GPT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """GPT-2's initialisation: N(0, 0.02), zero biases; projections into the residual stream scaled by 1/sqrt(2L)."""
+        """GPT-2's initialisation: N(0, 0.02), zero biases; projections into the residual stream times 1/sqrt(2L)."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 residual = name.endswith("c_proj.weight")
@@ -270,7 +270,7 @@ class GPT(nn.Module):
         hidden: list[Tensor] = []
         layers, positions = take if take is not None else ((), idx)
         if not set(layers) <= set(range(self.config.n_layer + 1)):
-            raise ValueError(f"take names layers {list(layers)}; the model has hidden states 0 to {self.config.n_layer}")
+            raise ValueError(f"take has layers {list(layers)}; the model has hidden states 0 to {self.config.n_layer}")
 
         def visit(layer: int, x: Tensor) -> Tensor:
             """Collect what was requested of hidden[layer]; every hidden state passes through here."""

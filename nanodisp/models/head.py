@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 IGNORED = -100  # the target of a token without loss, as in torch.nn.functional.cross_entropy
-CHUNK_BYTES = 2**29  # of a chunk's float32 logits; smaller chunks update the weight's gradient more often, which is slow
+CHUNK_BYTES = 2**29  # of a chunk's float32 logits; smaller ones update the weight's gradient too often
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def linear_kl_divergence(
 
 
 def _plan(x: Tensor, weight: Tensor, n_copies: int) -> tuple[torch.dtype, int, bool]:
-    """The products' dtype, the number of chunks if n_copies of a chunk's logits are held, whether gradients are needed."""
+    """The products' dtype, how many chunks if n_copies of a chunk's logits are held, whether to compute gradients."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     largest = CHUNK_BYTES // (4 * n_copies * weight.size(0))
@@ -139,7 +139,7 @@ class _LinearKLDivergence(_WithGradients):
                 chunk = x[rows].to(dtype)
                 log_q, log_p = log_softmax(chunk, operand), log_softmax(teacher_x[rows].to(dtype), teacher_operand)
                 p = log_p.exp()
-                loss += log_p.sub_(log_q).mul_(p).where(p > 0, 0.0).sum()  # tokens that are never predicted add 0, not NaN
+                loss += log_p.sub_(log_q).mul_(p).where(p > 0, 0.0).sum()  # never predicted tokens: 0, not NaN
                 if with_grad:  # dlogits = q - p; 1 / (n * temperature) is applied at the end: 16 bits would underflow
                     product = log_q.exp_().sub_(p).to(dtype)
                     dx[rows] = product @ operand

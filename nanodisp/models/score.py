@@ -51,7 +51,7 @@ def loglikelihoods(
         if number % n_ranks != rank:
             continue
         T = max(len(rows[batch[0]]) - 1, 1)
-        x = torch.zeros(len(batch), T, dtype=torch.long)  # [B, T], padded on the right: causal attention never sees the padding
+        x = torch.zeros(len(batch), T, dtype=torch.long)  # [B, T], padded on the right, unseen by causal attention
         y, asked = torch.zeros_like(x), torch.zeros_like(x, dtype=torch.bool)
         for b, i in enumerate(batch):
             row, n = rows[i], min(len(pairs[i][1]), len(rows[i]) - 1)

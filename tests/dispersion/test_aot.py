@@ -29,7 +29,8 @@ def run_python(*arguments: str, **environment: str) -> str:
 def test_the_kernels_compile_for_the_gpu(
     capability: int, tensor_core_instruction: str, shared_memory: int, tmp_path: Path
 ) -> None:
-    output = run_python(str(Path(__file__).with_name("aot_compile.py")), str(capability), TRITON_CACHE_DIR=str(tmp_path))
+    program = Path(__file__).with_name("aot_compile.py")
+    output = run_python(str(program), str(capability), TRITON_CACHE_DIR=str(tmp_path))
     reports = [json.loads(line) for line in output.splitlines()]
     assert len(reports) == 10
     for report in reports:

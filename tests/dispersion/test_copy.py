@@ -1,4 +1,4 @@
-"""`nanodisp/dispersion/` can be copied into another package and needs only torch and numpy (and Triton, if installed)."""
+"""`nanodisp/dispersion/` works as a copy in another package, with only torch and numpy (and Triton on a GPU)."""
 
 from __future__ import annotations
 

@@ -284,7 +284,8 @@ def test_a_nan_is_propagated() -> None:
 @pytest.mark.parametrize("backend", FUSED)
 def test_the_operator_is_registered_properly(backend: str, with_grad: bool, matmul_dtype: torch.dtype) -> None:
     z = tokens(2, 9, 6).requires_grad_(with_grad)
-    checks = ("test_schema", "test_faketensor", "test_autograd_registration")  # the remaining one would differentiate dz
+    # the remaining check would differentiate dz
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(kernels._pairwise, (z, "angular", 1.0, matmul_dtype, with_grad, backend), test_utils=checks)
 
 
@@ -352,4 +353,3 @@ def test_triton_rejects_a_cpu_tensor_outside_the_interpreter(monkeypatch: pytest
     monkeypatch.setattr(kernels, "INTERPRETED", False)
     with pytest.raises(ValueError, match=r"cpu.*needs a GPU.*use backend=auto"):
         DispersionLoss(backend="triton")(tokens(1, 4, 3))
-

@@ -26,7 +26,7 @@ def directions(z: Tensor) -> Tensor:
 
 
 def cosines_with_others(u: Tensor, i: int) -> Tensor:
-    return (others(u, i) * u[i]).sum(dim=1)
+    return others(u @ u[i], i)
 
 
 def angles_with_others(u: Tensor, i: int) -> Tensor:
@@ -42,7 +42,7 @@ def mean_over_pairs(rows: Tensor, terms_of_token: Callable[[Tensor, int], Tensor
 
 
 def squared_distances(z: Tensor, i: int) -> Tensor:
-    return (others(z, i) - z[i]).square().sum(dim=1)
+    return others((z - z[i]).square().sum(dim=1), i)
 
 
 def standardised(z: Tensor) -> Tensor:
@@ -51,7 +51,8 @@ def standardised(z: Tensor) -> Tensor:
 
 
 def negative_entropy(z: Tensor, i: int, tau: float) -> Tensor:
-    weights = (-(squared_distances(z, i) - squared_distances(z, i).min().detach()) / tau).exp()
+    distances = squared_distances(z, i)
+    weights = (-(distances - distances.min().detach()) / tau).exp()
     p = weights / weights.sum()
     return (p * (p + 0.01).log() / math.log(2)).sum()
 
@@ -66,7 +67,7 @@ def expected(variant: str, z: Tensor, tau: float) -> Tensor:
         return mean_over_pairs(directions(z), lambda u, i: (cosines_with_others(u, i) / tau).exp()).log()
     if variant == "decorrelation":
         rows = standardised(z)
-        return mean_over_pairs(rows, lambda rows, i: ((others(rows, i) @ rows[i]) / (n_features - 1)) ** 2)
+        return mean_over_pairs(rows, lambda rows, i: (others(rows @ rows[i], i) / (n_features - 1)) ** 2)
     if variant == "l2_repel":
         nearest = min(squared_distances(z, i).min().item() for i in range(n_tokens)) / tau
         total = mean_over_pairs(z, lambda z, i: (nearest - squared_distances(z, i) / tau).exp())

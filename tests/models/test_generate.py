@@ -65,7 +65,7 @@ def test_a_cache_takes_any_number_of_tokens_at_a_time() -> None:
 
 def test_compiled_generation_gives_the_same_tokens_and_compiles_once_per_span(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "SPAN", 6)
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # without waiting for a C++ compiler
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # needs no C++ compiler
     model, prompt = lively(), tokens(2, 3)
     expected = greedy(model, prompt, 30)
     torch._dynamo.reset()
