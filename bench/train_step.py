@@ -1,4 +1,4 @@
-"""Times whole training steps: dispersion off, over 256 tokens and over all tokens of every layer; and nanoGPT's.
+"""Time of complete training steps: dispersion off, over 256 tokens and over all tokens of every layer; and nanoGPT's.
 
     python -m bench.train_step                                # all recipes
     python -m bench.train_step --recipe gpt2 --baseline <folder of a nanoGPT checkout>
