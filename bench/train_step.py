@@ -250,7 +250,7 @@ def training_step(
         return nanogpt_step(kind, recipe, rows, device, baseline)
     hardware.prepare(device, dtype)
     objective = Objective(recipe.model).to(device)
-    config = OptimConfig(lr=1e-3)
+    config = OptimConfig(lr=1e-3, schedule="constant", warmup_steps=0)
     optimizers = optim.build_optimizers(objective.model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     if compiled:
