@@ -1,4 +1,4 @@
-"""What several tests share: a small corpus, and training runs on it."""
+"""Shared by the tests: a small corpus, training runs on it, and folders that look like runs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TINY = (
     "model.n_embd=16",
     "model.block_size=16",
     "train.batch_size=4",
-    "train.eval_windows=4",
+    "train.eval_windows=8",  # twice as many as are followed between validations
     "train.sample_tokens=8",
     "optim.lr=3e-3",
     "dispersion.max_tokens=8",
@@ -45,8 +45,8 @@ TINY = (
 )
 
 
-def write_corpus(folder: Path, n_train: int = 5000, n_val: int = 500, vocab_size: int = 257) -> Path:
-    """A folder of byte shards with some structure to learn, manifest included."""
+def write_corpus(folder: Path, n_train: int = 5000, n_val: int = 1000, vocab_size: int = 257) -> Path:
+    """A folder of byte shards with some structure to learn, and its manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     words = [rng.integers(97, 123, size=rng.integers(2, 7)) for _ in range(20)]
@@ -87,7 +87,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def run(corpus: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Train a tiny model as `python train.py <overrides>` would; gives the run's folder."""
+    """Train a tiny model as `python train.py <overrides>` would; return the run's folder."""
     import train
 
     def go(*overrides: str, name: str = "run") -> Path:
@@ -114,7 +114,7 @@ SHAPE = ("model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_si
 
 
 def write_run(folder: Path, *overrides: str, loss: float | None = 2.0, steps: int = STEPS) -> Path:
-    """A run's folder as train.py leaves it, without the training."""
+    """A run's folder as train.py leaves it, without training."""
     config = compose(*SHAPE, f"train.steps={STEPS}", f"out_dir={folder.parent}", f"run_name={folder.name}", *overrides)
     folder.mkdir(parents=True)
     OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
@@ -130,7 +130,7 @@ def write_run(folder: Path, *overrides: str, loss: float | None = 2.0, steps: in
 
 @pytest.fixture(scope="session")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two lambdas and none, three seeds each; one run is missing, one failed, one is unfinished, one is damaged."""
+    """Two lambdas and none, three seeds each, one unfinished; beside them one diverged, one raised, one is damaged."""
     folder = tmp_path_factory.mktemp("sweep")
     for disp, effect in ((0, 0.0), (0.1, -0.1), (1, 0.3)):
         for seed in (1, 2, 3):
