@@ -30,7 +30,7 @@ from nanodisp.errors import UserError
 from nanodisp.hf.open import initial_weights, open_teacher
 from nanodisp.models.gpt import GPT
 from nanodisp.plan import Plan, resolve
-from nanodisp.runs.folder import Run
+from nanodisp.runs.folder import Run, TrainState
 from nanodisp.training import interventions, optim
 from nanodisp.training.objective import Objective, add_up
 from nanodisp.training.validation import Validation
@@ -40,10 +40,7 @@ def train(config: Config) -> None:
     """One run, from data to a sample."""
     # --- ranks, data, and the plan: every choice that the configuration leaves open, made once
     world = distributed.start(config.device, config.train.timeout_minutes)
-    if config.train.batch_size % world.size != 0:
-        raise UserError(
-            f"train.batch_size={config.train.batch_size} is not divisible by the number of ranks, {world.size}"
-        )
+    world.share("train.batch_size", config.train.batch_size)  # a mistake is reported before the data is prepared
     corpus = open_for(config.data, world)
     plan = resolve(config, corpus, world)
     config, device = plan.config, plan.device
@@ -62,7 +59,7 @@ def train(config: Config) -> None:
         n_windows=config.train.eval_windows,
         rows=plan.rows,
         autocast=plan.autocast,
-        compiled=config.train.compile is True,
+        compiled=plan.compiled,
         questions=read_questions(Path(task), plan.vocab_size) if task is not None else (),
     )
 
@@ -71,18 +68,14 @@ def train(config: Config) -> None:
     torch.manual_seed(config.seed)
     model = GPT(config.model).to(device)
     interventions.apply(model, config.intervention)
+    teacher = open_teacher(config, device)
     objective = Objective(
-        model,
-        config.dispersion,
-        config.intervention,
-        seed=config.seed,
-        total_steps=plan.total_steps,
-        teacher=open_teacher(config, device),
+        model, config.dispersion, config.intervention, seed=config.seed, total_steps=plan.total_steps, teacher=teacher
     )
     objective.place(
         world,
         parallel=config.train.parallel,
-        compiled=config.train.compile is True,
+        compiled=plan.compiled,
         recomputed=config.train.activation_checkpointing,
     )
     optimizers = optim.build_optimizers(model, config.optim)
@@ -98,30 +91,20 @@ def train(config: Config) -> None:
             model.load_state_dict(layout.scatter(initial_weights(config), model))
         state = run.begin(resumed)
         if resumed is None:
-            run.record("val", state, validation(model))
-            if validation.questions:
-                run.record("task", state, validation.answer(model))
-            if config.train.condensation_interval is not None:
-                run.record("condensation", state, validation.follow(model))
+            validate(validation, model, run, state)
 
         lap_seconds, lap_steps = 0.0, 0  # since the last record of training figures
         for x, y in prefetch(batches, range(state.step, plan.total_steps), device, world.rank, world.size):
             # --- one step
-            step_began = time.perf_counter()
-            interventions.before_step(
-                model, optimizers, config.intervention, state.step, plan.seed_for(state.step, 0, 1)
-            )
-            optim.set_lr(optimizers, config.optim, state.step, plan.total_steps)
-            terms = forward_backward(objective, scaler, plan, world, state.step, x, y)
+            step_began, step = time.perf_counter(), state.step
+            interventions.before_step(model, optimizers, config.intervention, step, plan.seed_for(step, 0, 1))
+            optim.set_lr(optimizers, config.optim, step, plan.total_steps)
+            terms = forward_backward(objective, scaler, plan, world, step, x, y)
             grad_norm = optim.clip_gradients(model, optimizers, scaler, config.optim.grad_clip)
             state.count(optim.update(optimizers, scaler, grad_norm))
             logs = plan.logs_at(state.step)
             if (logs or device.type == "cpu") and state.bad_in_a_row >= config.train.max_bad_steps:  # a GPU would wait
-                raise UserError(
-                    f"the gradient is not finite at step {state.step}, {int(state.bad_in_a_row)} times in a row "
-                    f"(train.max_bad_steps), first in {optim.first_not_finite(model, x)}; {run.saver.last()}; "
-                    "a lower optim.lr or optim.grad_clip may help"
-                )
+                raise diverged(model, x, run, state)
             for optimizer in optimizers:
                 optimizer.zero_grad()
 
@@ -134,7 +117,7 @@ def train(config: Config) -> None:
                 tokens_per_second = lap_steps * plan.tokens_per_step / lap_seconds
                 lap_seconds, lap_steps = 0.0, 0
                 figures: dict[str, Any] = {
-                    "lambda_disp": lambda_at(config.dispersion, state.step - 1, plan.total_steps),
+                    "lambda_disp": lambda_at(config.dispersion, step, plan.total_steps),
                     "lr": optimizers[0].param_groups[0]["lr"],
                     "grad_norm": grad_norm.item(),
                     "bad_steps": int(state.bad_steps),
@@ -142,14 +125,7 @@ def train(config: Config) -> None:
                     "mfu": plan.mfu(tokens_per_second / world.size),
                 }
                 run.record("train", state, means | figures)
-            if plan.validates_at(state.step):
-                held_out = validation(model)
-                state.val_loss = held_out["loss"]
-                run.record("val", state, held_out)
-                if validation.questions:
-                    run.record("task", state, validation.answer(model))
-            if plan.follows_at(state.step):
-                run.record("condensation", state, validation.follow(model))
+            validate(validation, model, run, state)
             stopping = run.is_asked_to_stop() and not plan.is_done(state.step)
             if stopping or plan.saves_at(state.step):
                 run.save(state, model, optimizers, scaler)
@@ -168,7 +144,7 @@ def forward_backward(
     x: Tensor,
     y: Tensor,
 ) -> dict[str, Tensor]:
-    """Accumulate the gradients of a step in micro-batches; the mean of each loss term over this rank's rows."""
+    """Accumulate the gradients of a step in micro-batches; return the mean of each loss term over this rank's rows."""
     objective.begin(step)
     torch.manual_seed(plan.seed_for(step, world.rank))  # of dropout and noise
     terms: dict[str, Tensor] = {}
@@ -181,15 +157,36 @@ def forward_backward(
     return terms
 
 
+def validate(validation: Validation, model: GPT, run: Run, state: TrainState) -> None:
+    """Record whatever is due after `state.step` updates: held-out loss, questions, the layers' figures."""
+    if run.plan.validates_at(state.step):
+        held_out = validation(model)
+        state.val_loss = held_out["loss"]
+        run.record("val", state, held_out)
+        if validation.questions:
+            run.record("task", state, validation.answer(model))
+    if run.plan.follows_at(state.step):
+        run.record("condensation", state, validation.follow(model))
+
+
+def diverged(model: GPT, x: Tensor, run: Run, state: TrainState) -> UserError:
+    """The error that ends a run whose gradient is not finite `train.max_bad_steps` times in a row."""
+    return UserError(
+        f"the gradient is not finite at step {state.step}, {int(state.bad_in_a_row)} times in a row "
+        f"(train.max_bad_steps), first in {optim.first_not_finite(model, x)}; {run.saver.last()}; "
+        "a lower optim.lr or optim.grad_clip may help"
+    )
+
+
 def mean_over_ranks(terms: dict[str, Tensor], world: World) -> dict[str, float]:
     means = world.sum(torch.stack(list(terms.values()))) / world.size
     return dict(zip(terms, means.tolist(), strict=True))
 
 
 def estimate(objective: Objective, scaler: torch.amp.GradScaler, batches: Batches, plan: Plan, world: World) -> None:
-    """Print the run's size and about how long it takes: the second of two steps, without an update, times all."""
+    """Print the run's size and approximate duration: the second of two steps without an update, times all steps."""
     if plan.config.init_from is not None:
-        initial_weights(plan.config)  # whether there are such
+        initial_weights(plan.config)  # raises where a run would
     x, y = next(prefetch(batches, range(1), plan.device, world.rank, world.size))
     for _ in range(2):
         began = time.perf_counter()

@@ -1,6 +1,6 @@
 """`python train.py key=value …`: from `conf/` and the command line to a `Config`, through Hydra.
 
-An unknown key, a wrong type or an impossible value ends the program with one line before anything is loaded.
+An unknown key, a wrong type or an impossible value ends the program with a one-line error before anything is loaded.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from nanodisp import cli
 from nanodisp.config import SECTIONS, Config, name_of
@@ -32,10 +32,10 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 def main(task: Callable[[Config], None]) -> None:
     """Run `task` with each configuration that Hydra composes from `conf/` and the command line.
 
-    A user's mistake becomes one line on stderr and exit code 2; a bug shows its traceback. In a sweep neither keeps the
-    other jobs from running, and all failures are summarised at the end.
+    A user's mistake becomes one line on stderr and exit code 2; a bug shows its traceback. In a sweep neither stops the
+    other jobs, and all failures are summarised at the end.
     """
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to the lines below, not to Hydra's printer
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach the lines below instead of Hydra's printer
     ConfigStore.instance().store(name="schema", node=Config)
     failures: list[str] = []
     main_process = os.getpid()
@@ -53,22 +53,21 @@ def main(task: Callable[[Config], None]) -> None:
             failures.append(f"{' '.join(HydraConfig.get().overrides.task)}: {line}" if in_sweep else line)
             if not mistake:
                 traceback.print_exc()
-            if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # the other ranks may not know: torchrun must end them
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # the other ranks may be unaware: torchrun must end them
                 sys.exit(cli.fail(UserError(failures[-1])))
-            if os.getpid() != main_process:  # a worker of another launcher, which reports only the first failure
+            if os.getpid() != main_process:  # a worker of a parallel launcher, which reports only the first failure
                 cli.fail(UserError(failures[-1]))
                 raise UserError(failures[-1]) from error
 
     try:
         if not CONF.is_dir():
             raise UserError(f"training needs a clone of nanodisp, with its conf/ and data/: {CONF} does not exist")
-        check_keys(sys.argv[1:])
         entry()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         failures.append(explain(error))
     except KeyboardInterrupt:
         print("interrupted: the same command resumes from the last checkpoint", file=sys.stderr, flush=True)
-        os._exit(130)  # at once: a checkpoint that is being written is not waited for
+        os._exit(130)  # at once, without waiting for a checkpoint that is being written
     for failure in failures:
         cli.fail(UserError(failure))
     if failures:
@@ -76,7 +75,7 @@ def main(task: Callable[[Config], None]) -> None:
 
 
 def configure(composed: DictConfig) -> Config:
-    """A job's configuration, with its name and the command that makes it."""
+    """A job's configuration, with its name and the command that reproduces it."""
     config, runtime = check(composed), HydraConfig.get()
     if config.run_name is None:
         config.run_name = name_of(config, runtime.runtime.choices["model"])
@@ -85,37 +84,34 @@ def configure(composed: DictConfig) -> Config:
 
 
 def check(composed: DictConfig) -> Config:
-    """The composed configuration as dataclasses, with all of their checks passed; else UserError."""
+    """The composed configuration as dataclasses that have passed their checks; else UserError."""
     for name, schema in {"": Config, **SECTIONS}.items():  # OmegaConf lets +key=value through
         for key in composed[name] if name else composed:
-            check_key(schema, f"{name}.{key!s}".lstrip("."))
+            if key not in keys_of(schema):
+                raise UserError(unknown(f"{name}.{key!s}".lstrip("."), schema))
     try:
         return cast(Config, OmegaConf.to_object(composed))
     except (ValueError, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from error
 
 
-def check_keys(arguments: Sequence[str]) -> None:
-    """UserError for `section.key=value` with a key that its section does not have."""
-    for argument in arguments:
-        key = argument.partition("=")[0].lstrip("+~")
-        if (section := key.partition(".")[0]) in SECTIONS and "." in key:
-            check_key(SECTIONS[section], key)
+def keys_of(schema: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(schema)]
 
 
-def check_key(schema: Any, key: str) -> None:
-    known = [field.name for field in dataclasses.fields(schema)]
-    if key.split(".")[-1 if schema is Config else 1] not in known:
-        raise UserError(f"unknown key {key}; known are {', '.join(known)}")
+def unknown(key: str, schema: Any) -> str:
+    return f"unknown key {key}; known keys: {', '.join(keys_of(schema))}"
 
 
 def explain(error: BaseException) -> str:
-    """One line from the several that Hydra and OmegaConf raise: the key, and what the innermost error says of it."""
-    causes = [error]
-    while causes[-1].__cause__ is not None:
-        causes.append(causes[-1].__cause__)
-    for cause in causes:
-        if options := getattr(cause, "options", None):  # of Hydra's MissingConfigException
-            return f"{getattr(cause, 'missing_cfg_file', '')} does not exist; choose one of {', '.join(options)}"
-    inner, key = causes[-1], getattr(causes[-1], "full_key", None)
-    return f"{key}: {first_line(inner)}" if key else first_line(inner)
+    """One line for an error of Hydra or OmegaConf: the key or argument, and what the innermost cause says of it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    key, schema = getattr(error, "full_key", None), getattr(error, "object_type", None)
+    if isinstance(error, MissingConfigException) and error.options:
+        return f"{error.missing_cfg_file} does not exist; choose one of {', '.join(error.options)}"
+    if isinstance(error, (ConfigAttributeError, ConfigKeyError)) and dataclasses.is_dataclass(schema):
+        return unknown(str(key), schema)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: {first_line(error)}"
+    return f"{key}: {first_line(error)}" if key else first_line(error)

@@ -21,10 +21,10 @@ from nanodisp.training.optim import lr_for_width
 class Plan:
     """What a run does, decided before its first step.
 
-    config: the configuration, with vocabulary size, learning rate, tokenizer, dtype and compile resolved; this is
-        what config.yaml and checkpoints keep.
+    config: the configuration with vocabulary size, learning rate, tokenizer, dtype and compile resolved, as config.yaml
+        and checkpoints keep it.
     device, dtype: where training runs, and the dtype of its matrix products.
-    n_parameters: of the model, the vocabulary's padding not counted.
+    n_parameters: of the model, without the vocabulary's padding.
     flops_per_token: of a training step, forward and backward.
     tokens_per_step: of the global batch.
     total_steps: of the run.
@@ -51,13 +51,18 @@ class Plan:
         assert self.config.model.vocab_size is not None
         return self.config.model.vocab_size
 
+    @property
+    def compiled(self) -> bool:
+        """Whether model, loss and validation go through torch.compile."""
+        return self.config.train.compile is True
+
     def mfu(self, tokens_per_second: float) -> float | None:
-        """Model FLOPs utilisation of one rank at its rate; None where the device's peak is not known."""
+        """Model FLOPs utilisation of one rank at its own rate; None where the device's peak is unknown."""
         peak = hardware.peak_flops(self.device, self.dtype)
         return tokens_per_second * self.flops_per_token / peak if peak else None
 
     def seed_for(self, step: int, *key: int) -> int:
-        """A seed that the run's seed, the step and `key` (a rank, …) decide."""
+        """A seed derived from the run's seed, the step and `key` (a rank, …)."""
         sequence = np.random.SeedSequence((self.config.seed, step, *key))
         return int(sequence.generate_state(1, np.uint64)[0])
 
@@ -72,7 +77,7 @@ class Plan:
         return self.is_done(step) or step % self.config.train.eval_interval == 0
 
     def follows_at(self, step: int) -> bool:
-        """Whether the layers' figures are recorded on a few windows after `step` updates."""
+        """Whether the layers' figures on a few windows are recorded after `step` updates."""
         interval = self.config.train.condensation_interval
         return interval is not None and (self.is_done(step) or step % interval == 0)
 
@@ -83,7 +88,7 @@ class Plan:
 def resolve(config: Config, corpus: Corpus, world: World) -> Plan:
     """Decide what `config` leaves open, for this corpus, these ranks and this machine.
 
-    Raises UserError for a token outside the vocabulary.
+    Raises UserError for a token outside the vocabulary, or a batch that the ranks cannot share equally.
     """
     vocab_size = config.model.vocab_size or count_vocabulary(corpus)
     corpus.train.check_range(vocab_size)
@@ -102,7 +107,7 @@ def resolve(config: Config, corpus: Corpus, world: World) -> Plan:
         optim=dataclasses.replace(config.optim, lr=config.optim.lr or lr_for_width(model.n_embd)),
         train=dataclasses.replace(config.train, dtype=str(dtype).removeprefix("torch."), compile=compiled),
     )
-    rows_of_rank = config.train.batch_size // world.size
+    rows_of_rank = world.share("train.batch_size", config.train.batch_size)
     n_micro = count_micro_batches(rows_of_rank, config.train.micro_batch_size)
     return Plan(
         config=resolved,

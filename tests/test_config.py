@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, compose
 from hydra.errors import HydraException
 
-from nanodisp import config
+from nanodisp import config, launch
 from nanodisp.errors import UserError
 
 GROUPS = [

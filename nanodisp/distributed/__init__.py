@@ -1,4 +1,4 @@
-"""Ranks, how a model lies on them, and what this machine has."""
+"""Ranks, the layout of a model on them, and the hardware."""
 
 from nanodisp.distributed.world import World, start, stop
 

@@ -10,17 +10,17 @@ import torch
 
 
 def prepare(device: torch.device, dtype: torch.dtype) -> None:
-    """Settings of the whole process for training in `dtype` on `device`."""
+    """Process-wide settings for training in `dtype` on `device`."""
     if device.type == "cpu":
         keep_memory()
     torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")  # "high" allows TF32
 
 
 def keep_memory() -> None:
-    """Let the C library keep the memory that tensors on the CPU give back, for those of the next step.
+    """Let the C library keep the memory of freed CPU tensors for those of the next step.
 
-    By default it returns large blocks to the system at once, and every large tensor is mapped page by page and
-    filled with zeros anew. Nothing changes where the C library is not glibc.
+    By default it returns large blocks to the system at once, so that every large tensor is mapped page by page and
+    zeroed again. Does nothing where the C library is not glibc.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
@@ -30,9 +30,9 @@ def keep_memory() -> None:
 
 
 def matmul_dtype(name: str, device: torch.device) -> torch.dtype:
-    """A dtype by its name; for "auto" bfloat16 where the hardware multiplies matrices of it, else float32.
+    """A dtype by name; "auto" is bfloat16 where the hardware multiplies bfloat16 matrices, else float32.
 
-    NVIDIA's do from Ampere on, CPUs with AVX512-BF16 (those with AMX have that too).
+    NVIDIA GPUs do from Ampere on, CPUs with AVX512-BF16 (which includes those with AMX).
     """
     if name != "auto":
         return getattr(torch, name)
@@ -43,17 +43,17 @@ def matmul_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
-COMPILE_FROM = {"cuda": 2e16, "cpu": 1e15}  # FLOPs, some minutes of work: ten times what compiling takes
+COMPILE_FROM = {"cuda": 2e16, "cpu": 1e15}  # FLOPs of a few minutes' work, ten times the time of compiling
 
 
 def compile_pays(device: torch.device, flops: float) -> bool:
-    """Whether torch.compile gives back, within a run of so many FLOPs a rank, what it takes, and can be had here."""
+    """Whether torch.compile works here and saves more time than it takes, in a run of `flops` FLOPs per rank."""
     compilers = ("cc", "gcc", "clang") if device.type == "cuda" else ("g++",)  # triton compiles its launcher
     found = any(map(shutil.which, compilers)) and (device.type == "cpu" or importlib.util.find_spec("triton"))
     return bool(found) and flops >= COMPILE_FROM[device.type]
 
 
-# Dense matrix products in 16 bits, FLOP/s by the maker's data sheets; found by part of the device's name.
+# Dense 16-bit matrix products, FLOP/s from the vendor's data sheets, by a part of the device's name.
 PEAK_FLOPS = {
     "B200": 2.25e15,
     "H200": 989e12,
@@ -67,7 +67,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The device's published rate of 16-bit matrix products; None where it is not known or not in use."""
+    """The device's published rate of 16-bit matrix products; None where it is unknown or `dtype` is float32."""
     if device.type != "cuda" or dtype == torch.float32:
         return None
     name = torch.cuda.get_device_name(device)

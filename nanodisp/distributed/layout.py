@@ -1,9 +1,9 @@
-"""How a model lies on the ranks: whole on each (DDP) or in shares (FSDP), and its blocks recomputed or not.
+"""The layout of a model on the ranks: replicated (DDP) or sharded (FSDP), and its blocks recomputed or not.
 
 With DDP every rank holds the whole model. With FSDP (Zhao et al., arXiv 2304.11277; torch's `fully_shard`) each holds
-an equal share of every weight, its gradient and its optimizer state, and the ranks put a block together just before
-they need it. So they must call the model equally often, and what leaves the ranks or comes to them (a checkpoint, a
-norm) goes through `gather`, `scatter` and `whole`, which leave tensors that are not sharded as they are.
+an equal shard of every weight, its gradient and its optimizer state, and the ranks gather a block just before they need
+it. So all ranks must call the model equally often, and whatever leaves or enters the ranks (a checkpoint, a norm) goes
+through `gather`, `scatter` and `whole`, which return unsharded tensors unchanged.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PARALLEL = ("ddp", "fsdp")
 
 
 class Model(Protocol):
-    """What is laid out: a module that names its blocks."""
+    """A module that names its blocks."""
 
     @property
     def blocks(self) -> nn.ModuleList: ...
@@ -35,14 +35,14 @@ class Model(Protocol):
 def place(
     module: nn.Module, model: Model, world: World, *, parallel: str, compiled: bool, recomputed: bool
 ) -> nn.Module:
-    """Lay a module around `model` out on the ranks: compiled, recomputed and shared as asked for.
+    """Compile, recompute and distribute a module around `model`, as asked for.
 
     Args:
         module: what training calls, with `model` inside.
-        model: with `blocks`, the unit of sharding and recomputation.
-        parallel: "ddp" or "fsdp"; one process alone is the same under both.
+        model: its `blocks` are the units of sharding and recomputation.
+        parallel: "ddp" or "fsdp"; no difference for a single process.
 
-    Returns what to call from now on.
+    Returns the module to call from now on.
     """
     if compiled:
         torch.compiler.reset()  # an earlier run of a sweep compiled other shapes
@@ -59,13 +59,13 @@ def place(
 
 
 def shard(model: nn.Module, blocks: nn.ModuleList, world: World) -> None:
-    """FSDP: leave each rank its share of `model`'s weights, one of `blocks` a unit and the rest another.
+    """FSDP: leave each rank its shard of `model`'s weights; each of `blocks` is one unit, the rest another.
 
-    Every rank comes with the same weights. They stay float32, and so does what ranks send each other:
-    matrix products in 16 bits are autocast's, as with DDP, so that hidden states and their dispersion
+    Every rank starts with the same weights. They stay float32, and so does what ranks send each other:
+    16-bit matrix products are autocast's, as with DDP, so that hidden states and their dispersion
     are the same in any layout. FSDP's own mixed precision would send half as much, but would keep
     the residual stream and the LayerNorms in bfloat16. The price: autocast's 16-bit copies of a
-    block's matrices stay from forward to backward, unless the block is recomputed there.
+    block's matrices stay from forward to backward, unless the block is recomputed.
     """
     mesh = init_device_mesh(world.device.type, (world.size,))
     for block in blocks:
@@ -74,10 +74,10 @@ def shard(model: nn.Module, blocks: nn.ModuleList, world: World) -> None:
 
 
 def recompute(module: nn.Module, compiled: bool) -> None:
-    """Activation checkpointing: keep `module`'s inputs alone for backward, and go forward once more there.
+    """Activation checkpointing: keep only `module`'s inputs for backward, and run forward again there.
 
-    Dropout falls as it did. Comes before `shard`: weights are put together around what is recomputed.
-    `compiled` for a module within one that torch.compile takes: among FSDP's hooks, that does not see into this.
+    Dropout is the same in both passes. Call it before `shard`: weights are gathered around the recomputation.
+    `compiled`: whether the module is inside a compiled one, which among FSDP's hooks does not see into this.
     """
     plain = module.forward
     trained = torch.compile(plain) if compiled else plain
@@ -92,7 +92,7 @@ def recompute(module: nn.Module, compiled: bool) -> None:
 
 @contextlib.contextmanager
 def sync_if(module: nn.Module, last: bool) -> Iterator[None]:
-    """Ranks add up their gradients in the last backward pass of a step; in the others each keeps its own."""
+    """Reduce gradients over ranks in the last backward pass of a step only; in the others each rank keeps its own."""
     if last:
         yield
         return
@@ -109,12 +109,12 @@ def sync_if(module: nn.Module, last: bool) -> Iterator[None]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be sharded. All ranks call it."""
+    """The full tensor of one that may be sharded. All ranks call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gather(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
-    """Whole tensors for rank 0, what was sharded one after the other onto its CPU; the others get none.
+    """Full tensors for rank 0, sharded ones moved to its CPU one by one; an empty dict on other ranks.
 
     All ranks call it.
     """
@@ -127,7 +127,7 @@ def gather(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
 
 
 def scatter(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """This rank's share of whole tensors, laid out as `model`'s parameters; ranks send nothing.
+    """This rank's shards of full tensors, laid out as `model`'s parameters; no communication.
 
     Names are `<parameter>`, or `<parameter>/<what>` for optimizer state, whose scalars stay as they are.
     """
@@ -143,7 +143,7 @@ def scatter(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 
 def unshard(model: nn.Module) -> None:
-    """Give every rank the whole model for good, so that one can call it without the others."""
+    """Give every rank the full model permanently, so that one can call it without the others."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_reshard_after_forward(False, recurse=False)

@@ -1,8 +1,8 @@
-"""This process among its peers: what torchrun set up, in one small object.
+"""This process among its peers: what torchrun set up, as one small object.
 
     torchrun --standalone --nproc_per_node=2 train.py
 
-Without torchrun there is one rank and no process group.
+Without torchrun: one rank and no process group.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from torch import Tensor
 from nanodisp.errors import UserError, first_line
 
 DEVICES = ("auto", "cpu", "cuda")
-SECONDS_TO_ANSWER = 10.0  # of ranks that have waited in vain, so that those who have not are known
+SECONDS_TO_ANSWER = 10.0  # grace period in which waiting ranks report, so that the silent one can be identified
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers: rank of size, and the device it works on."""
+    """This process among its peers: rank, number of ranks, device."""
 
     rank: int
     size: int
@@ -37,14 +37,20 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def share(self, key: str, n: int) -> int:
+        """Each rank's equal share of `n`, the value of `key`; UserError when `n` is not divisible by the ranks."""
+        if n % self.size != 0:
+            raise UserError(f"{key}={n} is not divisible by the number of ranks, {self.size}")
+        return n // self.size
+
     def sum(self, values: Tensor) -> Tensor:
-        """Add `values` up over all ranks, in place."""
+        """Sum `values` over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is true on any rank; the devices are not waited for."""
+        """Whether `flag` is true on any rank; does not wait for the devices."""
         if self.size > 1:
             count = torch.tensor([flag], dtype=torch.int32)
             dist.all_reduce(count, group=_control_group)
@@ -60,41 +66,41 @@ class World:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: object) -> None:
-        """Raise UserError with the ranks' names when this one has waited for others in vain."""
-        in_vain = isinstance(error, RuntimeError) and re.search(r"tim(e|ed|ing) ?out", str(error), re.IGNORECASE)
-        if in_vain and (silent := _who_is_silent(self.rank, self.size)):
+        """After a timeout, raise UserError that names the ranks which did not answer."""
+        timed_out = isinstance(error, RuntimeError) and re.search(r"tim(e|ed|ing) ?out", str(error), re.IGNORECASE)
+        if timed_out and (silent := _silent_ranks(self.rank, self.size)):
             hang = f"rank {silent} hangs: no answer within train.timeout_minutes"
-            raise UserError(f"{hang}; the same command goes on from the last checkpoint") from error
+            raise UserError(f"{hang}; the same command resumes from the last checkpoint") from error
 
 
-def _who_is_silent(rank: int, size: int) -> str:
-    """The ranks that do not ask this too, or rank 0 where it keeps the store and does not answer."""
+def _silent_ranks(rank: int, size: int) -> str:
+    """The ranks that do not ask this as well, or rank 0 where it keeps the store and does not answer."""
     silent = ["0, which keeps the store,"]
 
     def ask() -> None:
         assert _store is not None
-        with contextlib.suppress(RuntimeError):  # of a store that is gone
+        with contextlib.suppress(RuntimeError):  # the store may be gone
             _store.set(f"waiting/{rank}", "")
             time.sleep(SECONDS_TO_ANSWER)
             silent[:] = [str(other) for other in range(size) if not _store.check([f"waiting/{other}"])]
 
-    question = threading.Thread(target=ask, daemon=True)  # a store that hangs is not waited for
+    question = threading.Thread(target=ask, daemon=True)  # the store may hang: do not wait for it
     question.start()
     question.join(3 * SECONDS_TO_ANSWER)
     return ", ".join(silent)
 
 
 _control_group: dist.ProcessGroup | None = None  # of the CPUs, where the default one is of the GPUs
-_store: dist.Store | None = None  # where ranks leave word for each other
+_store: dist.Store | None = None  # where ranks leave messages for each other
 
 
 def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
     """Join the process group that torchrun describes (gloo on CPU, NCCL on CUDA), once per process.
 
-    When a rank lets the others wait for `timeout_minutes` they fail, and torchrun ends them all. Within
-    `with world:` they name that rank.
+    When a rank keeps the others waiting for `timeout_minutes`, they fail and torchrun ends all of them. Inside
+    `with world:` their error names that rank.
 
-    Raises UserError for an unknown or absent device.
+    Raises UserError for an unknown or missing device.
     """
     if device not in DEVICES:
         raise UserError(f"device={device} is unknown; choose one of {', '.join(DEVICES)}")
@@ -106,26 +112,27 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if use_cuda:
         if local_rank >= torch.cuda.device_count():
-            raise UserError(f"rank {rank} wants GPU {local_rank}, but there are {torch.cuda.device_count()}")
+            raise UserError(f"rank {rank} needs GPU {local_rank}, but torch sees only {torch.cuda.device_count()}")
         torch.cuda.set_device(local_rank)
     if size > 1 and not dist.is_initialized():
         global _control_group, _store
         timeout = datetime.timedelta(minutes=timeout_minutes)
-        # NCCL would end the process without a word: the CPUs, who meet once a step, shall notice first
+        # NCCL would end the process without a message: the CPUs, which meet once a step, must notice first
         backend, patience = ("nccl", 2 * timeout) if use_cuda else ("gloo", timeout)
         try:
-            _store = _meeting_place(rank, timeout)
+            _store = _rendezvous_store(rank, timeout)
             dist.init_process_group(backend, timeout=patience, store=_store, rank=rank, world_size=size)
             _control_group = dist.new_group(backend="gloo", timeout=timeout) if use_cuda else None
         except dist.DistError as error:
-            raise UserError(f"rank {rank} did not meet all {size} ranks: {first_line(error)}") from error
+            raise UserError(f"rank {rank} could not reach all {size} ranks: {first_line(error)}") from error
     return World(rank, size, torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"))
 
 
-def _meeting_place(rank: int, timeout: datetime.timedelta) -> dist.Store:
-    """Where ranks leave their addresses: torchrun's own store if it has one, else rank 0's.
+def _rendezvous_store(rank: int, timeout: datetime.timedelta) -> dist.Store:
+    """The store for the ranks' addresses: torchrun's own if it has one, else rank 0's.
 
-    torchrun's outlives `--max-restarts`, and with it the addresses of dead ranks: each attempt needs names of its own.
+    torchrun's survives a restart (`--max-restarts`) with the addresses of dead ranks, so each attempt has its own
+    prefix.
     """
     of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
