@@ -29,35 +29,35 @@ WANDB_MODES = ("disabled", "offline", "online")
 
 @dataclass
 class TrainConfig:
-    """How long and how a run trains.
+    """How a run trains, and for how long.
 
-    steps: optimizer updates; or, given in its place,
-    tokens: training tokens in all, or
+    steps: optimizer updates; or, overriding it,
+    tokens: total training tokens, or
     tokens_per_param: training tokens as a multiple of the model's parameters.
     batch_size: sequences of the global batch, over all ranks and micro-batches.
-    micro_batch_size: most sequences of one forward pass on a rank; null takes all at once.
-    dtype: "bfloat16" or "float16" run matrix products in it (autocast; weights stay float32, float16 scales the
-        loss); "auto" is bfloat16 on a GPU or CPU that has it, else float32.
-    compile: torch.compile the model and the loss; needs a compiler on the machine. "auto" does so where the run is
+    micro_batch_size: maximum sequences of one forward pass on a rank; null takes all at once.
+    dtype: of matrix products: "bfloat16" or "float16" by autocast (weights stay float32; float16 scales the loss),
+        "float32", or "auto": bfloat16 on a GPU or CPU that has it, else float32.
+    compile: torch.compile the model and the loss; needs a compiler on the machine. "auto" compiles when the run is
         long enough for it to pay.
-    parallel: how torchrun's ranks share the work: "ddp" keeps the whole model on each, "fsdp" a share of its weights,
-        gradients and optimizer state. A single process is the same under both.
+    parallel: how torchrun's ranks share the work: "ddp" keeps the whole model on each, "fsdp" shards weights, gradients
+        and optimizer state. No difference for a single process.
     activation_checkpointing: recompute each block in backward instead of keeping its activations: less memory for one
         more forward pass.
     timeout_minutes: how long ranks wait for one that hangs, or for rank 0 to prepare the data, before they fail.
     log_interval: steps between records of training figures.
     eval_interval: steps between validations.
-    condensation_interval: steps between records of the layers' figures on four validation windows, between
-        validations; null for never.
+    condensation_interval: steps between records of the layers' figures on four of the validation windows; null for
+        never.
     checkpoint_interval: steps between checkpoints.
     eval_windows: validation windows, spread evenly over the split; null takes all.
     eval_task: a file of multiple-choice questions (data/hellaswag/prepare.py makes one), answered at every validation;
         null for none.
-    keep_last: how many of the newest checkpoints are kept, beside the one with the lowest validation loss.
-    keep_every: checkpoints of every so many steps are kept too; null for none.
-    max_bad_steps: an update whose gradient is not finite is skipped; this many in a row end the run (on a GPU when the
-        next figures are logged: checking at each step would make it wait).
-    sample_tokens: length of the sample at the end; 0 for none.
+    keep_last: how many of the newest checkpoints are kept, besides the one with the lowest validation loss.
+    keep_every: also keep checkpoints whose step is a multiple of this; null for none.
+    max_bad_steps: updates whose gradient is not finite are skipped; this many in a row end the run (on a GPU when the
+        next figures are logged: checking at every step would make it wait).
+    sample_tokens: tokens of the sample at the end; 0 for none.
     """
 
     steps: int | None = 800
@@ -83,7 +83,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.tokens is not None and self.tokens_per_param is not None:
-            raise ValueError("train.tokens and train.tokens_per_param are both given: keep one as the budget")
+            raise ValueError("train.tokens and train.tokens_per_param are both given; keep only one")
         if self.steps is None and self.tokens is None and self.tokens_per_param is None:
             raise ValueError("no budget: give train.steps, train.tokens or train.tokens_per_param")
         if self.dtype not in DTYPES:
@@ -105,7 +105,7 @@ class TrainConfig:
 
 
 def count_steps(config: TrainConfig, n_parameters: int, tokens_per_step: int) -> int:
-    """The budget in steps, `tokens` and `tokens_per_param` before `steps`; the last step may exceed a token budget."""
+    """The budget in steps; `tokens` and `tokens_per_param` override `steps`. The last step may exceed a token budget."""
     if config.tokens is not None:
         return math.ceil(config.tokens / tokens_per_step)
     if config.tokens_per_param is not None:
@@ -119,7 +119,7 @@ class WandbConfig:
     """Weights & Biases.
 
     mode: "disabled", "offline" (files in the run's folder, for `wandb sync`) or "online".
-    project, entity, group, tags: as W&B understands them.
+    project, entity, group, tags: as in `wandb.init`.
     """
 
     mode: str = "disabled"
@@ -138,15 +138,15 @@ class Config:
     """A run.
 
     init_from: start from the weights of a run (its folder, or one of its checkpoints) or of a Hugging Face GPT-2
-        (hf:<folder or id>), whose shape must be that of `model`; the context may be shorter. null initialises randomly.
-    seed: decides initial weights, the order of the data, dropout and the tokens that are dispersed.
+        (hf:<folder or id>). `model` must have its shape; only block_size may be smaller. null initialises randomly.
+    seed: of initial weights, data order, dropout and the sampled tokens of the dispersion loss.
     device: "auto", "cpu" or "cuda".
-    resume: "auto" resumes a run of the same name, "never" rejects its folder.
-    out_dir: the folder of the run's folder.
+    resume: "auto" resumes a run of the same name, "never" makes that an error.
+    out_dir: where run folders go.
     run_name: the name of the run's folder; null makes it from the configuration.
-    tensorboard: also write the figures for TensorBoard, into the run's folder.
-    dry_run: report the run's size and approximate duration without training (data is prepared if need be).
-    command: how the run was started, for the report; `launch.py` sets it.
+    tensorboard: also write figures for TensorBoard, into the run's folder.
+    dry_run: report the run's size and approximate duration without training (prepares the data if needed).
+    command: what started the run, for the report; set by `launch.py`.
     """
 
     model: GPTConfig = field(default_factory=GPTConfig)
@@ -168,17 +168,17 @@ class Config:
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed={self.seed} must lie between 0 and 2**63 - 1")
+            raise ValueError(f"seed={self.seed} must be between 0 and 2**63 - 1")
         if self.resume not in RESUME:
             raise ValueError(f"resume={self.resume} is unknown; choose one of {', '.join(RESUME)}")
         select_layers(self.dispersion.layers, self.model.n_layer)
         if self.dispersion.lambda_disp > 0 and self.model.block_size < 2:
             raise ValueError(
-                f"model.block_size={self.model.block_size}: dispersion needs pairs of tokens, so 2 at least"
+                f"model.block_size={self.model.block_size} must be at least 2: dispersion needs pairs of tokens"
             )
         if self.run_name is not None and not re.fullmatch(r"\w[\w.,=+-]*", self.run_name):
             raise ValueError(
-                f"run_name={self.run_name!r} may hold letters, digits and . , = + - _ and begins with one of the first"
+                f"run_name={self.run_name!r} must begin with a letter, a digit or _ and contain only these and . , = + -"
             )
 
 
@@ -192,7 +192,7 @@ SECTIONS: dict[str, Any] = {
     "wandb": WandbConfig,
 }
 
-# What may change between two calls without making it another run.
+# Keys that may change without making it another run.
 NOT_IDENTITY = {
     "": ("device", "resume", "out_dir", "run_name", "dry_run", "tensorboard", "command"),
     "data": ("folder",),
@@ -203,11 +203,11 @@ NOT_IDENTITY = {
         *("parallel", "activation_checkpointing", "timeout_minutes", "eval_task"),
     ),
 }
-BUDGET = ("train.steps", "train.tokens", "train.tokens_per_param")  # may grow when a run goes on
+BUDGET = ("train.steps", "train.tokens", "train.tokens_per_param")  # may grow when a run is resumed
 
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:
-    """What decides the result of a run: {"section.key": value}, of a `Config` as plain containers.
+    """The keys that decide a run's result, {"section.key": value}, from a `Config` as plain containers.
 
     Keys that the chosen dispersion, optimizer or budget does not use are left out, so that one run has one name.
     """
@@ -231,10 +231,10 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def name_of(config: Config, model: str) -> str:
-    """The run's name: readable, and told apart from other runs by a hash of what decides its result.
+    """The run's name: readable, and made unique by a hash of its identity.
 
-    `model` is the name of the model's config. What is null, not given, has no part in it, so that a new key
-    of that kind leaves the names of older runs as they are.
+    `model` is the name of the model's config. Nulls are not hashed, so that a new optional key does not rename old
+    runs.
     """
     decides = {key: value for key, value in identity(dataclasses.asdict(config)).items() if value is not None}
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:6]

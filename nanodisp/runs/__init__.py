@@ -1,1 +1,1 @@
-"""A run's folder: what is written there, and how it is read back; docs/formats.md describes it."""
+"""A run's folder: what is written to it, and how it is read back. docs/formats.md describes the formats."""

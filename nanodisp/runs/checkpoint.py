@@ -1,11 +1,10 @@
-"""Checkpoints: save, find, load, prune. Atomic, checked, written in the background, and free of pickle.
+"""Checkpoints: save, find, load, prune. Atomic, checksummed, written in the background, without pickle.
 
-A checkpoint is a folder `step_00000500` of three files: `model.safetensors`,
-`optimizer.safetensors` and `state.json` (format version, step, whatever the run adds, and
-the sha256 of all three). It is written under a temporary name, flushed to disk and
-renamed, so that a folder of the right name is whole. Loading one runs no code of its author.
+A checkpoint is a folder `step_00000500` of three files: `model.safetensors`, `optimizer.safetensors` and `state.json`
+(format version, step, whatever the run adds, and the sha256 of all three). It is written under a temporary name,
+flushed to disk and renamed, so that a folder with the final name is complete. Loading one runs no code from it.
 
-There is no random state in it: everything random in a run is drawn from (seed, step).
+It holds no random state: everything random in a run is drawn from (seed, step).
 """
 
 from __future__ import annotations
@@ -29,18 +28,18 @@ from nanodisp.errors import UserError
 from nanodisp.files import digest, flush
 
 FORMAT_VERSION = 2
-CHECKPOINTS = "checkpoints"  # the folder of them, in a run's
+CHECKPOINTS = "checkpoints"  # their folder in a run's folder
 TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
-REMEDY = "training goes back to the one before; elsewhere name an older one"
+REMEDY = "training falls back to the one before; other commands need the name of an older one"
 
 
 class Damaged(UserError):
-    """A checkpoint that was whole once, and is not now."""
+    """A checkpoint that was complete once and is not intact now."""
 
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint holds: tensors by name (on the CPU) and the state beside them."""
+    """The content of a checkpoint: tensors by name (on the CPU), and the rest of the state."""
 
     path: Path
     model: dict[str, Tensor]
@@ -55,7 +54,7 @@ class Checkpoint:
 def save(folder: Path, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]) -> Path:
     """Write a checkpoint of `state["step"]` into `folder` and return its path.
 
-    Raises UserError when the disk is full or can not be written.
+    Raises UserError when the disk is full or cannot be written.
     """
     path = path_of(folder, state["step"])
     temporary = folder / f".{path.name}.tmp"
@@ -68,20 +67,20 @@ def save(folder: Path, model: dict[str, Tensor], optimizer: dict[str, Tensor], s
             safetensors.torch.save_file(contiguous, temporary / name)
             sha256[name] = digest(temporary / name)
         state = {"format_version": FORMAT_VERSION, **state}
-        sha256["state.json"] = _sum_of(state)
+        sha256["state.json"] = _checksum(state)
         text = json.dumps({**state, "sha256": sha256}, indent=2)
         (temporary / "state.json").write_text(text)
         for file in [*temporary.iterdir(), temporary]:
             flush(file)
-        if path.exists():  # a run that was told to go back writes the same step again
+        if path.exists():  # a run that fell back to an older checkpoint writes the same step again
             shutil.rmtree(path)
         temporary.rename(path)
         flush(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"could not save the checkpoint {path}: {error}. Earlier checkpoints are whole; "
-            "free some space or mend the permissions, and run the same command again to go on"
+            f"could not save the checkpoint {path}: {error}. Earlier checkpoints are intact; "
+            "free some space or fix the permissions, and run the same command again to resume"
         ) from error
     return path
 
@@ -89,21 +88,21 @@ def save(folder: Path, model: dict[str, Tensor], optimizer: dict[str, Tensor], s
 class Saver:
     """Saves in the background: training waits while tensors are copied, not while files are written.
 
-    One save at a time. The next one, and `wait`, wait for it and raise what went wrong with it.
+    One save at a time. The next one, and `wait`, wait for it and raise its error.
 
     Args:
-        folder: where the checkpoints lie.
+        folder: of the checkpoints.
         keep_last, keep_every: see `prune`.
     """
 
     def __init__(self, folder: Path, keep_last: int, keep_every: int | None) -> None:
         self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
-        self._copies: dict[str, Tensor] = {}  # of the last save, whose memory the next one uses again
+        self._copies: dict[str, Tensor] = {}  # of the last save; the next one reuses their memory
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
     def save(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Begin to write a checkpoint of `state["step"]`, of the tensors as they are now."""
+        """Start writing a checkpoint of `state["step"]` with the tensors as they are now."""
         self.wait()
         copies = self._copy("model", model), self._copy("optimizer", optimizer)
         if torch.cuda.is_available():
@@ -111,8 +110,8 @@ class Saver:
         self._pending = self._thread.submit(self._write, *copies, state)
 
     def __enter__(self) -> Saver:
-        for rest in self.folder.glob(".step_*.tmp"):  # of a save that was killed
-            shutil.rmtree(rest, ignore_errors=True)
+        for unfinished in self.folder.glob(".step_*.tmp"):  # of a save that was killed
+            shutil.rmtree(unfinished, ignore_errors=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: object) -> None:
@@ -125,16 +124,16 @@ class Saver:
                 print(f"error: {failed}", file=sys.stderr)
 
     def wait(self) -> None:
-        """Until nothing is being written. Raises UserError when the last save failed."""
+        """Wait until nothing is being written. Raises UserError when the last save failed."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
 
     def last(self) -> str:
-        """In words, which checkpoint a run can go on from."""
+        """In words, the checkpoint that a run can resume from."""
         self.wait()
-        whole = all_checkpoints(self.folder)
-        return f"the last checkpoint is {whole[-1]}" if whole else "there is no checkpoint yet"
+        saved = all_checkpoints(self.folder)
+        return f"the last checkpoint is {saved[-1]}" if saved else "no checkpoint has been saved yet"
 
     def _copy(self, kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         copies = {}
@@ -151,13 +150,13 @@ class Saver:
         try:
             prune(self.folder, self.keep_last, self.keep_every)
         except OSError as error:
-            print(f"{self.folder}: old checkpoints can not be deleted: {error}", file=sys.stderr)
+            print(f"{self.folder}: old checkpoints cannot be deleted: {error}", file=sys.stderr)
 
 
 def load(path: Path) -> Checkpoint:
-    """Read one checkpoint folder, its sums checked.
+    """Read one checkpoint folder and verify its checksums.
 
-    Raises UserError for anything that is not a whole checkpoint of this format, `Damaged` where it was one.
+    Raises UserError for anything but an intact checkpoint of this format, `Damaged` for one that is no longer intact.
     """
     state = _read_state(path)
     tensors = []
@@ -167,16 +166,16 @@ def load(path: Path) -> Checkpoint:
                 raise Damaged(f"{path / name} is damaged: its sha256 is not the one in state.json; {REMEDY}")
             tensors.append(safetensors.torch.load_file(path / name))
         except (OSError, SafetensorError) as error:
-            raise Damaged(f"{path / name} can not be read: {error}; {REMEDY}") from error
+            raise Damaged(f"{path / name} cannot be read: {error}; {REMEDY}") from error
     return Checkpoint(path, tensors[0], tensors[1], state)
 
 
 def load_newest(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint, None when there is none at all.
+    """The newest intact checkpoint, None for a folder without checkpoints.
 
-    Damaged ones that are newer are named on stderr and set aside as `damaged_step_…`.
+    Newer, damaged ones are reported on stderr and renamed to `damaged_step_…`.
 
-    Raises UserError when none is whole.
+    Raises UserError when none is intact.
     """
     damaged: list[tuple[Path, Damaged]] = []
     for path in reversed(all_checkpoints(folder)):
@@ -189,10 +188,10 @@ def load_newest(folder: Path) -> Checkpoint | None:
             aside = bad.with_name(f"damaged_{bad.name}")
             shutil.rmtree(aside, ignore_errors=True)
             bad.rename(aside)
-            print(f"{reason}: set aside as {aside.name}, going back to step {found.step}", file=sys.stderr)
+            print(f"{reason}: renamed to {aside.name}, falling back to step {found.step}", file=sys.stderr)
         return found
     if damaged:
-        raise UserError(f"no checkpoint in {folder} is whole; the newest: {damaged[0][1]}")
+        raise UserError(f"no checkpoint in {folder} is intact; the newest: {damaged[0][1]}")
     return None
 
 
@@ -206,9 +205,9 @@ def all_checkpoints(folder: Path) -> list[Path]:
 
 
 def find(path: Path) -> Path:
-    """The checkpoint meant by a run folder (its newest one), its `checkpoints` folder, or a checkpoint itself.
+    """The checkpoint that a path names: the newest of a run's folder or of its `checkpoints` folder, or the path itself.
 
-    Raises UserError when there is none.
+    Raises UserError for a path without a checkpoint.
     """
     if (path / "state.json").is_file():
         return path
@@ -219,9 +218,9 @@ def find(path: Path) -> Path:
 
 
 def prune(folder: Path, keep_last: int, keep_every: int | None = None) -> None:
-    """Delete all checkpoints but the newest `keep_last`, those of every `keep_every` steps, and the best one.
+    """Delete all checkpoints but the newest `keep_last`, those at multiples of `keep_every`, and the best one.
 
-    The best is the one with the lowest "val_loss" in its state, of those that have one.
+    The best has the lowest "val_loss" in its state; checkpoints without one do not compete.
     """
     losses: dict[Path, float] = {}
     for path in all_checkpoints(folder):
@@ -241,19 +240,19 @@ def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads((path / "state.json").read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise Damaged(f"{path / 'state.json'} can not be read: {error}; {REMEDY}") from error
+        raise Damaged(f"{path / 'state.json'} cannot be read: {error}; {REMEDY}") from error
     version = state.get("format_version") if isinstance(state, dict) else None
     if isinstance(version, int) and version != FORMAT_VERSION:
         raise UserError(
-            f"{path} is a checkpoint of format version {version}; this is of format version {FORMAT_VERSION}"
+            f"{path} has format version {version}; this version of nanodisp reads format version {FORMAT_VERSION}"
         )
-    sums = state.get("sha256") if isinstance(state, dict) else None
-    rest = {key: value for key, value in state.items() if key != "sha256"} if isinstance(sums, dict) else {}
-    if not isinstance(sums, dict) or sums.get("state.json") != _sum_of(rest) or not isinstance(rest.get("step"), int):
+    sha256 = state.get("sha256") if isinstance(state, dict) else None
+    rest = {key: value for key, value in state.items() if key != "sha256"} if isinstance(sha256, dict) else {}
+    if not isinstance(sha256, dict) or sha256.get("state.json") != _checksum(rest) or type(rest.get("step")) is not int:
         raise Damaged(f"{path / 'state.json'} is damaged: its sha256 is not the one in it; {REMEDY}")
     return state
 
 
-def _sum_of(state: dict[str, Any]) -> str:
-    """sha256 of a state, by its values and not by how they are written."""
+def _checksum(state: dict[str, Any]) -> str:
+    """sha256 of a state's values, independent of their formatting."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""A run and its folder: begin, record, save, resume, finish. docs/formats.md describes what lies in it."""
+"""A run and its folder: begin, record, save, resume, finish. docs/formats.md describes its files."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ CONFIG, SAMPLES, TOKENIZER = "config.yaml", "samples.txt", "tokenizer.tiktoken"
 
 @dataclass
 class TrainState:
-    """Where a run is.
+    """The progress of a run.
 
     step: updates done.
-    seconds: wall-clock time of the run's earlier parts.
+    seconds: wall-clock time before the last resume.
     bad_steps, bad_in_a_row: int64 scalars on the device: updates skipped because their gradient was not finite.
-    val_loss: of the validation after this step, None where there was none.
+    val_loss: of the validation after this step; None without one.
     """
 
     step: int
@@ -50,7 +50,7 @@ class TrainState:
     val_loss: float | None = None
 
     def count(self, bad: Tensor) -> None:
-        """One more step, its update skipped where `bad`, a bool scalar on the device, is true."""
+        """Count a step; `bad`, a bool scalar on the device, says that its update was skipped."""
         self.step += 1
         self.bad_steps += bad
         self.bad_in_a_row = (self.bad_in_a_row + 1) * bad
@@ -60,7 +60,7 @@ class TrainState:
 class Run:
     """A run in progress: its folder, locked; its records; its checkpoints; requests to stop.
 
-    Enter it as a context. Only rank 0 writes; all ranks call every method.
+    Used as a context. Only rank 0 writes; all ranks call every method.
     """
 
     def __init__(self, plan: Plan, corpus: Corpus, world: World) -> None:
@@ -89,7 +89,7 @@ class Run:
     def resume(
         self, model: GPT, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler
     ) -> TrainState | None:
-        """Load the newest intact checkpoint and return its state; None where there is none.
+        """Load the newest intact checkpoint and return its state; None without a checkpoint.
 
         Raises UserError for a checkpoint of another run, or one that this model cannot load.
         """
@@ -114,7 +114,7 @@ class Run:
             raise UserError(f"{saved.path} cannot be resumed although its checksums match: {reason}") from error
 
     def begin(self, state: TrainState | None) -> TrainState:
-        """Write the configuration, open the records after `state` (None for a new run) and say what runs."""
+        """Write the configuration, open the records after `state` (None for a new run) and print what runs."""
         plan, resumed = self.plan, state is not None
         if state is None:
             none = torch.zeros(2, dtype=torch.int64, device=self.world.device)
@@ -140,10 +140,10 @@ class Run:
             self.metrics.say(done if plan.is_done(state.step) else f"resuming from step {state.step}")
         return state
 
-    # --- on the way
+    # --- during the run
 
     def tally(self, state: TrainState) -> dict[str, float]:
-        """Tokens trained on, and seconds of the run so far."""
+        """Tokens and seconds of the run so far."""
         seconds = state.seconds + time.perf_counter() - self.began
         return {"tokens": state.step * self.plan.tokens_per_step, "seconds": round(seconds, 3)}
 
@@ -158,8 +158,8 @@ class Run:
         optimizers: list[torch.optim.Optimizer],
         scaler: torch.amp.GradScaler,
     ) -> None:
-        """Begin to write a checkpoint; training goes on once the tensors are copied."""
-        # weights first: state_dict shards again what an evaluation has put together, as the optimizers know it
+        """Start writing a checkpoint; training continues once the tensors are copied."""
+        # weights first: state_dict shards again what an evaluation has gathered, as the optimizers expect
         weights = layout.gather(model.state_dict(), self.world)
         tensors = layout.gather(optim.state_tensors(model, optimizers), self.world)
         if self.world.is_main:
@@ -180,27 +180,27 @@ class Run:
             )
 
     def is_asked_to_stop(self) -> bool:
-        """Whether any rank was, by SIGINT, SIGTERM or SIGUSR1."""
+        """Whether any rank has received SIGINT, SIGTERM or SIGUSR1."""
         return self.world.any(self.stop.received is not None)
 
     # --- the end
 
     def leave(self, state: TrainState) -> None:
-        """End the process after a request to stop, its checkpoint saved, with exit code 75."""
+        """End the process with exit code 75 after a request to stop; the checkpoint has been saved."""
         self.saver.wait()
-        self.world.barrier()  # until rank 0 has written: torchrun ends them all when one leaves
+        self.world.barrier()  # until rank 0 has written: torchrun ends all ranks when one exits
         asked = self.stop.received or "another rank stops"
         self.metrics.say(f"{asked}: saved at step {state.step}; the same command resumes")
         raise SystemExit(EXIT_CODE)
 
     def conclude(self, model: GPT) -> None:
-        """Report the loss, condensation before and after, a sample, and where everything lies."""
+        """Report the loss, condensation before and after, a sample, and where the files are."""
         self.saver.wait()
         if self.config.train.sample_tokens > 0:
             layout.unshard(model)  # rank 0 writes the sample alone
         if self.metrics.enabled:
             self._report(model)
-        if self.is_asked_to_stop():  # too late for this run: a sweep ends here
+        if self.is_asked_to_stop():  # this run is complete, but a sweep ends here
             raise SystemExit(EXIT_CODE)
 
     def _report(self, model: GPT) -> None:
@@ -210,21 +210,21 @@ class Run:
             cosines = " ".join("nan" if value is None else f"{value:.3f}" for value in record["mean_cosine"])
             say(f"mean cosine by layer {when:>6} training: {cosines}")
         if not validations or validations[-1]["loss"] is None:
-            say(f"the loss is not finite: a lower optim.lr or a smaller optim.grad_clip may help; see {folder}")
+            say(f"the loss is not finite: a lower optim.lr or optim.grad_clip may help; see {folder}")
             return
         if self.config.train.sample_tokens > 0:
             say(f"--- sample\n{self._sample(model)}\n---")
         last = validations[-1]
         bpb = f", {last['bpb']:.4f} bits per byte" if last["bpb"] else ""
         say(f"validation loss {last['loss']:.4f} nats per token{bpb} after {last['step']} steps")
-        say(f"{CONFIG}, {METRICS}, {SAMPLES} and {CHECKPOINTS}/ lie in {folder}")
+        say(f"{CONFIG}, {METRICS}, {SAMPLES} and {CHECKPOINTS}/ are in {folder}")
         say(f'more text: python sample.py checkpoint={folder} prompt="…"')
 
     def _sample(self, model: GPT) -> str:
-        """Text that the model generates from nothing; also written to samples.txt."""
+        """Text generated without a prompt; also written to samples.txt."""
         try:
             tokenizer = load_tokenizer(self.corpus.tokenizer)
-        except UserError as error:  # training does not need the tokenizer's file: a finished run is not lost by it
+        except UserError as error:  # training does not need the tokenizer's file, so a finished run does not fail
             return f"(no sample: {error})"
         generator = torch.Generator(model.device).manual_seed(self.config.seed)
         start = torch.full((1, 1), tokenizer.eot, device=model.device)
@@ -232,13 +232,13 @@ class Run:
         model.eval()
         tokens = generate(model, start, n_tokens, temperature=0.8, top_k=50, generator=generator)
         text = tokenizer.decode_bytes(int(token) for token in tokens).decode("utf-8", errors="replace")
-        with contextlib.suppress(OSError):  # a run is not lost by that, and the text is shown anyway
+        with contextlib.suppress(OSError):  # no reason to fail, and the text is shown anyway
             (self.folder / SAMPLES).write_text(text, encoding="utf-8")
         return text
 
 
 def check_same_run(saved: checkpoint.Checkpoint, config: Config, corpus: Corpus) -> None:
-    """UserError where the checkpoint's run differs in anything that decides the result; the budget may grow."""
+    """UserError when the checkpoint's run differs in anything that decides the result; the budget may grow."""
     theirs = {**identity(saved.state["config"]), "corpus": saved.state["corpus"]}
     ours = {**identity(dataclasses.asdict(config)), "corpus": corpus.folder.name}
     differing = [key for key in ours if key not in BUDGET and theirs.get(key) != ours[key]]
@@ -261,6 +261,6 @@ def unwritable(folder: Path) -> Any:
 
 
 def spec_in(run: Path, spec: str) -> str:
-    """The spec of a run's tokenizer: the copy of its file in the run's folder, if it has one."""
+    """The spec of a run's tokenizer: the copy of its file in the run's folder if there is one, else `spec`."""
     beside = run / TOKENIZER
     return str(beside) if beside.is_file() else spec

@@ -1,9 +1,9 @@
 """The figures of a run: metrics.jsonl, the terminal, and the trackers (`trackers.py`).
 
-Only rank 0 writes any of it; on other ranks every call does nothing. A record is one line of metrics.jsonl: "step" is
-the number of updates done, "split" is "train", "val", "task" (multiple-choice questions) or "condensation" (the
-layers' figures alone, recorded more often and not shown). Every other key is a figure under its own name, a number or
-a list with one for each layer; a new one is recorded, shown and tracked without a change here.
+Only rank 0 writes; on other ranks every call does nothing. A record is one line of metrics.jsonl: "step" is the number
+of updates done, "split" is "train", "val", "task" (multiple-choice questions) or "condensation" (only the layers'
+figures, recorded more often and not shown). Every other key is a figure under its own name, a number or a list with one
+per layer; a new one is recorded, shown and tracked without a change here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from nanodisp.runs.trackers import TensorBoard, Tracker, Wandb
 
 METRICS = "metrics.jsonl"
 
-# How a figure is shown, where not as "name 1.2345".
+# The format of a figure, if not "name 1.2345".
 FORMS = {
     "examples": "of {:,}",
     "lr": "lr {:.2e}",
@@ -42,12 +42,12 @@ NOT_SHOWN = ("step", "split", "tokens", "seconds", "bad_steps", "lambda_disp")
 class Metrics:
     """The figures of one run.
 
-    As a context it holds the run's folder for itself, and leaves what ended the run in `error.txt`.
+    Locks the run's folder until it is closed; as a context, it writes the error that ended the run to `error.txt`.
 
     Args:
-        folder: the run's folder, made if need be; None on ranks other than 0.
+        folder: the run's folder, created if needed; None on ranks other than 0.
 
-    Raises UserError when another process has the folder, or it cannot be written.
+    Raises UserError when another process holds the lock, or the folder cannot be written.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -81,13 +81,13 @@ class Metrics:
         """Open the records.
 
         Args:
-            config: the whole configuration as plain containers, for W&B.
+            config: the full configuration as plain containers, for W&B.
             wandb_config: see `WandbConfig`.
-            step, total_steps: where the run begins and ends. Records of later steps than `step`, left by an interrupted
-                run, are dropped: they are about to be made again.
+            step, total_steps: where the run begins and ends. Records of steps after `step`, left by an interrupted run,
+                are dropped: training will write them again.
             tensorboard: whether TensorBoard gets the records too.
 
-        Raises UserError when the records cannot be written, or tensorboard is asked for and not installed.
+        Raises UserError when the records cannot be written, or tensorboard is asked for but not installed.
         """
         if not self.enabled:
             return
@@ -119,17 +119,17 @@ class Metrics:
             self._start(TensorBoard.name, lambda: TensorBoard(self.folder, step))
 
     def say(self, text: str) -> None:
-        """A line for the reader, above the progress line."""
+        """Print a line above the progress line."""
         if self.enabled:
             self.console.print(text, markup=False)
 
     def advance(self, step: int) -> None:
-        """Move the live progress line, on a terminal."""
+        """Move the progress line, if stdout is a terminal."""
         if self.progress is not None:
             self.progress.update(self.bar, completed=step)
 
     def record(self, record: dict[str, Any]) -> None:
-        """Write one record to metrics.jsonl and the trackers, and show it."""
+        """Write one record to metrics.jsonl and the trackers, and print it."""
         if not self.enabled:
             return
         try:
@@ -142,7 +142,7 @@ class Metrics:
         self._each("log", lambda tracker: tracker.log(record))
 
     def flush(self) -> None:
-        """Make sure that what was recorded survives a power cut."""
+        """Make sure that all records survive a power cut."""
         if not self.enabled:
             return
         try:
@@ -156,7 +156,7 @@ class Metrics:
             return
         if self.progress is not None:
             self.progress.stop()
-        with contextlib.suppress(OSError):  # what could not be written has been reported
+        with contextlib.suppress(OSError):  # already reported
             if self.file is not None:
                 self.file.close()
         self.lock.close()
@@ -192,14 +192,14 @@ class Metrics:
                 self._tracker_failed(tracker.name, what, error)
 
     def _tracker_failed(self, name: str, what: str, error: Exception) -> None:
-        """Whatever goes wrong in a tracker, training continues."""
+        """Report an error of a tracker; training continues without it."""
         self.say(
             f"{name} {what} failed ({first_line(error)}): the run continues without it; metrics.jsonl has everything"
         )
 
 
 def describe(record: dict[str, Any], total_steps: int) -> str:
-    """A record as one line of text; what is None is left out."""
+    """A record as one line of text, without what is None."""
     parts = [f"step {record['step']:>{len(str(total_steps))}}/{total_steps}", f"{record['split']:5}"]
     for key, value in record.items():
         if isinstance(value, list):
@@ -225,7 +225,7 @@ def drop_records_after(path: Path, step: int) -> None:
 
 
 def _json_number(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
+    """JSON has neither NaN nor infinity: they become null."""
     if isinstance(value, list):
         return [_json_number(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -234,7 +234,7 @@ def _json_number(value: Any) -> Any:
 def read_records(path: Path, split: str | None = None) -> list[dict[str, Any]]:
     """The complete records of a metrics.jsonl, of one split or of all; a line that a kill cut short is skipped.
 
-    Each has a "split" and an integer "step"; nothing else is certain of a file that anybody may have written.
+    Each has a "split" and an integer "step"; nothing else is guaranteed in a file that anybody may have written.
     """
     records = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():

@@ -32,7 +32,7 @@ from nanodisp.runs.folder import CONFIG
 from nanodisp.runs.metrics import METRICS, read_records
 
 LAMBDA = "dispersion.lambda_disp"
-STANDARD = {  # keys of records that are read one by one, or say nothing of a model
+STANDARD = {  # keys of records that are read individually, or say nothing about the model
     *("step", "split", "loss", "bpb", "tokens", "seconds", "lambda_disp", "lr", "grad_norm", "bad_steps"),
     *("tokens_per_second", "mfu"),
 }
@@ -42,14 +42,14 @@ STANDARD = {  # keys of records that are read one by one, or say nothing of a mo
 class RunSummary:
     """One run, as far as it can be read.
 
-    status: "finished", "unfinished", or "failed" for a run with an `error.txt`, a loss that is
-        not a number, or files that cannot be read; `problem` says what.
+    status: "finished", "unfinished", or "failed" for a run with an `error.txt`, a loss that is not a number, or files
+        that cannot be read; `problem` says which.
     config: keys with dots -> values; empty when it cannot be read.
     numbers: at the end of the run, by the names that `read_metrics` gives them.
-    layers: figures of the last validation by name, one for each layer.
+    layers: figures of the last validation by name, one value per layer.
     steps, cosines: [S] and [S, L + 1], the mean cosine by layer of every validation.
-    trajectory_steps, trajectory: the same of the finer "condensation" records, or of the validations without those.
-    tasks: of its evaluation.json, if that is of the run's last step.
+    trajectory_steps, trajectory: the same from the more frequent "condensation" records; from validations without them.
+    tasks: from its evaluation.json, if that is of the run's last step.
     """
 
     folder: Path
@@ -69,7 +69,7 @@ class RunSummary:
 
     @property
     def is_imported(self) -> bool:
-        """Whether it is another's model as `python -m nanodisp.hf import` leaves it: not trained here at all."""
+        """Whether the run was written by `python -m nanodisp.hf import` and never trained here."""
         return self.status == "unfinished" and self.step == 0 and str(self.config.get("init_from")).startswith("hf:")
 
     @property
@@ -78,11 +78,11 @@ class RunSummary:
 
 
 def read_runs(folder: Path) -> list[RunSummary]:
-    """All runs in `folder`, by name; raises UserError when there is none."""
+    """All runs in `folder`, by name; UserError for a folder without runs."""
     marks = (CONFIG, METRICS, "error.txt", checkpoint.CHECKPOINTS)
     found = sorted(f for f in folder.glob("*") if any((f / mark).exists() for mark in marks))
     if not found:
-        raise UserError(f"{folder} holds no run: give the folder of a sweep, such as out/lambda")
+        raise UserError(f"{folder} holds no runs: give the folder of a sweep, such as out/lambda")
     return [read_run(f) for f in found]
 
 
@@ -104,9 +104,9 @@ def read_run(folder: Path) -> RunSummary:
     try:
         found = read_evaluation(folder / EVALUATION)
         if found and found["tasks"] and not str(found["model"]).endswith(f" at step {run.step}"):
-            raise UserError(f"{EVALUATION} is of {found['model']}, the run is at step {run.step}: evaluate it again")
+            raise UserError(f"{EVALUATION} is of {found['model']}, but the run is at step {run.step}: evaluate it again")
         run.tasks = found.get("tasks", {})
-    except UserError as error:  # of an evaluation: the run is what it was
+    except UserError as error:  # of the evaluation, not of the run
         run.problem = run.problem or str(error)
     error_file = folder / "error.txt"
     if error_file.is_file():
@@ -117,8 +117,8 @@ def read_run(folder: Path) -> RunSummary:
 def read_metrics(run: RunSummary) -> None:
     """Numbers and status from metrics.jsonl; incomplete lines are skipped.
 
-    A figure that is none of ours is read under its name: a list by layer, a number of a validation, and of a training
-    record (an added loss term) as "<name>, training".
+    Added figures are read under their names: lists by layer and numbers of validations as they are, numbers of training
+    records (loss terms) as "<name>, training".
     """
     records = [(record["split"], record["step"], record) for record in read_records(run.folder / METRICS)]
     saved = [int(path.name[5:]) for path in checkpoint.all_checkpoints(run.folder / checkpoint.CHECKPOINTS)]
@@ -126,7 +126,7 @@ def read_metrics(run: RunSummary) -> None:
     all_validations = [(step, record) for split, step, record in records if split == "val"]
     bad = [step for step, record in all_validations if not isinstance(record.get("loss"), (int, float))]
     validations = [(step, record) for step, record in all_validations if step not in bad]
-    if bad and bad[-1] == all_validations[-1][0]:  # an update that was left out on the way is no failure
+    if bad and bad[-1] == all_validations[-1][0]:  # one that recovered has not failed
         run.status, run.problem = "failed", f"the loss is not a number at step {bad[0]}"
     elif validations and validations[-1][0] >= run.total_steps:
         run.status = "finished"
@@ -164,7 +164,7 @@ def _is_added(name: str, value: Any) -> bool:
 
 
 def _curve(records: Sequence[tuple[int, dict[str, Any]]]) -> tuple[np.ndarray, np.ndarray]:
-    """Steps [S] and mean cosines [S, L + 1] of the records that have them."""
+    """Steps [S] and mean cosines [S, L + 1] of the records with a mean cosine."""
     curve = [(step, record["mean_cosine"]) for step, record in records if record.get("mean_cosine")]
     return np.array([step for step, _ in curve]), np.array([means for _, means in curve], dtype=np.float64)
 
@@ -186,7 +186,7 @@ def _count_parameters(shape: tuple[Any, ...]) -> int:
 
 
 def differences(runs: Sequence[RunSummary]) -> dict[str, dict[Path, Any]]:
-    """The keys that differ among the runs and decide a result, each with its values by run folder."""
+    """The keys that decide a result and differ between the runs, each with its values by run folder."""
     readable = [run for run in runs if run.config]
     keys = dict.fromkeys(key for run in readable for key in run.config)
     values = {key: {run.folder: run.config.get(key) for run in readable} for key in keys if not _is_not_identity(key)}
@@ -199,7 +199,7 @@ def _is_not_identity(key: str) -> bool:
 
 
 def as_text(value: Any) -> str:
-    """A value of a configuration: a string as it is, anything else as JSON."""
+    """A configuration value: a string as it is, anything else as JSON."""
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 

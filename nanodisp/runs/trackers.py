@@ -1,4 +1,4 @@
-"""Weights & Biases and TensorBoard: where a run's records go besides metrics.jsonl, if asked for.
+"""Weights & Biases and TensorBoard, which receive a run's records besides metrics.jsonl if asked for.
 
 Both get the scalars of a record as "val/loss" or "val/mean_cosine/layer_00", and no step twice.
 """
@@ -13,7 +13,7 @@ from nanodisp.config import WandbConfig
 
 
 class Tracker(Protocol):
-    """What `Metrics` calls. Any error in here ends the tracker and not the run."""
+    """The methods that `Metrics` calls. An error in one of them ends the tracker, not the run."""
 
     name: str
 
@@ -53,7 +53,7 @@ class Wandb:
         self.run.define_metric("*", step_metric="step")
 
     def log(self, record: dict[str, Any]) -> None:
-        # steps that are repeated after an interruption have the same figures: W&B keeps those that it has
+        # steps repeated after an interruption have the same figures: keep those that W&B already has
         key = f"{record['step']} {record['split']}"
         if key not in self.logged:
             self.run.log({"step": record["step"], **scalars(record)})
@@ -67,7 +67,7 @@ class Wandb:
 
 
 class TensorBoard:
-    """Writes event files into the run's folder; what an interrupted run wrote after `step` is purged."""
+    """Writes event files into the run's folder; events of an interrupted run after `step` are purged."""
 
     name = "TensorBoard"
 
@@ -83,7 +83,7 @@ class TensorBoard:
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:
-    """A record's numbers by name: "val/loss", and a list as "val/mean_cosine/layer_00", …; nulls are left out."""
+    """A record's numbers by name: "val/loss", and a list as "val/mean_cosine/layer_00", …; without nulls."""
     flat: dict[str, float] = {}
     for key, value in record.items():
         if isinstance(value, list):

@@ -1,1 +1,1 @@
-"""What a training step is made of: objective, optimizers, interventions, validation."""
+"""The parts of training: objective, optimizers, interventions, validation, requests to stop."""

@@ -22,7 +22,7 @@ from nanodisp.models.gpt import GPT, INIT_STD, SoftTargets
 
 @dataclass
 class InterventionConfig:
-    """Interventions beside dispersion; null turns one off.
+    """The baselines; null turns one off.
 
     noise_alpha: noisy embeddings: uniform noise in [-1, 1] * noise_alpha / sqrt(T * C) for T tokens of width C.
     forget_interval: active forgetting: steps between resets of the token embeddings.
@@ -30,7 +30,7 @@ class InterventionConfig:
         have the run's vocabulary and at least its context.
     distillation_alpha: weight of distillation in the loss; cross-entropy has 1 - distillation_alpha. With a teacher,
         null means 0.5.
-    distillation_temperature: both models' logits are divided by it. With a teacher, null means 2.
+    distillation_temperature: divides both models' logits. With a teacher, null means 2.
     """
 
     noise_alpha: float | None = None
@@ -47,7 +47,7 @@ class InterventionConfig:
             raise ValueError(f"intervention.forget_interval={self.forget_interval} must be at least 1, or null")
         if self.distillation_alpha is not None and not 0 < self.distillation_alpha <= 1:
             raise ValueError(
-                f"intervention.distillation_alpha={self.distillation_alpha} must lie in (0, 1], or be null"
+                f"intervention.distillation_alpha={self.distillation_alpha} must be in (0, 1], or null"
             )
         if self.teacher is not None:
             self.distillation_alpha = 0.5 if self.distillation_alpha is None else self.distillation_alpha
@@ -61,14 +61,14 @@ class InterventionConfig:
         return self.forget_interval is not None and step > 0 and step % self.forget_interval == 0
 
     def loss_weights(self) -> tuple[float, float]:
-        """Weights of cross-entropy and of the teacher's divergence, whose gradient falls with 1 / temperature^2."""
+        """Weights of cross-entropy and of distillation, whose gradient is proportional to 1 / temperature^2."""
         if self.distillation_alpha is None or self.distillation_temperature is None:
             return 1.0, 0.0
         return 1 - self.distillation_alpha, self.distillation_alpha * self.distillation_temperature**2
 
 
 def apply(model: GPT, config: InterventionConfig) -> None:
-    """What is done to the model itself, once."""
+    """Change the model itself, once, before training."""
     if config.noise_alpha is not None:
         add_noise(model, config.noise_alpha)
 
@@ -76,13 +76,13 @@ def apply(model: GPT, config: InterventionConfig) -> None:
 def before_step(
     model: GPT, optimizers: list[torch.optim.Optimizer], config: InterventionConfig, step: int, seed: int
 ) -> None:
-    """What is done before update number `step` (from 0); `seed` is the step's. All ranks call it."""
+    """Act before update number `step` (from 0), with the step's `seed`. All ranks call it."""
     if config.forgets_at(step):
         forget(model, optimizers, seed)
 
 
 def add_noise(model: GPT, alpha: float) -> None:
-    """Noisy embeddings, in training mode only: uniform in [-1, 1] * alpha / sqrt(T * C), torch's own generator."""
+    """Noisy embeddings, in training mode only: uniform in [-1, 1] * alpha / sqrt(T * C), by torch's global generator."""
 
     def noisy(embedding: nn.Module, _: Any, x: Tensor) -> Tensor:
         if not embedding.training:
@@ -95,11 +95,11 @@ def add_noise(model: GPT, alpha: float) -> None:
 
 @torch.no_grad()
 def forget(model: GPT, optimizers: list[torch.optim.Optimizer], seed: int) -> None:
-    """Reset the token embeddings to fresh ones drawn from `seed`, and drop their optimizer state.
+    """Reinitialise the token embeddings from `seed` and drop their optimizer state.
 
-    The output head is the token embedding, so it forgets too. All ranks call it.
+    The output head is tied to them, so it is reset too. All ranks call it.
     """
-    state = model.state_dict()  # shards again what an evaluation has put together
+    state = model.state_dict()  # shards again what an evaluation has gathered
     name = next(name for name, parameter in model.named_parameters() if parameter is model.embedding.weight)
     fresh = torch.empty(state[name].shape)
     nn.init.normal_(fresh, std=INIT_STD, generator=torch.Generator().manual_seed(seed))
@@ -110,7 +110,7 @@ def forget(model: GPT, optimizers: list[torch.optim.Optimizer], seed: int) -> No
 
 @torch.no_grad()
 def soft_targets(teacher: GPT, x: Tensor, temperature: float) -> SoftTargets:
-    """The teacher's predictions for int64 [B, T], short of its logits."""
+    """The teacher's predictions for int64 [B, T], as hidden states and head instead of logits."""
     last, everywhere = [teacher.config.n_layer], torch.arange(x.size(1), device=x.device)[None]
     hidden = teacher(x, take=(last, everywhere), head=False).hidden
     return SoftTargets(hidden[0], teacher.embedding.weight, temperature)

@@ -1,7 +1,7 @@
 """What a training step minimises: the terms of the loss by name, and their weights.
 
-To add a term, compute it in `Terms.forward` under a name of its own and give that name a weight in
-`Objective.weights_at`. Records, terminal, W&B, TensorBoard and the report take it along by its name.
+To add a term, compute it in `Terms.forward` under a new name and give that name a weight in `Objective.weights_at`.
+Records, terminal, W&B, TensorBoard and the report pick it up by its name.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Terms(nn.Module):
         Args:
             x, y: int64 [B, T], tokens and their targets.
             positions: int64 [len(layers), N], the tokens to disperse; None for no dispersion.
-            taught: a teacher's predictions of the same tokens; None for no distillation.
+            taught: a teacher's predictions for x; None for no distillation.
         """
         take = (self.layers, positions) if positions is not None else None
         out = self.model(x, y, take=take, soft_targets=taught)
@@ -44,16 +44,16 @@ class Terms(nn.Module):
 
 
 class Objective:
-    """The weighted sum of the terms over a run.
+    """The weighted sum of the terms, whose weights follow the step.
 
     Args:
         model: the model in training.
-        dispersion, intervention: their sections of the configuration.
-        seed: of the run; with the step it decides which tokens are dispersed.
+        dispersion, intervention: sections of the configuration.
+        seed: of the run; together with the step it decides which tokens are dispersed.
         total_steps: of the run, for lambda's schedule.
-        teacher: for distillation, frozen. It is called beside `terms`: neither trained, nor sharded, nor saved.
+        teacher: for distillation, frozen. It stays outside `terms`, so that it is not trained, sharded or saved.
 
-    terms: the module that computes them, as `place` has laid it out.
+    terms: the module that computes them, as `place` left it.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Objective:
         self.positions: Tensor | None = None
 
     def place(self, world: World, *, parallel: str, compiled: bool, recomputed: bool) -> None:
-        """Lay terms and model out on the ranks, see `layout.place`; a teacher is compiled too."""
+        """Compile and distribute terms and model, see `layout.place`; a teacher is compiled too."""
         self.terms = layout.place(
             self.terms, self.model, world, parallel=parallel, compiled=compiled, recomputed=recomputed
         )
@@ -91,7 +91,7 @@ class Objective:
         return {"loss": cross_entropy, "dispersion": dispersion, "distillation": distillation}
 
     def begin(self, step: int) -> None:
-        """Set the weights of a step and draw the tokens that it disperses, the same for all micro-batches and ranks."""
+        """Set the weights of a step and draw the tokens to disperse, the same for all micro-batches and ranks."""
         self.weights, self.positions = self.weights_at(step), None
         if self.dispersion.lambda_disp > 0:
             drawn = sample_positions(self.seed, step, self.layers, self.block_size, self.dispersion.max_tokens)

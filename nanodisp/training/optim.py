@@ -1,8 +1,8 @@
 """Parameter groups, optimizers and the learning-rate schedule.
 
-AdamW decays matrices only. Muon (Jordan et al. 2024, torch's own) takes the matrices of the
-blocks and leaves embeddings, biases and LayerNorms to AdamW. Where FSDP has sharded them its
-matrix products are over all ranks, so whole matrices are made orthogonal there too.
+AdamW decays matrices only. Muon (Jordan et al. 2024, PyTorch's implementation) takes the matrices of the blocks and
+leaves embeddings, biases and LayerNorms to AdamW. Under FSDP its matrix products run over all ranks, so that full
+matrices are orthogonalised there too.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ SCHEDULES = ("cosine", "linear", "constant")
 
 @dataclass
 class OptimConfig:
-    """How weights are updated.
+    """The optimizer and the learning-rate schedule.
 
-    name: "adamw", or "muon" with AdamW for what is not a block's matrix.
+    name: "adamw", or "muon" for the matrices of the blocks and AdamW for the rest.
     lr: AdamW's peak learning rate; null takes `lr_for_width`.
     muon_lr: Muon's, scaled to match AdamW's update size (`match_rms_adamw`).
     weight_decay: decoupled, on matrices only.
@@ -32,11 +32,11 @@ class OptimConfig:
     muon_momentum: of Muon.
     schedule: after warm-up "cosine" or "linear" down to `min_lr_fraction` of the peak, or "constant".
     warmup_steps: the rate rises linearly over this many steps, at most a tenth of the run.
-    warmup_fraction: or, given in place of it, over this share of the run.
-    decay_fraction: the decay takes this last share of the run, with the peak held until
-        then: 1 is the usual cosine, "linear" with 0.2 is warm-up-stable-decay (WSD).
-    min_lr_fraction: the rate at the end, as a share of the peak.
-    grad_clip: largest norm of the gradient; null never clips.
+    warmup_fraction: or, overriding it, over this fraction of the run.
+    decay_fraction: the rate decays over this last fraction of the run and stays at its peak until then: 1 is the usual
+        cosine, "linear" with 0.2 is warm-up-stable-decay (WSD).
+    min_lr_fraction: the rate at the end, as a fraction of the peak.
+    grad_clip: maximum norm of the gradient; null never clips.
     """
 
     name: str = "adamw"
@@ -63,29 +63,30 @@ class OptimConfig:
                 raise ValueError(f"optim.{name}={getattr(self, name)} must be a positive number")
         for name in ("beta1", "beta2", "muon_momentum"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"optim.{name}={getattr(self, name)} must lie in [0, 1)")
+                raise ValueError(f"optim.{name}={getattr(self, name)} must be in [0, 1)")
         for name in ("decay_fraction", "min_lr_fraction"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"optim.{name}={getattr(self, name)} must lie in [0, 1]")
+                raise ValueError(f"optim.{name}={getattr(self, name)} must be in [0, 1]")
         if self.warmup_fraction is not None and not 0 <= self.warmup_fraction < 1:
-            raise ValueError(f"optim.warmup_fraction={self.warmup_fraction} must lie in [0, 1); null for warmup_steps")
-        if self.warmup_steps < 0 or not 0 <= self.weight_decay < math.inf:
-            raise ValueError("optim.warmup_steps and optim.weight_decay must be numbers that are not negative")
+            raise ValueError(f"optim.warmup_fraction={self.warmup_fraction} must be in [0, 1); null for warmup_steps")
+        for name in ("warmup_steps", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"optim.{name}={getattr(self, name)} must not be negative")
         if self.grad_clip is not None and not self.grad_clip > 0:
             raise ValueError(f"optim.grad_clip={self.grad_clip} must be positive; null never clips")
 
 
 def lr_for_width(n_embd: int) -> float:
-    """A peak rate to begin with, in inverse proportion to the width: 3e-3 at 128, 1e-3 at 384, 5e-4 at 768.
+    """A default peak learning rate, inversely proportional to the width: 3e-3 at 128, 1e-3 at 384, 5e-4 at 768.
 
-    The proportion is that of Adam on hidden matrices in "Tensor Programs V", arXiv 2203.03466; the constant
-    was tried out on `nano`.
+    The proportionality is that of Adam on hidden matrices in "Tensor Programs V", arXiv 2203.03466; the constant was
+    chosen on `nano`.
     """
     return 0.384 / n_embd
 
 
 def build_optimizers(model: GPT, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """The optimizers that together update all of `model`. Each group keeps its peak rate as "peak_lr".
+    """The optimizers that together update all of `model`. Each group stores its peak rate as "peak_lr".
 
     Raises ValueError when `config.lr` is not set.
     """
@@ -115,7 +116,7 @@ def build_optimizers(model: GPT, config: OptimConfig) -> list[torch.optim.Optimi
 
 
 def lr_scale(config: OptimConfig, step: int, total_steps: int) -> float:
-    """The learning rate at `step` (from 0) of `total_steps`, as a share of its peak."""
+    """The learning rate at `step` (from 0) of `total_steps`, as a fraction of its peak."""
     if config.warmup_fraction is not None:
         warmup_steps = round(config.warmup_fraction * total_steps)
     else:
@@ -143,16 +144,16 @@ def clip_gradients(
     scaler: torch.amp.GradScaler,
     max_norm: float | None,
 ) -> Tensor:
-    """Undo float16's loss scale, then scale all gradients so that their common norm is at most `max_norm`.
+    """Undo float16's loss scale, then scale all gradients so that their total norm is at most `max_norm`.
 
-    None never scales. Returns the norm before, a scalar on the device. If it is not finite the gradients stay as they
-    are, so that one can see where it came from.
+    None never scales. Returns the norm before clipping, a scalar on the device. If it is not finite the gradients are
+    left unchanged, so that one can see where it came from.
     """
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of FSDP's parts
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of FSDP's shards
     if max_norm is not None:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).nan_to_num(1.0, posinf=1.0)
         torch._foreach_mul_(gradients, factor.where(norm.isfinite(), 1.0))
@@ -160,12 +161,12 @@ def clip_gradients(
 
 
 def update(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler, grad_norm: Tensor) -> Tensor:
-    """One step of each optimizer, or none where the gradient's norm is not finite.
+    """One step of each optimizer, or none when the gradient's norm is not finite.
 
-    Fused optimizers read that on the device, by the attribute that PyTorch's scaler sets for them; for the others, and
-    in float16, the device is waited for.
+    Fused optimizers check that on the device, through the attribute that PyTorch's scaler sets for them; other
+    optimizers, and float16, wait for the device.
 
-    Returns: whether the step was bad, bool scalar on the device. An overflow of float16 is not: the scaler reacts.
+    Returns: whether the step was bad, bool scalar on the device. A float16 overflow is not bad: the scaler handles it.
     """
     bad = ~grad_norm.isfinite()
     for optimizer in optimizers:
@@ -182,8 +183,8 @@ def update(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler
 
 @torch.no_grad()
 def first_not_finite(model: GPT, idx: Tensor) -> str:
-    """Where a NaN or an infinity comes from: the first such hidden state of our model on int64 [B, T], or, if all
-    are finite, the parameter nearest to the loss with such a gradient."""
+    """The origin of a NaN or an infinity: the first such hidden state of the model on int64 [B, T], or, if all are
+    finite, the parameter nearest to the loss with such a gradient."""
     for layer, hidden in enumerate(model.hidden_states(idx)):
         if not hidden.isfinite().all():
             return f"hidden state {layer}"
@@ -197,7 +198,7 @@ def first_not_finite(model: GPT, idx: Tensor) -> str:
 
 
 def state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Every optimizer's state as {"<parameter>/<what>": tensor}, the same whatever the groups' order."""
+    """Every optimizer's state as {"<parameter>/<what>": tensor}, independent of the groups' order."""
     names = {id(p): name for name, p in model.named_parameters()}
     return {
         f"{names[id(p)]}/{what}": value if isinstance(value, Tensor) else torch.tensor(value)
@@ -208,7 +209,7 @@ def state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> 
 
 
 def load_state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
-    """Put back what `state_tensors` gave.
+    """Load what `state_tensors` returned.
 
     Raises KeyError for a parameter that the optimizers do not have.
     """

@@ -1,7 +1,7 @@
-"""Being told to stop: by the user, by the machine's owner, by a scheduler that takes the machine back.
+"""Requests to stop, from the user or from a scheduler that takes the machine back.
 
-SIGINT, SIGTERM and SIGUSR1 do not interrupt a step. They leave a wish, which the training loop looks at
-between steps: it saves and leaves with `EXIT_CODE`. A second SIGINT leaves at once.
+SIGINT, SIGTERM and SIGUSR1 do not interrupt a step. They set a flag that the training loop checks between steps: it
+saves and exits with `EXIT_CODE`. A second SIGINT exits at once.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not done, try again
 
 
 class StopSignals:
-    """While entered, notes the first of `SIGNALS` in `received`, by its name; None as long as there is none.
+    """As a context, keeps the name of the first of `SIGNALS` to arrive in `received` (None until then).
 
-    Python allows handlers in the main thread alone: elsewhere signals keep their own way.
+    Python allows signal handlers only in the main thread: in another one this does nothing.
     """
 
     def __init__(self) -> None:

@@ -25,14 +25,14 @@ class Validation:
     """Measures a model on a fixed set of validation windows, spread evenly over the split and shared among ranks.
 
     Args:
-        corpus: its validation split is measured on.
+        corpus: its validation split is used.
         world: the ranks; all of them call every method.
-        block_size: tokens of a window.
-        n_windows: how many; None takes all.
+        block_size: tokens per window.
+        n_windows: number of windows; None takes all.
         rows: windows of one forward pass on a rank.
         autocast: makes the context of a forward pass.
         compiled: whether the pass goes through torch.compile.
-        questions: what `answer` asks.
+        questions: for `answer`.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Validation:
         mine = self.windows[world.rank :: world.size]
         model.eval()
         for start in range(0, math.ceil(n_windows / world.size), self.rows):
-            chunk = mine[start : start + self.rows]  # empty on some ranks at the end, but FSDP needs them at every call
+            chunk = mine[start : start + self.rows]  # may be empty at the end, but FSDP needs every rank at every call
             windows = chunk if len(chunk) else self.windows[:1]
             x, y = read_windows(self.corpus.val, windows, self.block_size, model.vocab_size)
             with self.autocast():
@@ -78,12 +78,12 @@ class Validation:
         x, _ = read_windows(self.corpus.val, self.followed, self.block_size, model.vocab_size)
         model.eval()
         with self.autocast():
-            figures = figures_of(model.hidden_states(x.to(self.world.device)))  # on every rank: FSDP needs them all
+            figures = figures_of(model.hidden_states(x.to(self.world.device)))  # on every rank: FSDP needs all
         model.train()
         return named(figures.flatten().tolist())
 
     def answer(self, model: GPT) -> dict[str, float]:
-        """The share of questions whose likeliest choice is the right one, and their number.
+        """The fraction of questions whose likeliest choice is the right one, and their number.
 
         The likeliest choice has the lowest mean loss of its tokens, as in llm.c: the `acc_norm` of HellaSwag.
         """
@@ -92,7 +92,7 @@ class Validation:
         with self.autocast():
             totals, _ = loglikelihoods(model, pairs, rank=self.world.rank, n_ranks=self.world.size)
         model.train()
-        lengths = torch.tensor([min(len(choice), self.block_size) for _, choice in pairs])  # of what was summed
+        lengths = torch.tensor([min(len(choice), self.block_size) for _, choice in pairs])  # tokens that were scored
         n_choices = [len(question.choices) for question in self.questions]
         means = (self.world.sum(totals).cpu() / lengths).split(n_choices)
         right = sum(int(mean.argmax()) == asked.label for mean, asked in zip(means, self.questions, strict=True))
