@@ -1,4 +1,4 @@
-"""Many runs by one command: `python train.py -m …`."""
+"""Many runs from one command: `python train.py -m …`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nanodisp.report import __main__ as report
 from nanodisp.runs import checkpoint
 
 
-def test_a_sweep_runs_every_job_it_can_and_fails_in_one_line_for_the_rest(corpus: Path, tmp_path: Path) -> None:
+def test_a_sweep_runs_every_valid_job_and_reports_each_other_in_one_line(corpus: Path, tmp_path: Path) -> None:
     result = command("-m", *TINY, f"data.path={corpus}", f"out_dir={tmp_path}", "train.steps=2", "model.n_head=2,3,4")
     assert result.returncode == 2
     errors = result.stderr.strip().splitlines()
@@ -27,16 +27,16 @@ def test_a_sweep_runs_every_job_it_can_and_fails_in_one_line_for_the_rest(corpus
     assert all(checkpoint.find(folder).name == "step_00000002" for folder in runs)
 
 
-def test_a_mistake_of_one_rank_ends_a_sweep_on_all(corpus: Path, tmp_path: Path) -> None:
-    (tmp_path / "x").touch()  # rank 0 alone writes into the run's folder, here a file
+def test_an_error_on_one_rank_ends_a_sweep_on_all(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "x").touch()  # only rank 0 writes into the run's folder, here a file
     result = command(
         *("-m", *TINY, f"data.path={corpus}", f"out_dir={tmp_path}", "run_name=x", "train.steps=2", "seed=1,2"), ranks=2
     )
     assert result.returncode != 0
-    assert "can not be written" in result.stderr
+    assert "cannot be written" in result.stderr
 
 
-def test_a_dry_run_tells_the_size_of_every_job_and_leaves_nothing(corpus: Path, tmp_path: Path) -> None:
+def test_a_dry_run_prints_the_size_of_every_job_and_writes_no_run(corpus: Path, tmp_path: Path) -> None:
     settings = (f"data.path={corpus}", f"out_dir={tmp_path / 'out'}", "train.tokens=6400", "dry_run=true")
     result = command("-m", *TINY, *settings, "dispersion.lambda_disp=0,0.1")
     assert result.returncode == 0, result.stderr
@@ -47,7 +47,7 @@ def test_a_dry_run_tells_the_size_of_every_job_and_leaves_nothing(corpus: Path, 
     assert left in ([], ["multirun.yaml"]), "Hydra's own record of the sweep, and no run"
 
 
-def test_jobs_side_by_side_fail_and_finish_as_they_do_in_a_row(corpus: Path, tmp_path: Path) -> None:
+def test_parallel_jobs_fail_and_finish_like_sequential_ones(corpus: Path, tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     settings = (f"data.path={corpus}", f"out_dir={tmp_path}", "train.steps=2", "hydra/launcher=local")
     result = command("-m", *TINY, *settings, "model.n_head=2,3")
@@ -57,7 +57,7 @@ def test_jobs_side_by_side_fail_and_finish_as_they_do_in_a_row(corpus: Path, tmp
     assert len(list(tmp_path.glob("*/checkpoints/step_00000002"))) == 1
 
 
-def test_a_sweep_that_was_killed_ends_with_the_table_of_one_that_was_not(corpus: Path, tmp_path: Path) -> None:
+def test_a_killed_and_resumed_sweep_has_the_table_of_an_uninterrupted_one(corpus: Path, tmp_path: Path) -> None:
     def sweep(folder: Path) -> list[str]:
         settings = (f"data.path={corpus}", f"out_dir={folder}", "train.steps=200", "train.checkpoint_interval=20")
         return ["-m", *TINY, *settings, "dispersion.lambda_disp=0,0.5", "seed=1,2"]

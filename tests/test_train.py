@@ -1,4 +1,4 @@
-"""Training runs, through the door that `python train.py` takes."""
+"""Training runs, started as `python train.py` starts them."""
 
 from __future__ import annotations
 
@@ -9,24 +9,28 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT, TINY, command, compose, losses, records, weights, write_corpus
 
 import train
-from nanodisp.dispersion import DispersionLoss
-from nanodisp.dispersion.placement import sample_positions
+from nanodisp.dispersion.placement import DispersionConfig
+from nanodisp.distributed import World, hardware
 from nanodisp.errors import UserError
 from nanodisp.models.gpt import GPT, GPTConfig
+from nanodisp.plan import count_micro_batches
 from nanodisp.runs import checkpoint
 from nanodisp.runs.metrics import Metrics
+from nanodisp.training.interventions import InterventionConfig
+from nanodisp.training.objective import Objective
 from nanodisp.training.signals import EXIT_CODE
 
 Run = Callable[..., Path]
 
 
-def test_a_run_learns_and_leaves_all_that_it_promises(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_learns_and_writes_its_files(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run("train.steps=30", "train.log_interval=10", "train.eval_interval=10")
     names = {path.name for path in folder.iterdir()}
     assert names == {"config.yaml", "metrics.jsonl", "samples.txt", "checkpoints", ".lock"}
@@ -41,34 +45,36 @@ def test_a_run_learns_and_leaves_all_that_it_promises(run: Run, capsys: pytest.C
         *("step", "split", "loss", "dispersion", "lambda_disp", "lr", "grad_norm", "bad_steps"),
         *("tokens", "tokens_per_second", "mfu", "seconds"),
     }
-    said = capsys.readouterr().out
-    for promise in ("before training:", "after training:", "--- sample", "bits per byte", str(folder)):
-        assert promise in said
+    printed = capsys.readouterr().out
+    for part in ("before training:", "after training:", "--- sample", "bits per byte", str(folder)):
+        assert part in printed
 
 
-def test_dispersion_spreads_the_embeddings_and_off_leaves_it_out(run: Run) -> None:
+def test_dispersion_spreads_the_embeddings_and_off_has_no_such_term(run: Run) -> None:
     settings = ("train.steps=60", "optim.lr=1e-2", "train.log_interval=60")
     plain = run(*settings, "dispersion=off", name="off")
     spread = run(*settings, "dispersion.lambda_disp=1", name="on")
-    assert records(plain, "train")[-1]["dispersion"] is None
+    assert "dispersion" not in records(plain, "train")[-1]
+    assert records(plain, "train")[-1]["lambda_disp"] == 0
     cosine_off, cosine_on = (sum(records(folder, "val")[-1]["mean_cosine"][1:]) for folder in (plain, spread))
     assert cosine_on < cosine_off - 0.2
 
 
 @pytest.mark.parametrize("variant", ["angular", "decorrelation", "entropy"])
 @pytest.mark.parametrize("n_micro", [2, 4])
-def test_micro_batches_give_the_gradient_of_the_whole_batch(variant: str, n_micro: int) -> None:
+def test_micro_batches_give_the_gradient_of_the_full_batch(variant: str, n_micro: int) -> None:
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=3, n_head=2, n_embd=32, block_size=24, vocab_size=50))
-    objective = train.Objective(model, DispersionLoss(variant), [1, 2, 3])
+    dispersion = DispersionConfig(variant=variant, lambda_disp=0.5, max_tokens=16)
+    objective = Objective(model, dispersion, InterventionConfig(), seed=0, total_steps=1)
+    objective.begin(0)
     idx = torch.randint(50, (8, 25))
-    positions = sample_positions(0, 0, [1, 2, 3], 24, 16)
 
     def gradient(parts: int) -> torch.Tensor:
         model.zero_grad()
         for x in idx.chunk(parts):
-            ce, dispersion, _ = objective(x[:, :-1], x[:, 1:], positions)
-            ((ce + 0.5 * dispersion) / parts).backward()
+            loss, _ = objective(x[:, :-1], x[:, 1:])
+            (loss / parts).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     whole, parts = gradient(1), gradient(n_micro)
@@ -79,18 +85,18 @@ def test_micro_batches_do_not_change_the_run(run: Run) -> None:
     settings = ("train.steps=10", "train.log_interval=1")
     whole, parts = run(*settings, name="a"), run(*settings, "train.micro_batch_size=1", name="b")
     assert losses(whole) == pytest.approx(losses(parts), rel=1e-5)
-    assert train.count_micro_batches(12, None) == 1
-    assert train.count_micro_batches(12, 5) == 3
+    assert count_micro_batches(12, None) == 1
+    assert count_micro_batches(12, 5) == 3
 
 
 @pytest.mark.parametrize("options", [(), ("optim=muon",), ("model.dropout=0.1",), ("train.dtype=float16",)], ids=str)
-def test_stopped_and_resumed_is_bit_for_bit_the_run_that_was_not(run: Run, options: tuple[str, ...]) -> None:
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(run: Run, options: tuple[str, ...]) -> None:
     settings = ("train.steps=20", "train.checkpoint_interval=10", "train.eval_interval=5", "train.log_interval=3")
     folder = run(*settings, *options)
     whole, lines = weights(folder), records(folder, "train") + records(folder, "val")
-    shutil.rmtree(folder / "checkpoints" / "step_00000020")  # as if it had been stopped after step 10
+    shutil.rmtree(folder / "checkpoints" / "step_00000020")  # as if it had been killed after step 10
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 20, "split": "tra')  # and cut short in a line
+        file.write('{"step": 20, "split": "tra')  # in the middle of a line
     run(*settings, *options)
     again, lines_again = weights(folder), records(folder, "train") + records(folder, "val")
     assert whole.keys() == again.keys()
@@ -100,7 +106,7 @@ def test_stopped_and_resumed_is_bit_for_bit_the_run_that_was_not(run: Run, optio
     assert sorted(map(str, lines)) == sorted(map(str, lines_again))
 
 
-def test_the_same_command_after_the_end_says_so_and_changes_nothing(
+def test_repeating_the_command_of_a_complete_run_says_so_and_changes_nothing(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = run("train.steps=5")
@@ -114,7 +120,7 @@ def test_the_same_command_after_the_end_says_so_and_changes_nothing(
     )
 
 
-def test_a_checkpoint_of_another_run_is_refused_and_kept(run: Run) -> None:
+def test_a_checkpoint_of_another_run_is_rejected_and_kept(run: Run) -> None:
     folder = run("train.steps=2")
     before = weights(folder)
     with pytest.raises(UserError, match=r"another run: model.n_embd=16 \(now 32\)"):
@@ -126,7 +132,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_kept(run: Run) -> None:
     assert all(torch.equal(before[key], value) for key, value in weights(folder).items())
 
 
-def test_two_ranks_walk_the_loss_curve_of_one(run: Run, corpus: Path, tmp_path: Path) -> None:
+def test_two_ranks_have_the_loss_curve_of_one(run: Run, corpus: Path, tmp_path: Path) -> None:
     settings = ("train.steps=50", "train.log_interval=1")
     one = run(*settings, name="one")
     where = (f"data.path={corpus}", f"out_dir={tmp_path}", "run_name=two", "train.micro_batch_size=1")
@@ -147,13 +153,13 @@ def test_a_budget_in_tokens_becomes_steps(run: Run, budget: str) -> None:
 
 
 @pytest.mark.parametrize("options", [("train.dtype=bfloat16",), ("optim=muon", "optim.schedule=linear")], ids=str)
-def test_other_precisions_and_optimizers_learn_too(run: Run, options: tuple[str, ...]) -> None:
+def test_other_precisions_and_optimizers_also_learn(run: Run, options: tuple[str, ...]) -> None:
     val = records(run("train.steps=40", *options), "val")
     assert val[-1]["loss"] < val[0]["loss"] - 0.3
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
-def test_compiled_walks_the_same_curve(run: Run) -> None:
+def test_a_compiled_run_has_the_same_loss_curve(run: Run) -> None:
     settings = ("train.steps=5", "train.log_interval=1")
     plain, compiled = run(*settings, name="a"), run(*settings, "train.compile=true", name="b")
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
@@ -169,24 +175,24 @@ def test_a_compiled_run_breaks_no_graph_and_compiles_nothing_after_its_first_ste
     compiled_by_step = []
     update = train.optim.update
 
-    def counting(*arguments: object, **named: object) -> None:
+    def counting(*arguments: Any) -> torch.Tensor:
         compiled_by_step.append(counters["stats"]["unique_graphs"])
-        update(*arguments, **named)  # type: ignore[arg-type]
+        return update(*arguments)
 
     monkeypatch.setattr(train.optim, "update", counting)
     run("train.steps=6", "train.eval_interval=2", "train.eval_windows=6", "train.compile=true")  # 4 windows, then 2
     assert not counters["graph_break"]
-    assert compiled_by_step == [3] * 6, "the step, and the evaluation of a whole and of a part of a batch"
+    assert compiled_by_step == [3] * 6, "the step, and the validation of a full and of a partial batch"
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(800, False), (400_000, True)])
-def test_a_run_is_compiled_where_it_pays(steps: int, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.distributed.shutil, "which", lambda _: "/usr/bin/g++")
+def test_compile_is_chosen_when_it_pays(steps: int, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware.shutil, "which", lambda _: "/usr/bin/g++")
     with torch.device("meta"):
         flops_per_token = GPT(GPTConfig(6, 4, 128, 256, vocab_size=257)).flops_per_token()
-    assert train.distributed.compile_pays(torch.device("cpu"), steps * 2048 * flops_per_token) is expected
-    monkeypatch.setattr(train.distributed.shutil, "which", lambda _: None)
-    assert not train.distributed.compile_pays(torch.device("cpu"), 1e30)
+    assert hardware.compile_pays(torch.device("cpu"), steps * 2048 * flops_per_token) is expected
+    monkeypatch.setattr(hardware.shutil, "which", lambda _: None)
+    assert not hardware.compile_pays(torch.device("cpu"), 1e30)
 
 
 def test_an_outage_of_wandb_does_not_stop_training(
@@ -194,16 +200,16 @@ def test_an_outage_of_wandb_does_not_stop_training(
 ) -> None:
     wandb = pytest.importorskip("wandb")
 
-    def out_of_reach(**settings: object) -> None:
+    def unreachable(**settings: object) -> None:
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(wandb, "init", out_of_reach)
+    monkeypatch.setattr(wandb, "init", unreachable)
     folder = run("train.steps=3", "wandb.mode=online")
-    assert "W&B init failed (no route to host)" in capsys.readouterr().out
+    assert "W&B start failed (no route to host)" in capsys.readouterr().out
     assert checkpoint.find(folder).name == "step_00000003"
 
 
-def test_shards_of_another_tokenizer_and_short_corpora_are_refused(run: Run, tmp_path: Path) -> None:
+def test_shards_of_another_tokenizer_and_short_corpora_are_rejected(run: Run, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="vocabulary"):
         run("model.vocab_size=100")
     short = write_corpus(tmp_path / "short", n_train=20, n_val=10)
@@ -211,7 +217,7 @@ def test_shards_of_another_tokenizer_and_short_corpora_are_refused(run: Run, tmp
         run(f"data.path={short}")
 
 
-def test_a_run_folder_that_is_a_file_is_told(run: Run, tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_run_folder_is_reported(run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="choose another out_dir"):
         run("train.steps=1", f"out_dir={tmp_path / 'file'}")
@@ -219,19 +225,20 @@ def test_a_run_folder_that_is_a_file_is_told(run: Run, tmp_path: Path) -> None:
 
 def test_ranks_must_divide_the_batch(corpus: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.distributed, "start", lambda *_: train.World(rank=0, size=3, device=torch.device("cpu")))
+        patch.setattr(train.distributed, "start", lambda *_: World(rank=0, size=3, device=torch.device("cpu")))
+        patch.setattr(train, "open_for", pytest.fail)  # reported before the data is prepared
         with pytest.raises(UserError, match="not divisible by the number of ranks, 3"):
             train.train(compose(*TINY, f"data.path={corpus}", f"out_dir={tmp_path}", "run_name=x"))
 
 
-def test_other_text_under_the_same_name_is_another_run(run: Run, tmp_path: Path) -> None:
+def test_other_text_makes_it_another_run(run: Run, tmp_path: Path) -> None:
     other = write_corpus(tmp_path / "other", n_train=3000)
     run("train.steps=2")
     with pytest.raises(UserError, match=r"another run: .*corpus="):
         run("train.steps=2", f"data.path={other}")
 
 
-def test_a_run_may_be_given_more_steps_and_a_smaller_budget_leaves_it_as_it_is(run: Run) -> None:
+def test_a_budget_may_grow_and_a_smaller_one_changes_nothing(run: Run) -> None:
     folder = run("train.steps=4")
     run("train.steps=6")
     assert checkpoint.find(folder).name == "step_00000006"
@@ -240,7 +247,7 @@ def test_a_run_may_be_given_more_steps_and_a_smaller_budget_leaves_it_as_it_is(r
     assert (folder / "config.yaml").read_text() == config
 
 
-def test_a_second_process_in_the_same_folder_is_refused(run: Run, tmp_path: Path) -> None:
+def test_a_second_process_in_the_same_folder_is_rejected(run: Run, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with (
         Metrics(tmp_path / "run"),
@@ -251,9 +258,9 @@ def test_a_second_process_in_the_same_folder_is_refused(run: Run, tmp_path: Path
     run("train.steps=1")
 
 
-def test_the_weight_of_the_loss_follows_its_schedule(run: Run) -> None:
-    """A linear warm-up begins at 0: the first update is the one of a run without dispersion."""
-    warming = run("train.steps=1", "dispersion.schedule=linear", name="a")
+def test_lambda_follows_its_schedule(run: Run) -> None:
+    """A warm-up begins at 0: the first update is that of a run without dispersion."""
+    warming = run("train.steps=1", "dispersion.schedule=warmup", name="a")
     plain, steady = run("train.steps=1", "dispersion=off", name="b"), run("train.steps=1", name="c")
     assert all(torch.equal(value, weights(plain)[key]) for key, value in weights(warming).items())
     assert not all(torch.equal(value, weights(plain)[key]) for key, value in weights(steady).items())
@@ -263,11 +270,11 @@ def test_the_gradient_is_clipped_and_the_learning_rate_moves(run: Run) -> None:
     free, clipped = run("train.steps=2", name="a"), run("train.steps=2", "optim.grad_clip=1e-9", name="b")
     assert max(losses(free, "grad_norm")) > 0.1  # the norm before clipping
     change = [weights(folder)["ln_f.bias"].abs().max().item() for folder in (free, clipped)]
-    assert change[1] < 0.5 * change[0]  # AdamW's epsilon is no longer small beside the gradient
+    assert change[1] < 0.5 * change[0]  # AdamW's epsilon is no longer small relative to the gradient
     assert len(set(losses(run("train.steps=20", "train.log_interval=1", name="c"), "lr"))) > 10
 
 
-def test_a_run_that_diverges_says_so_and_still_ends(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_diverges_says_so_and_completes(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     settings = ("train.steps=6", "optim.lr=1e30", "optim.grad_clip=null")
     folder = run(*settings)
     assert records(folder, "val")[-1]["loss"] is None
@@ -281,12 +288,12 @@ def test_a_run_that_diverges_says_so_and_still_ends(run: Run, capsys: pytest.Cap
     [
         ("cpu", "float32", 1e-4, ()),
         ("cpu", "bfloat16", 2e-2, ()),
-        # few sequences and tokens: Triton's interpreter takes a while for each program
+        # few sequences and tokens: Triton's interpreter is slow
         ("triton", "float32", 1e-4, ("train.batch_size=1", "dispersion.layers=last", "dispersion.max_tokens=4")),
         ("triton", "bfloat16", 2e-2, ("train.batch_size=1", "dispersion.layers=last", "dispersion.max_tokens=4")),
     ],
 )
-def test_every_backend_of_the_loss_walks_the_same_curve(
+def test_every_backend_of_the_loss_gives_the_same_curve(
     run: Run, backend: str, dtype: str, tolerance: float, options: tuple[str, ...]
 ) -> None:
     settings = ("train.steps=200", "train.log_interval=10", "optim.lr=1e-3", f"train.dtype={dtype}", *options)
@@ -297,7 +304,7 @@ def test_every_backend_of_the_loss_walks_the_same_curve(
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_a_signal_ends_the_run_after_its_step_and_the_run_goes_on_from_there(
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
     corpus: Path, tmp_path: Path, name: str
 ) -> None:
     settings = [*TINY, f"data.path={corpus}", f"out_dir={tmp_path}", "run_name=run", "train.checkpoint_interval=100000"]
@@ -313,12 +320,12 @@ def test_a_signal_ends_the_run_after_its_step_and_the_run_goes_on_from_there(
                 break
         rest = process.stdout.read()
     assert process.returncode == EXIT_CODE
-    (step,) = re.findall(rf"{name}: saved at step (\d+); the same command goes on", rest)
+    (step,) = re.findall(rf"{name}: saved at step (\d+); the same command resumes", rest)
     assert checkpoint.find(tmp_path / "run").name == f"step_{int(step):08d}"
     assert not (tmp_path / "run" / "error.txt").exists()
 
 
-def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before_and_nothing_else(run: Run) -> None:
+def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(run: Run) -> None:
     settings = ("train.steps=20", "train.checkpoint_interval=5", "train.log_interval=1")
     folder = run(*settings)
     whole, lines = weights(folder), records(folder, "train")
@@ -331,32 +338,32 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before_and_nothing_e
 
 
 @pytest.mark.parametrize("change", [{"config": [1]}, {"bad_steps": None}, {"seconds": None}, {"corpus": None}], ids=str)
-def test_a_strangers_checkpoint_with_right_sums_is_refused_in_one_line(run: Run, change: dict[str, object]) -> None:
+def test_a_foreign_checkpoint_with_right_checksums_is_rejected_in_one_line(run: Run, change: dict[str, object]) -> None:
     folder = run("train.steps=2")
     saved = checkpoint.load(checkpoint.find(folder))
     state = {key: value for key, value in {**saved.state, **change}.items() if value is not None and key != "sha256"}
     checkpoint.save(folder / "checkpoints", saved.model, saved.optimizer, state)
-    with pytest.raises(UserError, match=r"step_00000002 can not be gone on from|is of another run") as error:
+    with pytest.raises(UserError, match=r"step_00000002 cannot be resumed|is of another run") as error:
         run("train.steps=4")
     assert "\n" not in str(error.value)
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
-    """The gradients of these steps (from 1) are not finite."""
+    """Make the gradients of these steps (from 1) not finite."""
     calls = 0
     clip = train.optim.clip_gradients
 
-    def poisoned(model: GPT, max_norm: float | None) -> torch.Tensor:
+    def poisoned(model: GPT, *arguments: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls in steps:
             model.h[0].mlp.c_fc.weight.grad[0, 0] = float("nan")
-        return clip(model, max_norm)
+        return clip(model, *arguments)
 
     monkeypatch.setattr(train.optim, "clip_gradients", poisoned)
 
 
-def test_an_update_that_is_not_finite_is_left_out_and_counted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_update_that_is_not_finite_is_skipped_and_counted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch, {2, 4})
     folder = run("train.steps=6", "train.log_interval=1", "train.max_bad_steps=2")
     assert losses(folder, "bad_steps") == [0, 1, 1, 2, 2, 2]
@@ -364,7 +371,7 @@ def test_an_update_that_is_not_finite_is_left_out_and_counted(run: Run, monkeypa
     assert all(value.isfinite().all() for value in weights(folder).values())
 
 
-def test_float16_bears_overflow_but_not_a_nan_that_stays(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float16_tolerates_overflow_but_not_a_persistent_nan(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = ("train.steps=60", "train.dtype=float16", "train.max_bad_steps=3")
     assert losses(run(*settings, name="overflows"), "bad_steps")[-1] == 0
     build = train.optim.build_optimizers
@@ -378,7 +385,7 @@ def test_float16_bears_overflow_but_not_a_nan_that_stays(run: Run, monkeypatch: 
         run(*settings, name="poisoned")
 
 
-def test_too_many_of_them_in_a_row_end_the_run_by_name(
+def test_too_many_bad_steps_in_a_row_end_the_run_with_their_origin(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     poison(monkeypatch, {4, 5, 6})
