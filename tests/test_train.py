@@ -304,9 +304,7 @@ def test_every_backend_of_the_loss_gives_the_same_curve(
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
-    corpus: Path, tmp_path: Path, name: str
-) -> None:
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(corpus: Path, tmp_path: Path, name: str) -> None:
     settings = [*TINY, f"data.path={corpus}", f"out_dir={tmp_path}", "run_name=run", "train.checkpoint_interval=100000"]
     with subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *settings, "train.steps=100000", "train.log_interval=1"],

@@ -104,7 +104,9 @@ def read_run(folder: Path) -> RunSummary:
     try:
         found = read_evaluation(folder / EVALUATION)
         if found and found["tasks"] and not str(found["model"]).endswith(f" at step {run.step}"):
-            raise UserError(f"{EVALUATION} is of {found['model']}, but the run is at step {run.step}: evaluate it again")
+            raise UserError(
+                f"{EVALUATION} is of {found['model']}, but the run is at step {run.step}: evaluate it again"
+            )
         run.tasks = found.get("tasks", {})
     except UserError as error:  # of the evaluation, not of the run
         run.problem = run.problem or str(error)

@@ -46,9 +46,7 @@ class InterventionConfig:
         if self.forget_interval is not None and self.forget_interval < 1:
             raise ValueError(f"intervention.forget_interval={self.forget_interval} must be at least 1, or null")
         if self.distillation_alpha is not None and not 0 < self.distillation_alpha <= 1:
-            raise ValueError(
-                f"intervention.distillation_alpha={self.distillation_alpha} must be in (0, 1], or null"
-            )
+            raise ValueError(f"intervention.distillation_alpha={self.distillation_alpha} must be in (0, 1], or null")
         if self.teacher is not None:
             self.distillation_alpha = 0.5 if self.distillation_alpha is None else self.distillation_alpha
             self.distillation_temperature = self.distillation_temperature or 2.0

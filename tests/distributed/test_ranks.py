@@ -1,4 +1,4 @@
-"""Several ranks: sharded or not, saved by some and resumed by others, they walk the curve of one process."""
+"""Several ranks: sharded or not, also when other ranks resume, they have the loss curve of one process."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ import pytest
 import torch
 from conftest import ROOT, TINY, command, losses, records
 
-from nanodisp import checkpoint, distributed
+from nanodisp.distributed import layout
 from nanodisp.models.gpt import GPT, GPTConfig
+from nanodisp.runs import checkpoint
 
 Run = Callable[..., Path]
 TORCHRUN_2 = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-COURSE = ("train.steps=12", "train.log_interval=1", "train.eval_interval=4", "train.condensation_interval=4")
+CURVE = ("train.steps=12", "train.log_interval=1", "train.eval_interval=4", "train.condensation_interval=4")
 
 
 def assert_same_curve(ours: Path, theirs: Path, tolerance: float = 1e-5) -> None:
@@ -37,10 +38,10 @@ def assert_same_curve(ours: Path, theirs: Path, tolerance: float = 1e-5) -> None
 
 @pytest.fixture(scope="module")
 def sharded(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep under FSDP on 2 ranks, in micro-batches; of 5 validation windows one rank has a chunk more."""
+    """A sweep under FSDP on 2 ranks, in micro-batches; one rank has a validation chunk more than the other."""
     folder = tmp_path_factory.mktemp("sharded")
     result = command(
-        *("-m", *TINY, *COURSE, f"data.path={corpus}", f"out_dir={folder}", "run_name=${optim.name}-${train.dtype}"),
+        *("-m", *TINY, *CURVE, f"data.path={corpus}", f"out_dir={folder}", "run_name=${optim.name}-${train.dtype}"),
         *("train.parallel=fsdp", "train.micro_batch_size=1", "train.eval_windows=5", "train.timeout_minutes=1"),
         *("optim=adamw,muon", "train.dtype=float32,float16"),
         ranks=2,
@@ -51,23 +52,25 @@ def sharded(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("optimizer", "dtype", "tolerance"),
-    # Muon's iterations run in bfloat16, and sharded they add up in another order
+    # Muon's iterations run in bfloat16, and shards are summed in another order
     [("adamw", "float32", 1e-5), ("muon", "float32", 3e-4), ("adamw", "float16", 1e-3)],
 )
-def test_sharded_ranks_walk_the_curve_of_one_process(
+def test_sharded_ranks_have_the_curve_of_one_process(
     run: Run, sharded: Path, optimizer: str, dtype: str, tolerance: float
 ) -> None:
-    one = run(*COURSE, "train.eval_windows=5", f"optim={optimizer}", f"train.dtype={dtype}")
+    one = run(*CURVE, "train.eval_windows=5", f"optim={optimizer}", f"train.dtype={dtype}")
     ours = sharded / f"{optimizer}-{dtype}"
     assert_same_curve(ours, one, tolerance)
     if tolerance == 1e-5:
         assert (ours / "samples.txt").read_bytes() == (one / "samples.txt").read_bytes()
 
 
-def test_a_run_of_two_ranks_goes_on_sharded_on_four_and_whole_on_one(run: Run, corpus: Path, tmp_path: Path) -> None:
+def test_a_run_of_two_ranks_resumes_sharded_on_four_and_unsharded_on_one(
+    run: Run, corpus: Path, tmp_path: Path
+) -> None:
     keep = ("train.checkpoint_interval=4", "train.keep_last=3")
-    one = run(*COURSE, *keep, name="one")
-    settings = (*TINY, *COURSE, *keep, f"data.path={corpus}", f"out_dir={tmp_path}", "run_name=many")
+    one = run(*CURVE, *keep, name="one")
+    settings = (*TINY, *CURVE, *keep, f"data.path={corpus}", f"out_dir={tmp_path}", "run_name=many")
     checkpoints = tmp_path / "many" / "checkpoints"
 
     result = command(*settings, ranks=2)
@@ -76,9 +79,9 @@ def test_a_run_of_two_ranks_goes_on_sharded_on_four_and_whole_on_one(run: Run, c
     shutil.rmtree(checkpoints / "step_00000012")
     result = command(*settings, "train.parallel=fsdp", "train.activation_checkpointing=true", ranks=4)
     assert result.returncode == 0, result.stderr
-    assert "going on from step 4" in result.stdout
+    assert "resuming from step 4" in result.stdout
     shutil.rmtree(checkpoints / "step_00000012")
-    many = run(*COURSE, *keep, name="many")
+    many = run(*CURVE, *keep, name="many")
 
     assert_same_curve(many, one)
     ours, theirs = (checkpoint.load(checkpoint.find(folder)) for folder in (many, one))
@@ -88,7 +91,7 @@ def test_a_run_of_two_ranks_goes_on_sharded_on_four_and_whole_on_one(run: Run, c
 
 def test_recomputed_blocks_give_the_same_gradients_from_less_memory() -> None:
     config = GPTConfig(n_layer=3, n_head=2, n_embd=32, block_size=24, vocab_size=50, dropout=0.1)
-    idx = torch.randint(50, (2, 24))
+    idx = torch.randint(50, (2, 24), generator=torch.Generator().manual_seed(0))
     take = ([0, 1, 3], torch.arange(12).view(3, 4))
 
     def backward(recomputed: bool) -> tuple[list[torch.Tensor], int]:
@@ -96,7 +99,7 @@ def test_recomputed_blocks_give_the_same_gradients_from_less_memory() -> None:
         model = GPT(config)
         if recomputed:
             for block in model.h:
-                distributed.recompute(block, compiled=False)
+                layout.recompute(block, compiled=False)
         kept: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
             out = model(idx, idx, take=take)
@@ -109,20 +112,20 @@ def test_recomputed_blocks_give_the_same_gradients_from_less_memory() -> None:
 
 
 def test_recomputed_blocks_do_not_change_the_run(run: Run) -> None:
-    settings = (*COURSE, "model.dropout=0.1")
+    settings = (*CURVE, "model.dropout=0.1")
     plain, again = run(*settings, name="a"), run(*settings, "train.activation_checkpointing=true", name="b")
     assert_same_curve(again, plain, 1e-6)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
-def test_memory_that_a_tensor_gives_back_is_kept_for_the_next() -> None:
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
+def test_memory_of_a_freed_tensor_is_kept_for_the_next() -> None:
     program = """
 import sys
 from pathlib import Path
 import torch
-from nanodisp import distributed
+from nanodisp.distributed import hardware
 if sys.argv[1] == "kept":
-    distributed.keep_memory()
+    hardware.keep_memory()
 resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 before = resident()
 tensor = torch.ones(2**26)
@@ -141,21 +144,22 @@ import os
 import signal
 import time
 import train
-from nanodisp import config, distributed
+from nanodisp import launch
+from nanodisp.distributed import world
 
-distributed.SECONDS_TO_ANSWER = 3
+world.SECONDS_TO_ANSWER = 3
 update, steps = train.optim.update, 0
 
-def hanging(*arguments, **named):
+def hanging(*arguments):
     global steps
     steps += 1
     if steps == 3 and os.environ["RANK"] == "1":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun would wait 30 seconds
         time.sleep(100)
-    update(*arguments, **named)
+    return update(*arguments)
 
 train.optim.update = hanging
-config.main(train.train)
+launch.main(train.train)
 """
 
 
@@ -178,7 +182,7 @@ def test_a_rank_that_hangs_ends_the_run_and_is_named(corpus: Path, tmp_path: Pat
     assert checkpoint.find(tmp_path / "run").name == "step_00000002"
 
 
-def test_rank_0_is_named_too_where_it_keeps_the_store(corpus: Path, tmp_path: Path) -> None:
+def test_a_hanging_rank_0_that_keeps_the_store_is_named(corpus: Path, tmp_path: Path) -> None:
     script = tmp_path / "hanging.py"
     stop = "os.kill(os.getpid(), signal.SIGSTOP)"
     script.write_text(HANGING.replace('"1"', '"0"').replace("time.sleep(100)", stop))
@@ -210,7 +214,7 @@ def test_rank_0_is_named_too_where_it_keeps_the_store(corpus: Path, tmp_path: Pa
 POISONED = """
 import os
 import train
-from nanodisp import config
+from nanodisp import launch
 
 build = train.optim.build_optimizers
 
@@ -224,11 +228,11 @@ def poisoned(model, settings):
     return build(model, settings)
 
 train.optim.build_optimizers = poisoned
-config.main(train.train)
+launch.main(train.train)
 """
 
 
-def test_a_gradient_poisoned_on_one_rank_is_left_out_on_both(corpus: Path, tmp_path: Path) -> None:
+def test_a_nan_gradient_on_one_rank_is_skipped_on_both(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "poisoned.py").write_text(POISONED)
     settings = [*TINY, f"data.path={corpus}", f"out_dir={tmp_path}", "run_name=run", "train.steps=4"]
     result = subprocess.run(
@@ -253,25 +257,25 @@ KILLED = """
 import os
 import signal
 import train
-from nanodisp import config
+from nanodisp import launch
 
 clip = train.optim.clip_gradients
 
-def killing(model, max_norm):
+def killing(*arguments):
     killing.calls += 1
     if killing.calls == 7 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
-    return clip(model, max_norm)
+    return clip(*arguments)
 
 killing.calls = 0
 train.optim.clip_gradients = killing
-config.main(train.train)
+launch.main(train.train)
 """
 
 
-def test_a_killed_rank_is_brought_back_by_torchrun(run: Run, corpus: Path, tmp_path: Path) -> None:
+def test_torchrun_restarts_a_killed_rank(run: Run, corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "killed.py").write_text(KILLED)
-    settings = [*TINY, *COURSE, f"data.path={corpus}", f"out_dir={tmp_path}", "train.checkpoint_interval=5"]
+    settings = [*TINY, *CURVE, f"data.path={corpus}", f"out_dir={tmp_path}", "train.checkpoint_interval=5"]
     result = subprocess.run(
         [
             *(sys.executable, *TORCHRUN_2, "--max-restarts=1"),
@@ -283,5 +287,5 @@ def test_a_killed_rank_is_brought_back_by_torchrun(run: Run, corpus: Path, tmp_p
         timeout=300,
     )
     assert result.returncode == 0, result.stderr
-    assert "going on from step 5" in result.stdout
-    assert_same_curve(tmp_path / "killed", run(*COURSE))
+    assert "resuming from step 5" in result.stdout
+    assert_same_curve(tmp_path / "killed", run(*CURVE))

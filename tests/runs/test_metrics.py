@@ -1,4 +1,4 @@
-"""Where numbers go: valid JSON lines, in order, once each; and what others read them with."""
+"""Records: valid JSON lines, in order, once each; and the tools that read them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from typing import Any
 import pytest
 from conftest import records
 
+from nanodisp.config import WandbConfig
 from nanodisp.errors import UserError
-from nanodisp.runs.metrics import Metrics, WandbConfig, describe, drop_records_after
+from nanodisp.runs.metrics import Metrics, describe, drop_records_after
 
 Run = Callable[..., Path]
 INTERRUPTED = ("train.steps=4", "train.checkpoint_interval=2", "train.log_interval=1", "train.eval_interval=2")
 
 
 def metrics(folder: Path | None, step: int = -1) -> Metrics:
-    """As a context: an open one, about to go on from `step`."""
+    """Open metrics of a run that resumes from `step`."""
     opened = Metrics(folder)
     opened.begin(config={}, wandb_config=WandbConfig(), step=step, total_steps=9)
     return opened
@@ -34,13 +35,13 @@ def metrics(folder: Path | None, step: int = -1) -> Metrics:
 def test_a_record_is_a_line_of_json_without_nan(tmp_path: Path) -> None:
     with metrics(tmp_path) as m:
         m.record({"step": 1, "split": "train", "loss": math.nan, "lr": 0.5, "mfu": None})
-        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()  # there at once, not at the end
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()  # written at once, not at the end
     assert [json.loads(line, parse_constant=pytest.fail) for line in lines] == [
         {"step": 1, "split": "train", "loss": None, "lr": 0.5, "mfu": None}
     ]
 
 
-def test_going_on_drops_what_will_be_made_again(tmp_path: Path) -> None:
+def test_resuming_drops_records_that_will_be_written_again(tmp_path: Path) -> None:
     with metrics(tmp_path) as m:
         for step in range(5):
             m.record({"step": step, "split": "val", "loss": 1.0})
@@ -54,7 +55,7 @@ def test_going_on_drops_what_will_be_made_again(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
-def test_other_ranks_keep_quiet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_ranks_print_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with metrics(None) as m:
         m.say("hello")
         m.record({"step": 1, "split": "train", "loss": 1.0})
@@ -62,17 +63,17 @@ def test_other_ranks_keep_quiet(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out == ""
 
 
-def test_a_line_for_the_reader_leaves_out_what_is_not_there() -> None:
+def test_the_line_of_a_record_leaves_out_nulls() -> None:
     line = describe({"step": 20, "split": "val", "loss": 1.23456, "bpb": None, "mean_cosine": [0.1, 0.25]}, 1000)
     assert line == "step   20/1000  val    loss 1.2346  mean cosine by layer 0.10 0.25"
 
 
-def test_wandb_modes_are_three() -> None:
+def test_another_wandb_mode_is_rejected() -> None:
     with pytest.raises(ValueError, match="disabled, offline, online"):
         WandbConfig(mode="yes")
 
 
-def test_what_ended_a_run_lies_in_its_folder_until_it_is_tried_again(tmp_path: Path) -> None:
+def test_the_error_that_ended_a_run_is_in_its_folder_until_the_next_attempt(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), metrics(tmp_path):
         raise RuntimeError("out of memory")
     assert (tmp_path / "error.txt").read_text().splitlines()[-1] == "RuntimeError: out of memory"
@@ -81,11 +82,11 @@ def test_what_ended_a_run_lies_in_its_folder_until_it_is_tried_again(tmp_path: P
     assert not (tmp_path / "error.txt").exists()
 
 
-# --- read by others -------------------------------------------------------------------------
+# --- other readers --------------------------------------------------------------------------
 
 
 def resumed(run: Run, *settings: str) -> Path:
-    """The folder of a run that was killed after its last figures, before they were saved, and went on."""
+    """The folder of a run that was killed after its last figures, before the checkpoint, and resumed."""
     folder = run(*INTERRUPTED, *settings)
     shutil.rmtree(folder / "checkpoints" / "step_00000004")
     return run(*INTERRUPTED, *settings)
@@ -94,8 +95,11 @@ def resumed(run: Run, *settings: str) -> Path:
 def test_pandas_reads_the_records_as_a_table(run: Run) -> None:
     pandas = pytest.importorskip("pandas")
     table = pandas.read_json(run(*INTERRUPTED) / "metrics.jsonl", lines=True)
-    whole, real = ("step", "tokens"), ("loss", "lr", "grad_norm", "dispersion", "tokens_per_second", "seconds", "bpb")
-    assert {str(table[key].dtype) for key in whole} == {"int64"}
+    integers, real = (
+        ("step", "tokens"),
+        ("loss", "lr", "grad_norm", "dispersion", "tokens_per_second", "seconds", "bpb"),
+    )
+    assert {str(table[key].dtype) for key in integers} == {"int64"}
     assert {str(table[key].dtype) for key in real} == {"float64"}
     train, val = (table[table.split == split] for split in ("train", "val"))
     assert train.step.tolist() == [1, 2, 3, 4] and train.tokens.tolist() == [64, 128, 192, 256]
@@ -106,7 +110,7 @@ def test_pandas_reads_the_records_as_a_table(run: Run) -> None:
 def wandb_records(path: Path) -> Iterator[Any]:
     """The records of a .wandb file: LevelDB's log of W&B's own messages.
 
-    7 bytes, then blocks of 32 KiB, in which a piece of a record is checksum, length, kind (1 whole, 4 last) and bytes.
+    7 bytes, then blocks of 32 KiB, in which a piece of a record is checksum, length, kind (1 full, 4 last) and bytes.
     """
     from wandb.proto.wandb_internal_pb2 import Record
 
@@ -124,23 +128,23 @@ def wandb_records(path: Path) -> Iterator[Any]:
             collected = b""
 
 
-def test_wandb_syncs_an_offline_run_that_went_on_as_one_without_a_step_twice(run: Run) -> None:
+def test_wandb_syncs_a_resumed_offline_run_as_one_run_without_repeated_steps(run: Run) -> None:
     pytest.importorskip("wandb")
     folder = resumed(run, "wandb.mode=offline", "wandb.tags=[a,b]", "seed=7")
     run_id = (folder / "wandb" / "id").read_text()
     files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
     assert [file.name for file in files] == [f"run-{run_id}.wandb"] * 2
     command = [sys.executable, "-m", "wandb", "sync", "--dry-run", *map(str, files)]
-    told = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=120)
-    assert told.returncode == 0 and "Would sync 2 run(s)" in told.stdout + told.stderr
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=120)
+    assert result.returncode == 0 and "Would sync 2 run(s)" in result.stdout + result.stderr
 
     found = [record for file in files for record in wandb_records(file)]
     starts = [record.run for record in found if record.WhichOneof("record_type") == "run"]
     assert {(start.run_id, start.display_name, start.project, *start.tags) for start in starts} == {
         (run_id, "run", "nanodisp", "a", "b")
     }
-    told_config = {item.key: json.loads(item.value_json) for item in starts[0].config.update}
-    assert told_config["seed"] == 7 and told_config["train"]["steps"] == 4
+    logged_config = {item.key: json.loads(item.value_json) for item in starts[0].config.update}
+    assert logged_config["seed"] == 7 and logged_config["train"]["steps"] == 4
 
     rows = [
         {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
@@ -155,7 +159,7 @@ def test_wandb_syncs_an_offline_run_that_went_on_as_one_without_a_step_twice(run
     assert json.loads(summary["step"]) == 4
 
 
-def test_tensorboard_has_every_figure_once_after_a_run_went_on(run: Run) -> None:
+def test_tensorboard_has_every_figure_of_a_resumed_run_once(run: Run) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -171,7 +175,7 @@ def test_tensorboard_has_every_figure_once_after_a_run_went_on(run: Run) -> None
     assert layers == pytest.approx(records(folder, "val")[-1]["mean_cosine"])
 
 
-def test_tensorboard_has_what_a_checkpoint_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_is_on_disk_when_a_checkpoint_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -203,7 +207,7 @@ def test_a_failure_of_tensorboard_does_not_stop_training(
     assert Counter(capsys.readouterr().out.split())["TensorBoard"] == 1
 
 
-def test_tensorboard_that_is_not_installed_is_told_before_training(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_tensorboard_is_reported_before_training(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(UserError, match=r"needs tensorboard: pip install 'nanodisp\[tensorboard\]'"):
         run(*INTERRUPTED, "tensorboard=true")

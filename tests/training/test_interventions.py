@@ -1,4 +1,4 @@
-"""What dispersion is compared with: noisy embeddings, active forgetting, distillation."""
+"""The baselines of dispersion: noisy embeddings, active forgetting, distillation."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ import train
 from nanodisp.data.batches import Batches
 from nanodisp.data.corpus import open_corpus
 from nanodisp.dispersion import DispersionLoss
-from nanodisp.dispersion.placement import sample_positions
+from nanodisp.dispersion.placement import DispersionConfig, sample_positions
 from nanodisp.errors import UserError
-from nanodisp.hf import __main__ as hf
+from nanodisp.hf.card import model_card
+from nanodisp.hf.open import build, open_source, open_teacher
 from nanodisp.models.gpt import GPT, GPTConfig
 from nanodisp.report.tables import make_rows
 from nanodisp.runs import checkpoint
 from nanodisp.runs.read import read_runs
-from nanodisp.training.interventions import InterventionConfig, add_noise, load_teacher, soft_targets
+from nanodisp.training.interventions import InterventionConfig, add_noise
+from nanodisp.training.objective import Objective
 
 Run = Callable[..., Path]
 NOISE, FORGET = "intervention.noise_alpha=5", "intervention.forget_interval=4"
@@ -44,8 +46,8 @@ def small(n_embd: int = 32) -> GPT:
     return GPT(GPTConfig(n_layer=3, n_head=2, n_embd=n_embd, block_size=24, vocab_size=50))
 
 
-def test_nothing_is_changed_where_there_is_none(run: Run) -> None:
-    """The figures of the same run before there were interventions."""
+def test_a_run_without_interventions_has_its_known_figures(run: Run) -> None:
+    """The figures of this run before interventions were added."""
     folder = run("train.steps=3", "train.log_interval=1")
     assert losses(folder) == pytest.approx([5.5651078, 5.4683780, 5.4299993], rel=1e-6)
     assert losses(folder, "grad_norm") == pytest.approx([1.6349316, 1.5168421, 1.1105819], rel=1e-5)
@@ -54,7 +56,8 @@ def test_nothing_is_changed_where_there_is_none(run: Run) -> None:
 # --- noisy embeddings ------------------------------------------------------------------------
 
 
-def test_the_noise_has_its_scale_in_training_and_is_absent_elsewhere() -> None:
+def test_noise_has_its_scale_in_training_and_is_absent_in_evaluation() -> None:
+    torch.manual_seed(0)
     model, idx = small(), torch.randint(50, (8, 24))
     plain = model(idx, return_hidden=True).hidden[0]
     add_noise(model, alpha=5)
@@ -66,7 +69,7 @@ def test_the_noise_has_its_scale_in_training_and_is_absent_elsewhere() -> None:
     assert torch.equal(model.eval()(idx, return_hidden=True).hidden[0], plain)
 
 
-def test_noise_changes_what_is_trained_and_not_what_is_measured(run: Run) -> None:
+def test_noise_changes_training_and_not_validation(run: Run) -> None:
     plain, noisy = run("train.steps=1", name="a"), run("train.steps=1", NOISE, name="b")
     assert records(plain, "val")[0]["loss"] == records(noisy, "val")[0]["loss"]
     assert losses(plain) != losses(noisy)
@@ -75,8 +78,12 @@ def test_noise_changes_what_is_trained_and_not_what_is_measured(run: Run) -> Non
 # --- active forgetting -----------------------------------------------------------------------
 
 
-def test_embeddings_and_their_state_are_forgotten_at_the_right_steps_alone(run: Run) -> None:
-    keep = ("train.checkpoint_interval=1", "train.keep_last=9", "optim.lr=1e-9")  # of its own it hardly moves
+def test_embeddings_and_their_state_are_reset_only_at_the_right_steps(run: Run) -> None:
+    keep = (
+        "train.checkpoint_interval=1",
+        "train.keep_last=9",
+        "optim.lr=1e-9",
+    )  # so that training hardly moves the weights
     folder = run("train.steps=6", "intervention.forget_interval=2", *keep)
     saved = {step: checkpoint.load(checkpoint.path_of(folder / "checkpoints", step)) for step in range(1, 7)}
     updates = [[s.optimizer[f"{name}/step"].item() for s in saved.values()] for name in ("wte.weight", "wpe.weight")]
@@ -87,10 +94,10 @@ def test_embeddings_and_their_state_are_forgotten_at_the_right_steps_alone(run: 
     before, after, again = (saved[step].model["wte.weight"] for step in (2, 3, 5))
     assert after.std() == pytest.approx(0.02, rel=0.05)
     for a, b in ((before, after), (after, again)):
-        assert torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].abs() < 0.1, "drawn anew"
+        assert torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].abs() < 0.1, "drawn again"
 
 
-def test_nothing_is_forgotten_before_its_time(run: Run) -> None:
+def test_nothing_is_reset_before_the_first_interval(run: Run) -> None:
     settings = ("train.steps=6", "train.log_interval=1")
     plain, forgetful = losses(run(*settings, name="a")), losses(run(*settings, FORGET, name="b"))
     assert forgetful[:4] == plain[:4]
@@ -100,15 +107,15 @@ def test_nothing_is_forgotten_before_its_time(run: Run) -> None:
 # --- distillation ----------------------------------------------------------------------------
 
 
-def test_the_loss_is_the_formula(run: Run, corpus: Path, teacher: Path) -> None:
-    """(1 - alpha) cross-entropy + alpha temperature^2 KL + lambda dispersion, by PyTorch's functions of all logits."""
+def test_the_loss_with_a_teacher_is_the_formula(run: Run, corpus: Path, teacher: Path) -> None:
+    """(1 - alpha) cross-entropy + alpha temperature^2 KL + lambda dispersion, by PyTorch's functions on all logits."""
     settings = (f"intervention.teacher={teacher}", "intervention.distillation_alpha=0.3")
     settings += ("intervention.distillation_temperature=3", "dispersion.lambda_disp=0.5", "train.steps=1")
     folder = run(*settings)
 
     config = compose(*TINY, "model.vocab_size=257")
     torch.manual_seed(config.seed)
-    model, taught_by = GPT(config.model), hf.build(hf.open_source(str(teacher)))
+    model, taught_by = GPT(config.model), build(open_source(str(teacher)).weights)
     tokens = open_corpus(corpus, "byte").train
     x, y = Batches(tokens, block_size=16, batch_size=4, seed=config.seed, vocab_size=257).batch(0)
     ours, theirs = model(x).logits[..., :257].flatten(0, 1), taught_by(x).logits[..., :257].flatten(0, 1)
@@ -126,19 +133,20 @@ def test_the_loss_is_the_formula(run: Run, corpus: Path, teacher: Path) -> None:
     assert found == pytest.approx([ce.item(), kl.item(), dispersion.item(), norm.item()], rel=1e-4)
 
 
-def test_micro_batches_with_a_teacher_give_the_gradient_of_the_whole_batch() -> None:
+def test_micro_batches_with_a_teacher_give_the_gradient_of_the_full_batch() -> None:
     torch.manual_seed(0)
     model, teaches = small(), small(n_embd=48).eval().requires_grad_(False)
-    objective = train.Objective(model, DispersionLoss("angular"), [1, 2, 3])
-    config = InterventionConfig(teacher="a")
-    idx, positions = torch.randint(50, (8, 25)), sample_positions(0, 0, [1, 2, 3], 24, 16)
+    dispersion, distillation = DispersionConfig(lambda_disp=0.5, max_tokens=16), InterventionConfig(teacher="a")
+    objective = Objective(model, dispersion, distillation, seed=0, total_steps=1, teacher=teaches)
+    objective.begin(0)
+    assert objective.weights == {"loss": 0.5, "dispersion": 0.5, "distillation": 2.0}
+    idx = torch.randint(50, (8, 25))
 
     def gradient(parts: int) -> Tensor:
         model.zero_grad()
         for x in idx.chunk(parts):
-            taught = soft_targets(teaches, x[:, :-1], config)
-            ce, dispersion, divergence = objective(x[:, :-1], x[:, 1:], positions, taught)
-            ((0.5 * ce + 2 * divergence + 0.5 * dispersion) / parts).backward()
+            loss, _ = objective(x[:, :-1], x[:, 1:])
+            (loss / parts).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     whole = gradient(1)
@@ -156,7 +164,7 @@ def test_a_run_has_nothing_to_learn_from_itself(run: Run, dtype: str) -> None:
     assert distillation[1] > 0
 
 
-def test_the_term_is_recorded_and_shown_with_a_teacher_and_validation_is_without(
+def test_distillation_is_recorded_and_printed_and_has_no_part_in_validation(
     run: Run, teacher: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain, taught = run("train.steps=1", name="a"), run("train.steps=1", f"intervention.teacher={teacher}", name="b")
@@ -166,13 +174,13 @@ def test_the_term_is_recorded_and_shown_with_a_teacher_and_validation_is_without
     assert weights(taught).keys() == weights(plain).keys(), "the teacher is not saved"
 
 
-def test_a_teacher_teaches(run: Run, teacher: Path) -> None:
+def test_a_student_approaches_its_teacher(run: Run, teacher: Path) -> None:
     settings = ("train.steps=40", "train.log_interval=1", f"intervention.teacher={teacher}")
     distillation = losses(run(*settings, "intervention.distillation_alpha=1"), "distillation")
     assert distillation[-1] < 0.2 * distillation[0]
 
 
-def test_a_teacher_that_can_not_teach_is_told_in_one_line(run: Run, teacher: Path, tmp_path: Path) -> None:
+def test_an_unsuitable_teacher_is_rejected_with_a_reason(run: Run, teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no checkpoint"):
         run(f"intervention.teacher={tmp_path}")
     with pytest.raises(UserError, match=r"has a context of 20 tokens: give model.block_size=20 or less"):
@@ -183,14 +191,15 @@ def test_a_teacher_that_can_not_teach_is_told_in_one_line(run: Run, teacher: Pat
     tokens = (base64.b64encode(bytes([255 - rank])).decode() for rank in range(256))
     backwards.write_text("".join(f"{token} {rank}\n" for rank, token in enumerate(tokens)))
     with pytest.raises(UserError, match=r"teacher=.* was trained with another tokenizer"):
-        load_teacher(str(teacher), compose(*TINY, "model.vocab_size=257").model, str(backwards))
+        settings = ("model.vocab_size=257", f"intervention.teacher={teacher}", f"data.tokenizer={backwards}")
+        open_teacher(compose(*TINY, *settings), torch.device("cpu"))
 
 
 # --- all of them -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("which", ["noise", "forget", "teacher", "all"])
-def test_stopped_and_resumed_is_bit_for_bit_the_run_that_was_not(run: Run, teacher: Path, which: str) -> None:
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(run: Run, teacher: Path, which: str) -> None:
     options = {"noise": (NOISE,), "forget": (FORGET,), "teacher": (f"intervention.teacher={teacher}",)}
     options["all"] = (*(o for part in options.values() for o in part), "train.activation_checkpointing=true")
     settings = ("train.steps=12", "train.checkpoint_interval=4", "train.keep_last=3", "train.log_interval=1")
@@ -198,7 +207,7 @@ def test_stopped_and_resumed_is_bit_for_bit_the_run_that_was_not(run: Run, teach
     folder = run(*settings)
     whole, lines = weights(folder), losses(folder)
     shutil.rmtree(folder / "checkpoints" / "step_00000012")
-    shutil.rmtree(folder / "checkpoints" / "step_00000008")  # step 4 is the one before embeddings are forgotten
+    shutil.rmtree(folder / "checkpoints" / "step_00000008")  # step 4 is the last before a reset
     assert checkpoint.find(folder).name == "step_00000004"
     run(*settings)
     assert losses(folder) == lines
@@ -206,7 +215,7 @@ def test_stopped_and_resumed_is_bit_for_bit_the_run_that_was_not(run: Run, teach
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
-def test_compiled_walks_the_same_curve_and_its_noise_comes_again(run: Run, teacher: Path) -> None:
+def test_a_compiled_run_has_the_same_curve_and_repeatable_noise(run: Run, teacher: Path) -> None:
     settings = ("train.steps=6", "train.log_interval=1", FORGET, f"intervention.teacher={teacher}")
     plain, compiled = run(*settings, name="a"), run(*settings, "train.compile=true", name="b")
     for key in ("loss", "distillation"):
@@ -216,10 +225,10 @@ def test_compiled_walks_the_same_curve_and_its_noise_comes_again(run: Run, teach
     assert losses(noisy[0])[0] != losses(compiled)[0]
 
 
-def test_ranks_sharded_or_not_walk_the_curve_of_one_process(
+def test_ranks_sharded_or_not_have_the_curve_of_one_process(
     run: Run, corpus: Path, teacher: Path, tmp_path: Path
 ) -> None:
-    """An evaluation puts sharded weights together just before they are forgotten."""
+    """A validation gathers sharded weights just before a reset."""
     settings = ("train.steps=10", "train.log_interval=1", "train.eval_interval=4", "train.condensation_interval=4")
     settings += (FORGET, f"intervention.teacher={teacher}")
     one = run(*settings, name="one")
@@ -236,25 +245,25 @@ def test_ranks_sharded_or_not_walk_the_curve_of_one_process(
         assert ours["wte.weight/step"] == theirs["wte.weight/step"] == 2
 
 
-def test_a_model_card_tells_what_was_done_and_no_more(run: Run) -> None:
+def test_a_model_card_names_only_the_interventions_of_its_run(run: Run) -> None:
     plain, noisy = run("train.steps=1", name="a"), run("train.steps=1", NOISE, name="b")
-    cards = [hf.model_card(checkpoint.load(checkpoint.find(folder))) for folder in (plain, noisy)]
+    cards = [model_card(checkpoint.load(checkpoint.find(folder))) for folder in (plain, noisy)]
     assert "intervention" not in cards[0]
     assert "intervention:\n  noise_alpha: 5.0\n```" in cards[1]
 
 
-def test_a_report_tells_them_apart(tmp_path: Path) -> None:
+def test_a_report_distinguishes_interventions(tmp_path: Path) -> None:
     arms = ("none", "dispersion", "noisy_embeddings", "active_forgetting", "distillation")
     for arm in arms:
         write_run(tmp_path / arm, "dispersion=off", f"intervention={arm}")
-    told = {"": [0.0, 0.1], "noise_alpha=5.0": [0.0], "forget_interval=200": [0.0], "teacher=out/teacher": [0.0]}
-    assert rows(tmp_path) == told
+    expected = {"": [0.0, 0.1], "noise_alpha=5.0": [0.0], "forget_interval=200": [0.0], "teacher=out/teacher": [0.0]}
+    assert rows(tmp_path) == expected
     write_run(tmp_path / "more", "dispersion=off", "intervention=distillation", "intervention.distillation_alpha=1")
-    del told["teacher=out/teacher"]
+    del expected["teacher=out/teacher"]
     alphas = {f"teacher=out/teacher, distillation_alpha={alpha}": [0.0] for alpha in (0.5, 1.0)}
-    assert rows(tmp_path) == {**told, **alphas}
+    assert rows(tmp_path) == {**expected, **alphas}
 
 
 def rows(folder: Path) -> dict[str, list[float]]:
-    """A report's rows by what their labels tell beside the size, and the lambdas they have."""
+    """A report's rows by their labels without the size, and the lambdas of each."""
     return {row.label.partition("), ")[2]: list(row.cells) for row in make_rows(read_runs(folder))}

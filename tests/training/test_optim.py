@@ -41,7 +41,7 @@ def names_of(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, float]:
     return {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
 
 
-def test_adamw_decays_matrices_alone_and_covers_every_parameter() -> None:
+def test_adamw_decays_only_matrices_and_covers_every_parameter() -> None:
     model = small_model()
     (adamw,) = build_optimizers(model, OptimConfig(lr=1e-3, weight_decay=0.1))
     decay = names_of(model, adamw)
@@ -57,7 +57,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_state_put_back_into_fresh_optimizers_continues_to_the_bit(name: str) -> None:
+def test_optimizers_with_loaded_state_continue_bit_for_bit(name: str) -> None:
     config = OptimConfig(name=name, lr=1e-3)
     model = small_model()
     optimizers = build_optimizers(model, config)
@@ -92,7 +92,7 @@ def test_schedule_rises_then_never_rises_again(
     assert min(scales[peak:]) >= min(floor, scales[peak]) - 1e-12
 
 
-def test_schedules_meet_their_landmarks() -> None:
+def test_schedules_have_the_expected_values() -> None:
     cosine = OptimConfig(warmup_steps=10, min_lr_fraction=0.1)
     assert lr_scale(cosine, 0, 1000) == pytest.approx(1 / 11)
     assert lr_scale(cosine, 10, 1000) == 1.0
@@ -109,10 +109,12 @@ def test_schedules_meet_their_landmarks() -> None:
 
 
 def test_set_lr_scales_every_group_from_its_own_peak() -> None:
-    optimizers = build_optimizers(small_model(), OptimConfig(name="muon", lr=1e-3, muon_lr=2e-2))
-    for scale in (0.5, 0.25):
-        set_lr(optimizers, scale)
-        assert [o.param_groups[0]["lr"] for o in optimizers] == [1e-3 * scale, 2e-2 * scale]
+    config = OptimConfig(name="muon", lr=1e-3, muon_lr=2e-2, schedule="linear", warmup_steps=0, min_lr_fraction=0.0)
+    optimizers = build_optimizers(small_model(), config)
+    for step, scale in ((50, 0.5), (75, 0.25)):
+        set_lr(optimizers, config, step, 100)
+        for optimizer, peak in zip(optimizers, (1e-3, 2e-2), strict=True):
+            assert {group["lr"] for group in optimizer.param_groups} == {peak * scale}
 
 
 @pytest.mark.parametrize(
@@ -123,27 +125,33 @@ def test_set_lr_scales_every_group_from_its_own_peak() -> None:
         ({"lr": 0.0}, "optim.lr=0.0"),
         ({"beta2": 1.0}, "optim.beta2=1.0"),
         ({"grad_clip": 0.0}, "null never clips"),
+        ({"weight_decay": -0.1}, "optim.weight_decay=-0.1 must not be negative"),
+        ({"warmup_steps": -1}, "optim.warmup_steps=-1 must not be negative"),
     ],
 )
-def test_impossible_values_are_refused(changes: dict[str, object], message: str) -> None:
+def test_impossible_values_are_rejected(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OptimConfig(**changes)  # type: ignore[arg-type]
 
 
-def test_clipping_is_that_of_pytorch_and_leaves_what_is_not_finite() -> None:
+def clip(model: GPT, max_norm: float | None) -> torch.Tensor:
+    return clip_gradients(model, [], torch.amp.GradScaler("cpu", enabled=False), max_norm)
+
+
+def test_clipping_is_that_of_pytorch_and_leaves_gradients_that_are_not_finite() -> None:
     ours, theirs = small_model(), small_model()
     for model in (ours, theirs):
         torch.manual_seed(0)
         for p in model.parameters():
             p.grad = torch.randn_like(p)
-    norm = clip_gradients(ours, 0.5)
+    norm = clip(ours, 0.5)
     assert torch.equal(norm, torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5))
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad)
     first = next(ours.parameters())
     before = [p.grad.clone() for p in ours.parameters()]
     first.grad[0, 0] = math.nan
-    assert clip_gradients(ours, 0.5).isnan()
+    assert clip(ours, 0.5).isnan()
     assert all(torch.equal(p.grad, grad) for p, grad in zip(list(ours.parameters())[1:], before[1:], strict=True))
 
 
