@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanodisp import distributed, launch
+from nanodisp import launch
 from nanodisp.config import Config
 from nanodisp.data.batches import Batches, prefetch
 from nanodisp.data.corpus import open_for
 from nanodisp.data.questions import read_questions
 from nanodisp.dispersion.placement import lambda_at
-from nanodisp.distributed import World, hardware, layout
+from nanodisp.distributed import World, hardware, layout, start, stop
 from nanodisp.errors import UserError
 from nanodisp.hf.open import initial_weights, open_teacher
 from nanodisp.models.gpt import GPT
@@ -39,7 +39,8 @@ from nanodisp.training.validation import Validation
 def train(config: Config) -> None:
     """One run, from data to a sample."""
     # --- ranks, data, and the plan: every choice that the configuration leaves open, made once
-    world = distributed.start(config.device, config.train.timeout_minutes)
+    # `start`, not `distributed.start`: for jobs in parallel, cloudpickle would look for torch.distributed.config
+    world = start(config.device, config.train.timeout_minutes)
     world.share("train.batch_size", config.train.batch_size)  # a mistake is reported before the data is prepared
     corpus = open_for(config.data, world)
     plan = resolve(config, corpus, world)
@@ -202,4 +203,4 @@ if __name__ == "__main__":
     try:
         launch.main(train)
     finally:
-        distributed.stop()
+        stop()

@@ -225,7 +225,7 @@ def test_a_file_in_place_of_the_run_folder_is_reported(run: Run, tmp_path: Path)
 
 def test_ranks_must_divide_the_batch(corpus: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.distributed, "start", lambda *_: World(rank=0, size=3, device=torch.device("cpu")))
+        patch.setattr(train, "start", lambda *_: World(rank=0, size=3, device=torch.device("cpu")))
         patch.setattr(train, "open_for", pytest.fail)  # reported before the data is prepared
         with pytest.raises(UserError, match="not divisible by the number of ranks, 3"):
             train.train(compose(*TINY, f"data.path={corpus}", f"out_dir={tmp_path}", "run_name=x"))
