@@ -105,7 +105,7 @@ class TrainConfig:
 
 
 def count_steps(config: TrainConfig, n_parameters: int, tokens_per_step: int) -> int:
-    """The budget in steps; `tokens` and `tokens_per_param` override `steps`. The last step may exceed a token budget."""
+    """The budget in steps; tokens and tokens_per_param override steps, and the last step may exceed them."""
     if config.tokens is not None:
         return math.ceil(config.tokens / tokens_per_step)
     if config.tokens_per_param is not None:
@@ -178,7 +178,7 @@ class Config:
             )
         if self.run_name is not None and not re.fullmatch(r"\w[\w.,=+-]*", self.run_name):
             raise ValueError(
-                f"run_name={self.run_name!r} must begin with a letter, a digit or _ and contain only these and . , = + -"
+                f"run_name={self.run_name!r} must be letters, digits and . , = + - _ and begin with a letter or digit"
             )
 
 

@@ -205,7 +205,7 @@ def all_checkpoints(folder: Path) -> list[Path]:
 
 
 def find(path: Path) -> Path:
-    """The checkpoint that a path names: the newest of a run's folder or of its `checkpoints` folder, or the path itself.
+    """The checkpoint that a path means: the newest of a run's folder or its `checkpoints` folder, or the path itself.
 
     Raises UserError for a path without a checkpoint.
     """

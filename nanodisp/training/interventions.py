@@ -80,7 +80,7 @@ def before_step(
 
 
 def add_noise(model: GPT, alpha: float) -> None:
-    """Noisy embeddings, in training mode only: uniform in [-1, 1] * alpha / sqrt(T * C), by torch's global generator."""
+    """Noisy embeddings, in training mode only: uniform in [-1, 1] * alpha / sqrt(T * C), from the global generator."""
 
     def noisy(embedding: nn.Module, _: Any, x: Tensor) -> Tensor:
         if not embedding.training:
