@@ -126,7 +126,7 @@ class WandbConfig:
     project: str = "nanodisp"
     entity: str | None = None
     group: str | None = None
-    tags: tuple[str, ...] = ()
+    tags: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.mode not in WANDB_MODES:

@@ -1,4 +1,4 @@
-"""Configuration: every mistake is one clear line, and a run's name follows from what decides its result."""
+"""Configuration: one set of defaults, one clear line for every mistake, and names that follow from what decides a result."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, compose
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
 from nanodisp import config, launch
+from nanodisp.config import SECTIONS, Config
+from nanodisp.dispersion import VARIANTS
 from nanodisp.errors import UserError
+from nanodisp.models.gpt import GPTConfig
+from nanodisp.runs.read import flatten
 
 GROUPS = [
     f"{folder.name}={'off' if file.stem == 'off' else file.stem}"
@@ -27,9 +33,27 @@ def test_every_file_of_conf_composes(choice: str) -> None:
     assert compose(choice, "data.path=some/text").train.steps
 
 
-def test_every_variant_has_its_file() -> None:
-    from nanodisp.dispersion import VARIANTS
+def test_without_overrides_the_dataclasses_decide_all_but_the_models_shape() -> None:
+    shape = OmegaConf.to_container(OmegaConf.load(launch.CONF / "model" / "nano.yaml"))
+    assert compose() == Config(model=GPTConfig(**shape))
 
+
+FILES = [file for group in (*SECTIONS, "experiment") for file in sorted((launch.CONF / group).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_files_of_conf_hold_only_what_differs_from_the_dataclasses(file: Path) -> None:
+    content: Any = OmegaConf.to_container(OmegaConf.load(file)) or {}
+    if "@package _global_" not in file.read_text():
+        content = {file.parent.name: content}
+    content = {key: part for key, part in content.items() if key not in ("defaults", "hydra")}
+    defaults = flatten(dataclasses.asdict(Config()))
+    repeated = {key: value for key, value in flatten(content).items() if value == defaults[key]}
+    overrides_off = {"dispersion.lambda_disp": 0.1} if file.parent.name == "intervention" else {}
+    assert repeated in ({}, overrides_off)
+
+
+def test_every_variant_has_its_file() -> None:
     for variant in VARIANTS:
         assert compose(f"dispersion={variant}").dispersion.variant == variant
 
@@ -37,9 +61,15 @@ def test_every_variant_has_its_file() -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("train.stepz=3", ["train.stepz", "known are", "steps"]),
-        ("+train.stepz=3", ["train.stepz", "known are", "steps"]),
-        ("+sede=3", ["sede", "known are", "seed"]),
+        ("train.stepz=3", ["train.stepz", "known keys", "steps"]),
+        ("+train.stepz=3", ["train.stepz", "known keys", "steps"]),
+        ("sede=3", ["unknown key sede", "known keys", "seed"]),
+        ("+sede=3", ["unknown key sede", "known keys", "seed"]),
+        ("optim={lrr: 1}", ["unknown key optim.lrr", "muon_lr"]),
+        ("train=3", ["train", "TrainConfig"]),
+        ("~train.steps", ["train.steps", "does not support deletion"]),
+        ("train.steps", ["train.steps", "Error parsing override"]),
+        ("train.steps=[1", ["train.steps=[1"]),
         ("train.steps=many", ["train.steps", "many", "Integer"]),
         ("train.steps=0", ["train.steps=0", "positive"]),
         ("train.steps=null", ["no budget"]),
@@ -48,11 +78,12 @@ def test_every_variant_has_its_file() -> None:
         ("optim.name=sgd", ["sgd", "adamw"]),
         ("dispersion.variant=cosin", ["cosin", "cosine"]),
         ("dispersion.layers=[7]", ["7", "0 to 6"]),
+        ("dispersion.schedule=linear", ["dispersion.schedule=warmup"]),
         ("train.dtype=int8", ["int8", "bfloat16"]),
         ("train.parallel=tensor", ["tensor", "ddp, fsdp"]),
         ("train.timeout_minutes=0", ["timeout_minutes=0", "positive"]),
         ("wandb.mode=on", ["on", "offline"]),
-        ("run_name=a/b", ["a/b"]),
+        ("run_name=a/b", ["a/b", "letters"]),
         ("optim.warmup_fraction=1", ["warmup_fraction=1.0", "[0, 1)"]),
         ("seed=-1", ["seed=-1"]),
         ("intervention.noise_alpha=0", ["noise_alpha=0.0", "positive", "null"]),
@@ -63,7 +94,7 @@ def test_every_variant_has_its_file() -> None:
         ("intervention=forgetting", ["intervention/forgetting", "active_forgetting"]),
     ],
 )
-def test_a_mistake_is_told_in_one_line_that_names_it(override: str, words: list[str]) -> None:
+def test_a_mistake_is_reported_in_one_line_that_names_it(override: str, words: list[str]) -> None:
     with pytest.raises((UserError, HydraException)) as caught:
         compose(override)
     line = launch.explain(caught.value)
@@ -72,7 +103,7 @@ def test_a_mistake_is_told_in_one_line_that_names_it(override: str, words: list[
         assert word in line
 
 
-def test_the_command_prints_that_line_alone_and_loads_nothing(tmp_path: Path) -> None:
+def test_the_command_prints_only_that_line_and_writes_nothing(tmp_path: Path) -> None:
     arguments = [f"out_dir={tmp_path}", f"data.folder={tmp_path}", "model.n_head=5"]
     result = subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True, text=True)
     assert result.returncode == 2
@@ -114,16 +145,41 @@ def test_a_name_follows_from_what_decides_the_result() -> None:
         ({"steps": 7, "tokens": 100}, 4),
     ],
 )
-def test_a_budget_in_tokens_is_met(budget: dict[str, int], steps: int) -> None:
+def test_a_budget_in_tokens_becomes_steps(budget: dict[str, int], steps: int) -> None:
     assert config.count_steps(config.TrainConfig(**budget), n_parameters=1000, tokens_per_step=32) == steps
 
 
-def test_interventions_that_there_are_not_have_no_part_in_a_name() -> None:
+def test_unused_keys_do_not_change_a_name() -> None:
+    def name(*overrides: str) -> str:
+        return config.name_of(compose(*overrides), "nano")
+
+    for used, unused in (
+        ((), "optim.muon_lr=1"),
+        ((), "dispersion.warmup_fraction=0.5"),
+        (("dispersion=off",), "dispersion.variant=cosine"),
+        (("train.tokens=100000",), "train.steps=7"),
+    ):
+        assert name(*used, unused) == name(*used)
+    for used, differs in (
+        (("optim=muon",), "optim.muon_lr=1"),
+        (("dispersion.schedule=warmup",), "dispersion.warmup_fraction=0.5"),
+        (("train.tokens=100000",), "train.tokens=7"),
+    ):
+        assert name(*used, differs) != name(*used)
+
+
+def test_absent_interventions_have_no_part_in_a_name() -> None:
     decides = config.identity(dataclasses.asdict(compose()))
     assert all(value is None for key, value in decides.items() if key.startswith("intervention."))
 
 
-def test_a_teacher_has_the_same_defaults_given_or_not() -> None:
+def test_an_older_checkpoints_linear_schedule_is_todays_warmup() -> None:
+    today = dataclasses.asdict(compose("dispersion.schedule=warmup"))
+    older = {**today, "dispersion": {**today["dispersion"], "schedule": "linear"}}
+    assert config.identity(older) == config.identity(today)
+
+
+def test_a_teacher_has_the_same_defaults_by_key_and_by_file() -> None:
     assert compose("intervention.teacher=out/teacher") == compose("intervention=distillation")
 
 
