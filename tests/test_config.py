@@ -1,4 +1,4 @@
-"""Configuration: one set of defaults, one clear line for every mistake, and names that follow from what decides a result."""
+"""Configuration: one set of defaults, one clear line for every mistake, names that follow from what decides results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Multiple-choice questions during training: the score of a model, alone and on several ranks."""
+"""Validation: the windows that are measured; the score on questions, alone and on several ranks."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY, command, compose, records
 
+from nanodisp.condensation.cosine import mean_cosine
 from nanodisp.config import name_of
+from nanodisp.data.batches import read_windows
 from nanodisp.data.corpus import open_corpus
 from nanodisp.data.questions import Question, write_questions
 from nanodisp.distributed import World
@@ -112,3 +115,32 @@ def test_two_ranks_with_fsdp_score_as_one_does(run: Run, corpus: Path, task: Pat
     assert [line["accuracy"] for line in records(tmp_path / "two", "task")] == [
         line["accuracy"] for line in records(one, "task")
     ]
+
+
+def test_validation_and_following_measure_windows_spread_over_the_split(corpus: Path) -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=257))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)  # so that windows differ
+    data = open_corpus(corpus, "byte")
+    validation = Validation(
+        data, World(0, 1, torch.device("cpu")), block_size=16, n_windows=8, rows=3, autocast=contextlib.nullcontext
+    )
+    n_windows = (len(data.val) - 1) // 16
+    assert n_windows > 4 * 8
+
+    def means(windows: list[int]) -> tuple[float, list[float]]:
+        x, y = read_windows(data.val, np.array(windows), 16, 257)
+        with torch.no_grad():
+            out = model(x, y, return_hidden=True)
+        return out.loss.item(), [mean_cosine(z).item() for z in out.hidden]
+
+    loss, cosines = means([i * n_windows // 8 for i in range(8)])
+    measured = validation(model)
+    assert measured["loss"] == pytest.approx(loss, rel=1e-5) != pytest.approx(means(list(range(8)))[0], rel=1e-3)
+    assert measured["mean_cosine"] == pytest.approx(cosines, rel=1e-4)
+    followed = validation.follow(model)["mean_cosine"]
+    assert followed == pytest.approx(means([i * n_windows // 4 for i in range(4)])[1], rel=1e-4)
+    for others in ([0, 1, 2, 3], [i * n_windows // 8 for i in range(4)]):
+        assert followed != pytest.approx(means(others)[1], rel=1e-3)
+    assert model.training
