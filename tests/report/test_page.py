@@ -220,7 +220,7 @@ def test_an_evaluation_of_another_step_is_left_out_and_reported(tmp_path: Path) 
     (run / "evaluation.json").write_text(text.replace("step 40", "step 4"))
     (read,) = read_runs(tmp_path)
     assert (read.status, read.tasks) == ("finished", {})
-    assert read.problem == "evaluation.json is of run at step 4, the run is at step 40: evaluate it again"
+    assert read.problem == "evaluation.json is of run at step 4, but the run is at step 40: evaluate it again"
 
 
 def test_an_imported_model_has_a_row_beside_its_trained_versions(tmp_path: Path) -> None:
