@@ -7,6 +7,9 @@ Standard output is the text alone, including the prompt; several samples are sep
 
 from __future__ import annotations
 
+import nanodisp.threads  # noqa: F401 - first: torch reads what it sets
+
+# isort: split
 import codecs
 import io
 import itertools

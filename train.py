@@ -11,6 +11,9 @@ from (seed, s), so a checkpoint needs no random state.
 
 from __future__ import annotations
 
+import nanodisp.threads  # noqa: F401 - first: torch reads what it sets
+
+# isort: split
 import datetime
 import time
 from pathlib import Path

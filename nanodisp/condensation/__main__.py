@@ -9,6 +9,9 @@ spread out. `measure.py` documents the other figures. Writes condensation.json, 
 
 from __future__ import annotations
 
+import nanodisp.threads  # noqa: F401 - first: torch reads what it sets
+
+# isort: split
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -15,6 +15,9 @@ first 500 examples of each task: limit=500.
 
 from __future__ import annotations
 
+import nanodisp.threads  # noqa: F401 - first: torch reads what it sets
+
+# isort: split
 import difflib
 import os
 from collections.abc import Sequence

@@ -10,6 +10,9 @@ pip install 'nanodisp[eval]'.
 
 from __future__ import annotations
 
+import nanodisp.threads  # noqa: F401 - first: torch reads what it sets
+
+# isort: split
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
