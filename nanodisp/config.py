@@ -25,6 +25,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 COMPILE = ("auto", True, False)
 RESUME = ("auto", "never")
 WANDB_MODES = ("disabled", "offline", "online")
+CONFIG = "config.yaml"  # in a run's folder
 
 
 @dataclass

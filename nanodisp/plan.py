@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from nanodisp.config import Config, count_steps
+from nanodisp.config import CONFIG, Config, count_steps
 from nanodisp.data.corpus import Corpus, count_vocabulary
 from nanodisp.distributed import hardware
 from nanodisp.distributed.world import World
@@ -96,7 +101,7 @@ def resolve(config: Config, corpus: Corpus, world: World) -> Plan:
     n_parameters, flops_per_token = size_of(model)
     tokens_per_step = config.train.batch_size * model.block_size
     total_steps = count_steps(config.train, n_parameters, tokens_per_step)
-    dtype = hardware.matmul_dtype(config.train.dtype, world.device)
+    dtype = choose_dtype(config, world)
     compiled = config.train.compile
     if compiled == "auto":
         compiled = hardware.compile_pays(world.device, total_steps * tokens_per_step * flops_per_token / world.size)
@@ -120,6 +125,22 @@ def resolve(config: Config, corpus: Corpus, world: World) -> Plan:
         n_micro=n_micro,
         rows=rows_of_rank // n_micro,
     )
+
+
+def choose_dtype(config: Config, world: World) -> torch.dtype:
+    """The dtype of matrix products, the same on all ranks: "auto" is what a run of this name began with, if any.
+
+    Else rank 0 decides, see `hardware.matmul_dtype`: a run keeps its dtype on a machine that would choose another.
+    """
+    name, file = config.train.dtype, Path(config.out_dir) / str(config.run_name) / CONFIG
+    if name != "auto":
+        return hardware.matmul_dtype(name, world.device)
+    if world.is_main:
+        with contextlib.suppress(OSError, YAMLError, OmegaConfBaseException, AttributeError):
+            name = OmegaConf.load(file).train.dtype
+    candidates = [torch.float32, torch.bfloat16, torch.float16]
+    chosen = candidates.index(hardware.matmul_dtype(name, world.device)) if world.is_main else 0
+    return candidates[int(world.sum(torch.tensor(chosen, device=world.device)))]
 
 
 def size_of(config: GPTConfig) -> tuple[int, int]:

@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from nanodisp.config import BUDGET, Config, identity
+from nanodisp.config import BUDGET, CONFIG, Config, identity
 from nanodisp.data.corpus import Corpus
 from nanodisp.data.tokenizer import load_tokenizer
 from nanodisp.distributed import layout
@@ -30,7 +30,7 @@ from nanodisp.runs.metrics import METRICS, Metrics, read_records
 from nanodisp.training import optim
 from nanodisp.training.signals import EXIT_CODE, StopSignals
 
-CONFIG, SAMPLES, TOKENIZER = "config.yaml", "samples.txt", "tokenizer.tiktoken"
+SAMPLES, TOKENIZER = "samples.txt", "tokenizer.tiktoken"
 
 
 @dataclass

@@ -22,13 +22,12 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from nanodisp.condensation.cosine import trend
-from nanodisp.config import NOT_IDENTITY, TrainConfig, count_steps
+from nanodisp.config import CONFIG, NOT_IDENTITY, TrainConfig, count_steps
 from nanodisp.errors import UserError
 from nanodisp.models.gpt import GPTConfig
 from nanodisp.plan import size_of
 from nanodisp.runs import checkpoint
 from nanodisp.runs.evaluation import EVALUATION, read_evaluation
-from nanodisp.runs.folder import CONFIG
 from nanodisp.runs.metrics import METRICS, read_records
 
 LAMBDA = "dispersion.lambda_disp"

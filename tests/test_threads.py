@@ -1,0 +1,58 @@
+"""OpenMP's waiting policy: set before torch is loaded, and never over the user's own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+PROGRAM = "import os, sys; import {module}; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+
+
+def setting(module: str, **environment: str) -> list[str]:
+    """GOMP_SPINCOUNT after an import, and whether torch was loaded."""
+    variables = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(module=module)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env={**variables, **environment},
+    )
+    return result.stdout.split()
+
+
+def test_the_setting_is_made_without_loading_torch() -> None:
+    count, loaded = setting("nanodisp.threads")
+    assert int(count) > 0
+    assert loaded == "False"
+
+
+@pytest.mark.parametrize("module", ["train", "sample", "nanodisp.condensation.__main__", "nanodisp.report.__main__"])
+def test_every_command_makes_it_before_torch_is_loaded(module: str) -> None:
+    """A module that imported torch first would come too late: the import system loads them in this order."""
+    program = (
+        "import os, sys\n"
+        "class Watch:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'torch': print(os.environ.get('GOMP_SPINCOUNT')); os._exit(0)\n"
+        f"sys.meta_path.insert(0, Watch())\nimport {module}\n"
+    )
+    variables = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=variables)
+    assert result.stdout.strip().isdigit(), result.stderr
+
+
+@pytest.mark.parametrize("own", [{"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}])
+def test_a_users_own_policy_stays(own: dict[str, str]) -> None:
+    assert setting("nanodisp.threads", **own)[0] == own.get("GOMP_SPINCOUNT", "None")
+
+
+def test_jobs_side_by_side_share_the_cores() -> None:
+    joblib = pytest.importorskip("joblib")
+    found = joblib.Parallel(n_jobs=2)(joblib.delayed(os.environ.get)("OMP_NUM_THREADS") for _ in range(2))
+    assert {int(count) for count in found} == {max(1, joblib.cpu_count() // 2)} or "OMP_NUM_THREADS" in os.environ
