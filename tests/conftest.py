@@ -45,6 +45,23 @@ TINY = (
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests in Triton's interpreter are slow."""
+    for item in items:
+        if getattr(getattr(item, "callspec", None), "params", {}).get("backend") == "triton":
+            item.add_marker("slow")
+
+
+@pytest.fixture(autouse=True)
+def only_slow_tests_start_processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.node.get_closest_marker("slow") is None:
+
+        def refuse(*_: Any, **__: Any) -> None:
+            pytest.fail("this test starts a process: mark it with @pytest.mark.slow")
+
+        monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+
+
 def write_corpus(folder: Path, n_train: int = 5000, n_val: int = 1000, vocab_size: int = 257) -> Path:
     """A folder of byte shards with some structure to learn, and its manifest."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -103,6 +103,7 @@ def test_a_mistake_is_reported_in_one_line_that_names_it(override: str, words: l
         assert word in line
 
 
+@pytest.mark.slow
 def test_the_command_prints_only_that_line_and_writes_nothing(tmp_path: Path) -> None:
     arguments = [f"out_dir={tmp_path}", f"data.folder={tmp_path}", "model.n_head=5"]
     result = subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True, text=True)

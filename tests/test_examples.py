@@ -19,6 +19,8 @@ pytest.importorskip("accelerate")
 
 from examples import hf_trainer  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
     "use_cpu": True,
     "report_to": "none",

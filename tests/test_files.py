@@ -84,6 +84,7 @@ for number in range(10**9):
 """
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_writing_leaves_a_complete_file(tmp_path: Path) -> None:
     child = subprocess.Popen(
         [sys.executable, "-c", OVERWRITE, str(tmp_path / "a")],

@@ -27,6 +27,7 @@ def text(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_standard_output_is_the_prompt_and_its_continuation(trained: Path) -> None:
     result = subprocess.run(
         [sys.executable, str(ROOT / "sample.py"), f"checkpoint={trained}", "prompt=def x: ", "max_new_tokens=20"],
@@ -56,6 +57,7 @@ def test_samples_generated_together_equal_those_of_each_seed_alone(
         assert text(capsys, *base, "seed=5", "num_samples=3", f"batch_size={batch_size}") == "---\n".join(alone)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same_text(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = (f"checkpoint={trained}", "prompt=ab", "max_new_tokens=30", "temperature=0")
     assert text(capsys, *base, "compile=true") == text(capsys, *base)

@@ -14,6 +14,8 @@ from conftest import ROOT, TINY, command
 from nanodisp.report import __main__ as report
 from nanodisp.runs import checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_sweep_runs_every_valid_job_and_reports_each_other_in_one_line(corpus: Path, tmp_path: Path) -> None:
     result = command("-m", *TINY, f"data.path={corpus}", f"out_dir={tmp_path}", "train.steps=2", "model.n_head=2,3,4")

@@ -50,6 +50,7 @@ def test_a_run_learns_and_writes_its_files(run: Run, capsys: pytest.CaptureFixtu
         assert part in printed
 
 
+@pytest.mark.slow
 def test_dispersion_spreads_the_embeddings_and_off_has_no_such_term(run: Run) -> None:
     settings = ("train.steps=60", "optim.lr=1e-2", "train.log_interval=60")
     plain = run(*settings, "dispersion=off", name="off")
@@ -81,6 +82,7 @@ def test_micro_batches_give_the_gradient_of_the_full_batch(variant: str, n_micro
     assert (whole - parts).norm() < 1e-6 * whole.norm()
 
 
+@pytest.mark.slow
 def test_micro_batches_do_not_change_the_run(run: Run) -> None:
     settings = ("train.steps=10", "train.log_interval=1")
     whole, parts = run(*settings, name="a"), run(*settings, "train.micro_batch_size=1", name="b")
@@ -132,6 +134,7 @@ def test_a_checkpoint_of_another_run_is_rejected_and_kept(run: Run) -> None:
     assert all(torch.equal(before[key], value) for key, value in weights(folder).items())
 
 
+@pytest.mark.slow
 def test_two_ranks_have_the_loss_curve_of_one(run: Run, corpus: Path, tmp_path: Path) -> None:
     settings = ("train.steps=50", "train.log_interval=1")
     one = run(*settings, name="one")
@@ -152,12 +155,14 @@ def test_a_budget_in_tokens_becomes_steps(run: Run, budget: str) -> None:
     assert len(records(folder, "train")) == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [("train.dtype=bfloat16",), ("optim=muon", "optim.schedule=linear")], ids=str)
 def test_other_precisions_and_optimizers_also_learn(run: Run, options: tuple[str, ...]) -> None:
     val = records(run("train.steps=40", *options), "val")
     assert val[-1]["loss"] < val[0]["loss"] - 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_a_compiled_run_has_the_same_loss_curve(run: Run) -> None:
     settings = ("train.steps=5", "train.log_interval=1")
@@ -165,6 +170,7 @@ def test_a_compiled_run_has_the_same_loss_curve(run: Run) -> None:
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_a_compiled_run_breaks_no_graph_and_compiles_nothing_after_its_first_steps(
     run: Run, monkeypatch: pytest.MonkeyPatch
@@ -195,6 +201,7 @@ def test_compile_is_chosen_when_it_pays(steps: int, expected: bool, monkeypatch:
     assert not hardware.compile_pays(torch.device("cpu"), 1e30)
 
 
+@pytest.mark.slow
 def test_an_outage_of_wandb_does_not_stop_training(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -283,6 +290,7 @@ def test_a_run_that_diverges_says_so_and_completes(run: Run, capsys: pytest.Capt
     assert capsys.readouterr().out.count("the loss is not finite") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "dtype", "tolerance", "options"),
     [
@@ -303,6 +311,7 @@ def test_every_backend_of_the_loss_gives_the_same_curve(
         assert losses(fused, key) == pytest.approx(losses(plain, key), rel=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(corpus: Path, tmp_path: Path, name: str) -> None:
     settings = [*TINY, f"data.path={corpus}", f"out_dir={tmp_path}", "run_name=run", "train.checkpoint_interval=100000"]
@@ -369,6 +378,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(run: Run, monkeypat
     assert all(value.isfinite().all() for value in weights(folder).values())
 
 
+@pytest.mark.slow
 def test_float16_tolerates_overflow_but_not_a_persistent_nan(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = ("train.steps=60", "train.dtype=float16", "train.max_bad_steps=3")
     assert losses(run(*settings, name="overflows"), "bad_steps")[-1] == 0

@@ -32,6 +32,7 @@ SAMPLES: dict[str, Callable[[], Figure]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(SAMPLES))
 def test_nothing_extends_beyond_the_edge(name: str, tmp_path: Path) -> None:
     figure = SAMPLES[name]()

@@ -40,6 +40,7 @@ def test_mean_cosine_agrees_with_the_measuring_command() -> None:
     assert figures["mean_cosine"].tolist() == pytest.approx(measure(model, windows).mean.tolist(), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_registered_figure_reaches_records_terminal_trackers_and_report(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

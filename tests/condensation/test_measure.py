@@ -90,6 +90,7 @@ def test_cosines_equal_those_of_the_full_matrix(include_diagonal: bool) -> None:
         assert result.histogram[layer].mean() * 2 == pytest.approx(1)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 6), st.integers(2, 24), st.integers(2, 16), st.integers(0, 999))
 def test_spectrum_and_covariance_are_of_all_tokens(windows: int, block: int, n_features: int, seed: int) -> None:
@@ -151,6 +152,7 @@ def test_the_batch_size_does_not_change_the_figures(rows: int) -> None:
     np.testing.assert_allclose(parts.entropy, whole.entropy, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_windows_are_not_kept_in_memory() -> None:
     """The sums have the same size after every batch."""
     sizes = []
@@ -258,6 +260,7 @@ def test_layer_means_agree_with_the_embedding_condensation_package() -> None:
 # --- the command -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_and_plotted(run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     folder = run("train.steps=1", "train.sample_tokens=0")
     condensation.main([f"checkpoint={folder}", "windows=5"])
@@ -274,6 +277,7 @@ def test_a_run_is_measured_and_plotted(run: Callable[..., Path], capsys: pytest.
         assert (folder / "figures" / name).stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_a_text_file_can_be_measured_on(run: Callable[..., Path], tmp_path: Path) -> None:
     folder = run("train.steps=1", "train.sample_tokens=0")
     (tmp_path / "text.txt").write_text("some words " * 50)
@@ -283,6 +287,7 @@ def test_a_text_file_can_be_measured_on(run: Callable[..., Path], tmp_path: Path
     assert json.loads((tmp_path / "measured" / "condensation.json").read_text())["windows"] == 550 // 8
 
 
+@pytest.mark.slow
 def test_a_hugging_face_folder_is_measured(corpus: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=8, n_positions=32, vocab_size=300)

@@ -83,6 +83,7 @@ def test_a_batch_is_a_function_of_seed_and_step(counting: shards.Tokens) -> None
     assert not torch.equal(first.batch(0)[0], batches_of(counting, seed=1).batch(0)[0])
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.integers(10, 200), st.integers(1, 1500), st.lists(st.integers(0, 5000), min_size=1, max_size=5))
 def test_windows_computed_together_equal_those_computed_one_by_one(

@@ -31,6 +31,7 @@ def test_every_data_set_has_a_configuration(path):
     assert config.name == path.parent.name
 
 
+@pytest.mark.slow
 def test_the_standard_library_is_the_default_and_excludes_its_tests(tmp_path):
     files = script("pystdlib").stdlib_files(Path(sysconfig.get_path("stdlib")))
     assert any(path.parent.name == "pydoc_data" for path in files)

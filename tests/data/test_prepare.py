@@ -131,6 +131,7 @@ def ranks(tmp_path_factory):
     return load_tokenizer(write_ranks(tmp_path_factory.mktemp("ranks") / "tiny.tiktoken", merges))
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(text=st.text(max_size=60), start=st.integers(0, 3))
 def test_the_pieces_of_a_file_join_to_its_text(tmp_path_factory, text, start):
@@ -258,6 +259,7 @@ prepare.prepare_documents(config, documents(), "docs", "a test")
 """
 
 
+@pytest.mark.slow
 def test_a_killed_preparation_resumes_where_it_stopped(tmp_path, uninterrupted):
     child = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "prepared")], cwd=DATA.parent, timeout=120)
     assert child.returncode == -signal.SIGKILL
@@ -396,6 +398,7 @@ def test_an_invalid_value_is_reported_with_its_key(values):
 # --- the command line ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_script_prints_the_folder_and_its_contents(tmp_path):
     (tmp_path / "a.txt").write_text("x" * 1000)
     arguments = (f"path={tmp_path / 'a.txt'}", f"folder={tmp_path / 'prepared'}", "val_fraction=0.2")

@@ -34,6 +34,7 @@ def questions(draw: st.DrawFn) -> Question:
 # --- the file -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.lists(questions(), min_size=1, max_size=4))
 def test_written_questions_are_read_back(tmp_path_factory: pytest.TempPathFactory, asked: list[Question]) -> None:
@@ -83,6 +84,7 @@ def test_a_damaged_file_is_reported_in_one_line(tmp_path: Path, place: slice, va
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.integers(0, 75), st.integers(0, 255))
 def test_no_damaged_byte_raises_another_error(tmp_path_factory: pytest.TempPathFactory, place: int, value: int) -> None:

@@ -149,6 +149,7 @@ def test_a_missing_file_is_reported(tmp_path):
         read_shard(tmp_path / "a.bin")
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(position=st.integers(0, 11), value=st.integers(0, 255), npy=st.booleans())
 def test_a_changed_header_is_rejected_or_harmless(tmp_path_factory, position, value, npy):
@@ -168,6 +169,7 @@ def test_a_changed_header_is_rejected_or_harmless(tmp_path_factory, position, va
 # --- a split ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_any_window_equals_that_of_one_long_array(tmp_path_factory, data):

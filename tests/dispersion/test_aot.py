@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 def run_python(*arguments: str, **environment: str) -> str:
     clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

@@ -18,6 +18,8 @@ import pytest
 import torch
 from conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 def results_of(package: str) -> list[Any]:
     """Losses and gradients of several formulas and backends, and sampled positions, as JSON can hold them."""

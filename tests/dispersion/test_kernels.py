@@ -104,6 +104,7 @@ def test_the_cpu_kernel_at_every_depth_of_halving(shape: tuple[int, ...], matmul
     check(tokens(*shape), "angular", 1.0, "cpu", matmul_dtype)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     variant=st.sampled_from(FAMILY),
@@ -119,6 +120,7 @@ def test_any_shape_on_the_cpu(variant, n_sequences, n_tokens, n_features, tau, c
     check(z, variant, tau, "cpu", torch.float32)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     variant=st.sampled_from(FAMILY),
@@ -303,6 +305,7 @@ class Model(nn.Module):
         return hidden.square().mean() + 0.1 * self.dispersion(hidden)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("backend", ["auto", *FUSED])
 def test_a_model_with_the_loss_compiles_without_a_graph_break(backend: str, autocast: bool) -> None:

@@ -20,6 +20,8 @@ from nanodisp.distributed import layout
 from nanodisp.models.gpt import GPT, GPTConfig
 from nanodisp.runs import checkpoint
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., Path]
 TORCHRUN_2 = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 CURVE = ("train.steps=12", "train.log_interval=1", "train.eval_interval=4", "train.condensation_interval=4")

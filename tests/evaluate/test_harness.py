@@ -27,6 +27,8 @@ from nanodisp.evaluate import __main__ as evaluate
 from nanodisp.models.generate import generate
 from nanodisp.training.validation import Validation
 
+pytestmark = pytest.mark.slow
+
 lm_eval, datasets = pytest.importorskip("lm_eval"), pytest.importorskip("datasets")
 pytest.importorskip("lm_eval.evaluator")
 

@@ -29,6 +29,8 @@ from nanodisp.hf.tokenizer import build_tokenizer
 from nanodisp.models.generate import generate
 from nanodisp.runs.read import read_runs
 
+pytestmark = pytest.mark.slow
+
 transformers = pytest.importorskip("transformers")
 
 Run = Callable[..., Path]

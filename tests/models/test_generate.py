@@ -63,6 +63,7 @@ def test_a_cache_takes_any_number_of_tokens_at_a_time() -> None:
         model(idx[:, :1], cache=cache)
 
 
+@pytest.mark.slow
 def test_compiled_generation_gives_the_same_tokens_and_compiles_once_per_span(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "SPAN", 6)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # needs no C++ compiler

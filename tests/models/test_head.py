@@ -81,6 +81,7 @@ def test_without_gradient_none_is_computed() -> None:
     torch.testing.assert_close(loss, linear_cross_entropy(x, weight, bias, targets).detach())
 
 
+@pytest.mark.slow
 def test_cross_entropy_compiles_without_a_graph_break() -> None:
     x, weight, bias, targets = case(20, 5, 7)
     x.requires_grad_(), weight.requires_grad_()
@@ -151,6 +152,7 @@ def test_the_divergence_under_autocast_equals_pytorchs_up_to_rounding(dtype: tor
         assert (a - b).norm() <= {torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype] * b.norm()
 
 
+@pytest.mark.slow
 def test_the_divergence_saves_no_logits_and_compiles_without_a_graph_break() -> None:
     x, weight, *rest = lesson(64, 4, 500)
     x.requires_grad_(), weight.requires_grad_()

@@ -32,6 +32,8 @@ from nanodisp.report.tables import (
 )
 from nanodisp.runs.read import read_runs
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def pages(sweep: Path) -> Path:

@@ -149,6 +149,7 @@ def test_find_accepts_a_run_its_checkpoints_folder_or_a_checkpoint(tmp_path: Pat
         checkpoint.find(tmp_path / "elsewhere")
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from([*checkpoint.TENSOR_FILES, "state.json"]), st.floats(0, 1, exclude_max=True), st.integers(1, 255)

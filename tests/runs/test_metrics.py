@@ -128,6 +128,7 @@ def wandb_records(path: Path) -> Iterator[Any]:
             collected = b""
 
 
+@pytest.mark.slow
 def test_wandb_syncs_a_resumed_offline_run_as_one_run_without_repeated_steps(run: Run) -> None:
     pytest.importorskip("wandb")
     folder = resumed(run, "wandb.mode=offline", "wandb.tags=[a,b]", "seed=7")

@@ -45,6 +45,7 @@ def test_numbers_are_from_the_last_validation(sweep: Path) -> None:
     assert run.size == "10,960 (2 x 16)"
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.data())
 def test_a_file_cut_anywhere_is_read_up_to_the_cut(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
@@ -62,6 +63,7 @@ def test_a_file_cut_anywhere_is_read_up_to_the_cut(tmp_path_factory: pytest.Temp
     assert bool(run.numbers) == bool(complete_lines)
 
 
+@pytest.mark.slow
 def test_a_run_of_a_sweep_keeps_the_command_that_reproduces_it(corpus: Path, tmp_path: Path) -> None:
     settings = ("train.steps=2", "train.sample_tokens=0", "dispersion.layers=[1,2]", "wandb.tags=['a b']", "seed=3,4")
     result = command("-m", *TINY, f"data.path={corpus}", f"out_dir={tmp_path}", *settings, "run_name=${seed}")

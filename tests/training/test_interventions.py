@@ -198,6 +198,7 @@ def test_an_unsuitable_teacher_is_rejected_with_a_reason(run: Run, teacher: Path
 # --- all of them -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["noise", "forget", "teacher", "all"])
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(run: Run, teacher: Path, which: str) -> None:
     options = {"noise": (NOISE,), "forget": (FORGET,), "teacher": (f"intervention.teacher={teacher}",)}
@@ -214,6 +215,7 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(run: Run, teache
     assert all(torch.equal(value, whole[key]) for key, value in weights(folder).items())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_a_compiled_run_has_the_same_curve_and_repeatable_noise(run: Run, teacher: Path) -> None:
     settings = ("train.steps=6", "train.log_interval=1", FORGET, f"intervention.teacher={teacher}")
@@ -225,6 +227,7 @@ def test_a_compiled_run_has_the_same_curve_and_repeatable_noise(run: Run, teache
     assert losses(noisy[0])[0] != losses(compiled)[0]
 
 
+@pytest.mark.slow
 def test_ranks_sharded_or_not_have_the_curve_of_one_process(
     run: Run, corpus: Path, teacher: Path, tmp_path: Path
 ) -> None:
@@ -252,6 +255,7 @@ def test_a_model_card_names_only_the_interventions_of_its_run(run: Run) -> None:
     assert "intervention:\n  noise_alpha: 5.0\n```" in cards[1]
 
 
+@pytest.mark.slow
 def test_a_report_distinguishes_interventions(tmp_path: Path) -> None:
     arms = ("none", "dispersion", "noisy_embeddings", "active_forgetting", "distillation")
     for arm in arms:

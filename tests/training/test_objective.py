@@ -61,6 +61,7 @@ def test_the_gradient_has_an_added_term_at_its_weight(monkeypatch: pytest.Monkey
     torch.testing.assert_close(with_term - without, 0.7 * 2 * weight / weight.numel(), atol=1e-7, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("with_norm")
 def test_an_added_term_is_trained_recorded_shown_and_reported_by_its_name(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -106,6 +106,7 @@ def test_a_task_does_not_change_the_name_of_a_run(task: Path) -> None:
     assert name_of(compose(f"train.eval_task={task}"), "nano") == name_of(compose(), "nano")
 
 
+@pytest.mark.slow
 def test_two_ranks_with_fsdp_score_as_one_does(run: Run, corpus: Path, task: Path, tmp_path: Path) -> None:
     settings = ("train.steps=2", "train.eval_interval=1", "optim.lr=0.05", f"train.eval_task={task}")
     one = run(*settings)
