@@ -64,6 +64,13 @@ def test_commands_that_a_page_gives_exist(page: Path) -> None:
         assert target in targets, target
 
 
+@pytest.mark.parametrize("group", ["model", "data", "dispersion", "intervention", "optim"])
+def test_every_choice_of_a_group_is_documented(group: str) -> None:
+    page = TEXTS[ROOT / "docs" / "configuration.md"]
+    for file in (ROOT / "conf" / group).glob("*.yaml"):
+        assert f"`{file.stem}`" in page, file
+
+
 def test_the_readme_has_at_most_200_lines() -> None:
     assert len(TEXTS[ROOT / "README.md"].splitlines()) <= 200
 

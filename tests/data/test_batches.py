@@ -133,7 +133,7 @@ def test_validation_windows_are_spread_evenly() -> None:
 
 
 def test_a_split_shorter_than_a_window_is_rejected(tmp_path: Path) -> None:
-    val = open_corpus(write_corpus(tmp_path), "byte").val
+    val = open_corpus(write_corpus(tmp_path, n_val=500), "byte").val
     assert batches_of(val, block_size=499).n_windows == 1
     message = f"block_size=500 needs 501 tokens, but a split of {tmp_path} has 500: use a smaller block_size"
     with pytest.raises(UserError, match=re.escape(message)):

@@ -262,7 +262,7 @@ def test_weights_in_pickles_are_not_read(gpt2: Path, tmp_path: Path) -> None:
         ([], "give export or import"),
         (["out"], "give export or import"),
         (["export", "checkpoint=nowhere", "to={tmp}/a"], "nowhere holds no checkpoint"),
-        (["export", "checkpoint=nowhere"], "to is missing"),
+        (["export", "checkpoint=nowhere"], "to is required"),
         (["import", "checkpoint={tmp}", "to={tmp}/a"], "cannot be read as a GPT-2"),
     ],
 )
