@@ -9,6 +9,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.slow  # starts processes
+
 PROGRAM = "import os, sys; import {module}; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
 
 
