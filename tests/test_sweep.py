@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import subprocess
 import sys
 import time
@@ -70,8 +71,9 @@ def test_a_killed_and_resumed_sweep_has_the_table_of_an_uninterrupted_one(corpus
             return [{**row, "tokens_per_second": "", "command": ""} for row in csv.DictReader(file)]
 
     assert command(*sweep(tmp_path / "whole")).returncode == 0
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as `command` has: other threads, other last digits
     with subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *sweep(tmp_path / "killed")], stdout=subprocess.DEVNULL
+        [sys.executable, str(ROOT / "train.py"), *sweep(tmp_path / "killed")], stdout=subprocess.DEVNULL, env=one_thread
     ) as process:
         while len(list((tmp_path / "killed").glob("*/checkpoints"))) < 2 and process.poll() is None:
             time.sleep(0.01)
