@@ -38,10 +38,11 @@ TESTS = {
     "nanodisp/dispersion/kernels/pairwise.py": ["tests/dispersion/test_kernels.py"],
     "nanodisp/dispersion/kernels/cpu.py": ["tests/dispersion/test_kernels.py"],
     "nanodisp/data/batches.py": ["tests/data/test_batches.py"],
-    "nanodisp/training/optim.py": ["tests/training/test_optim.py", "tests/test_train.py"],
+    "nanodisp/training/optim.py": ["tests/training/test_optim.py", "tests/training/test_objective.py"],
     "nanodisp/runs/checkpoint.py": ["tests/runs/test_checkpoint.py"],
     "nanodisp/training/objective.py": [
-        *("tests/training/test_objective.py", "tests/training/test_interventions.py", "tests/test_train.py"),
+        *("tests/training/test_objective.py", "tests/training/test_randomness.py"),
+        "tests/training/test_interventions.py",
     ],
 }
 
@@ -156,7 +157,7 @@ def survives(mutant: Mutant | None, tests: list[str]) -> bool:
         os.dup2(silence, 1)
         os.dup2(silence, 2)
         os.setpgid(0, 0)
-        os._exit(int(pytest.main([*tests, "-x", "-q", "-p", "no:cacheprovider", "--no-header"])))
+        os._exit(int(pytest.main([*tests, "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--no-header"])))
     deadline = time.monotonic() + TIMEOUT
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
