@@ -226,6 +226,8 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
         left_out.add("dispersion.warmup_fraction")
     if flat.get("optim.name") != "muon":
         left_out |= {"optim.muon_lr", "optim.muon_momentum"}
+    if flat.get("data.encoding") == "utf-8":  # version 0.1.0 did not have the key
+        left_out.add("data.encoding")
     if flat.get("train.tokens") is not None or flat.get("train.tokens_per_param") is not None:
         left_out.add("train.steps")
     return {key: value for key, value in flat.items() if key not in left_out and not key.startswith("wandb.")}

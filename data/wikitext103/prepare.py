@@ -34,8 +34,7 @@ def pieces(repo: str, subset: str | None, field: str) -> Iterator[Piece]:
 
 
 def prepare(config: DataConfig, repo: str = REPO, subset: str | None = "wikitext-103-raw-v1") -> Path:
-    source = f"{repo} {subset}"
-    return prepare_pieces(config, pieces(repo, subset, config.field), "wikitext103", source, source)
+    return prepare_pieces(config, pieces(repo, subset, config.field), "wikitext103", f"{repo} {subset}")
 
 
 if __name__ == "__main__":

@@ -1,32 +1,30 @@
-"""Documents from files (plain text, jsonl, parquet) and from datasets on the Hugging Face hub.
+"""Documents from files (plain text, jsonl, parquet; text and jsonl also in gzip) and from the Hugging Face hub.
 
 A corpus is a stream of pieces: documents, the long ones cut, in the order of the file
 names. Only one piece is in memory at a time, however large a text file is. A long
 document is cut between a word and the white space after it, where no tokenizer of
 `tokenizer.py` merges across: the pieces give the same tokens as the uncut document.
-
-Bytes that are not UTF-8 become U+FFFD, one for each malformed sequence: a file in
-another encoding is noticed in the samples, instead of failing after hours at one byte.
 """
 
 from __future__ import annotations
 
-import codecs
-import gzip
 import json
+import os
 import re
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nanodisp.data.decode import Tally, byte_order_mark, open_bytes, read_chunks, reported
 from nanodisp.errors import UserError
 
 PIECE = 1 << 18  # characters: long enough to keep a core busy, short enough to keep many in memory
 WORD_END = re.compile(r".*[^\W_](?=\s)", re.DOTALL)  # greedy: up to the last word followed by white space
 SNIFFED = 8192  # bytes at the beginning in which a binary file has a zero byte
-JSONL, PARQUET = (".jsonl", ".jsonl.gz"), (".parquet",)
+JSONL, PARQUET = (".jsonl", ".ndjson"), ".parquet"
+TABLES = "not read, because it is a table or one JSON value: convert it to jsonl, one object per line, or parquet"
+UNREAD = {".json": TABLES, ".csv": TABLES, ".tsv": TABLES, ".parquet.gz": "parquet in gzip: decompress it"}
 
 
 class Piece(NamedTuple):
@@ -40,72 +38,149 @@ class Piece(NamedTuple):
 # --- which files -------------------------------------------------------------------------
 
 
-def find_files(path: Path) -> list[Path]:
-    """The files of a corpus: `path` itself, or all below it except hidden and binary ones, sorted.
+class Skipped(NamedTuple):
+    """Something in a folder that is not part of the corpus, by its name below the folder."""
+
+    name: str
+    reason: str
+
+
+def find_files(path: Path, encoding: str) -> tuple[list[Path], list[Skipped]]:
+    """The files of a corpus, sorted, and what was skipped: `path` itself, or all below it that can be read.
 
     Raises:
         UserError: no such path, or no text in it.
     """
-    if path.is_file():
-        if not _is_readable(path):
-            raise UserError(f"data.path={path} is not text; a corpus is text, jsonl, parquet or a folder of these")
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"data.path={path} does not exist; give a file of text, jsonl or parquet, or a folder of these")
-    inside = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
-    files = [path / name for name in inside if not any(part.startswith(".") for part in name.parts)]
-    readable = [file for file in files if _is_readable(file)]
-    if not readable:
-        raise UserError(f"data.path={path} holds no text, jsonl or parquet file among its {len(files)} files")
-    return readable
+    with reported(path):
+        if path.is_file():
+            if reason := _unreadable(path, encoding):
+                raise UserError(f"data.path={path} is {reason}; a corpus is text, jsonl, parquet or a folder of these")
+            return [path], []
+        if path.exists() and not path.is_dir():
+            raise UserError(f"data.path={path} is a device, a pipe or a socket; give a file or a folder")
+        if not path.exists():
+            raise UserError(
+                f"data.path={path} does not exist; give a file of text, jsonl or parquet, or a folder of these"
+            )
+    files: list[Path] = []
+    skipped: list[Skipped] = []
+    for found, reason in _walk(path):
+        reason = reason or _unreadable(found, encoding)
+        if reason is None:
+            files.append(found)
+        else:
+            skipped.append(Skipped(found.relative_to(path).as_posix(), reason))
+    if not files:
+        raise UserError(f"data.path={path} holds no file of text, jsonl or parquet{_because(skipped)}")
+    return sorted(files, key=lambda file: file.relative_to(path)), sorted(skipped)
 
 
-def _is_readable(path: Path) -> bool:
-    return path.name.endswith(JSONL + PARQUET) or is_text(path)
+def _walk(root: Path) -> Iterator[tuple[Path, str | None]]:
+    """Everything below a folder that is not a folder or is not entered, with the reason to skip it, if any."""
+    failed: list[OSError] = []
+    for folder, folders, names in os.walk(root, onerror=failed.append):
+        here = Path(folder)
+        for name in [*folders, *names]:
+            path = here / name
+            if name.startswith("."):
+                yield path, "hidden"
+            elif name not in folders:
+                yield path, None if path.is_file() else "no regular file or a broken link"
+            elif path.is_symlink():
+                yield path, "a link to a folder"
+        folders[:] = [name for name in folders if not name.startswith(".")]
+    for error in failed:
+        yield Path(error.filename), f"not readable: {error.strerror}"
+
+
+def _unreadable(path: Path, encoding: str) -> str | None:
+    """Why a file cannot be part of a corpus; None if it can. A binary file has a zero byte near its beginning."""
+    name = path.name.lower()
+    for ending, reason in UNREAD.items():
+        if name.endswith((ending, f"{ending}.gz")):
+            return reason
+    if is_jsonl(path) or name.endswith(PARQUET):
+        return None
+    try:
+        with reported(path), open_bytes(path) as file:
+            head = file.read(SNIFFED)
+    except UserError as error:
+        return f"not readable: {error.__cause__}"
+    wide = bool(byte_order_mark(head)) or encoding.startswith(("utf-16", "utf-32"))
+    if head.startswith(b"%PDF-") or (b"\0" in head and not wide):
+        return "not text (binary, or UTF-16 without a byte order mark, which needs data.encoding=utf-16-le or -be)"
+    return None
+
+
+def _because(skipped: list[Skipped]) -> str:
+    return f"; skipped {describe(skipped)}" if skipped else ""
+
+
+def describe(skipped: Iterable[Skipped]) -> str:
+    """What was skipped and why, by reason, with the first three names of each."""
+    names: dict[str, list[str]] = {}
+    for name, reason in skipped:
+        names.setdefault(reason, []).append(name)
+    parts = [f"{', '.join(n[:3])}{f' and {len(n) - 3:,} more' if len(n) > 3 else ''}: {r}" for r, n in names.items()]
+    return "; ".join(parts)
+
+
+def counted(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'s' if n != 1 else ''}"
+
+
+def is_jsonl(path: Path) -> bool:
+    return path.name.lower().removesuffix(".gz").endswith(JSONL)
+
+
+def read_as(path: Path) -> str:
+    """How a file is read if version 0.1.0 read it otherwise, for the identity of a corpus; empty if it did not."""
+    with reported(path), path.open("rb") as file:
+        mark = byte_order_mark(file.read(4))
+    if is_jsonl(path) and not path.name.endswith((".jsonl", ".jsonl.gz")):
+        return " as jsonl"
+    return " without its byte order mark" if mark and is_text(path) else ""
 
 
 def is_text(path: Path) -> bool:
-    """Whether a file is plain text by git's rule: no zero byte near its beginning."""
-    with _as_user_error(path), path.open("rb") as file:
-        return not path.name.endswith(JSONL + PARQUET) and b"\0" not in file.read(SNIFFED)
+    """Whether a file of a corpus is plain text, one document."""
+    return not is_jsonl(path) and not path.name.lower().endswith(PARQUET)
 
 
-# --- pieces ------------------------------------------------------------------------------
+# --- documents ---------------------------------------------------------------------------
 
 
-def read_files(files: Sequence[Path], field: str, val_fraction: float) -> Iterator[Piece]:
-    """The pieces of a corpus with their splits.
-
-    A single text file gives its last `val_fraction` of bytes to validation; the two parts are
-    two documents. Otherwise every text file, every line of jsonl and every row of parquet is a
-    document, and `every_kth_to_val` splits them.
-    """
-    if len(files) == 1 and is_text(files[0]):
-        size = files[0].stat().st_size
-        cut = _character_start(files[0], int(size * (1 - val_fraction)))
-        yield from (Piece("train", text, ends) for text, ends in read_text(files[0], 0, cut))
-        yield from (Piece("val", text, ends) for text, ends in read_text(files[0], cut, size))
-        return
-    parts = (part for file in files for part in _read_file(file, field))
-    yield from every_kth_to_val(parts, val_fraction)
-
-
-def every_kth_to_val(parts: Iterable[tuple[str, bool]], val_fraction: float) -> Iterator[Piece]:
-    """Documents 0, k, 2k, … go to validation, k = round(1 / val_fraction); parts are (text, ends)."""
-    k, document = round(1 / val_fraction), 0
-    for text, ends in parts:
-        yield Piece("train" if document % k else "val", text, ends)
-        document += ends
+def read_documents(file: Path, field: str, encoding: str, tally: Tally) -> Iterator[Iterable[str]]:
+    """The documents of a file, each as chunks of its text: a text file that is not empty, a line, a row."""
+    if file.name.lower().endswith(PARQUET):
+        yield from ((text,) for text in read_parquet(file, field, tally))
+    elif is_jsonl(file):
+        yield from ((text,) for text in read_jsonl(file, field, encoding, tally))
+    else:
+        chunks = read_chunks(file, encoding, tally)
+        first = next(chunks, "")
+        tally.empty += not first
+        if first:
+            yield chain((first,), chunks)
 
 
 def cut(document: str) -> Iterator[tuple[str, bool]]:
     """(text, ends) of the pieces of a document, each of at most PIECE characters."""
-    start = 0
-    while len(document) - start > PIECE:
-        stop = _piece_end(document, start)
-        yield document[start:stop], False
-        start = stop
-    yield document[start:], True
+    return join_and_cut((document,))
+
+
+def join_and_cut(chunks: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """(text, ends) of the pieces of the document that the chunks join to."""
+    text = ""
+    for chunk in chunks:
+        text += chunk
+        start = 0
+        while len(text) - start > PIECE:
+            stop = _piece_end(text, start)
+            yield text[start:stop], False
+            start = stop
+        text = text[start:]
+    yield text, True
 
 
 def _piece_end(text: str, start: int) -> int:
@@ -113,59 +188,43 @@ def _piece_end(text: str, start: int) -> int:
     return word_end.end() if word_end else start + PIECE  # 262,144 characters without the end of a word
 
 
-def _read_file(path: Path, field: str) -> Iterator[tuple[str, bool]]:
-    if path.name.endswith(PARQUET):
-        yield from (part for document in read_parquet(path, field) for part in cut(document))
-    elif path.name.endswith(JSONL):
-        yield from (part for document in read_jsonl(path, field) for part in cut(document))
-    else:
-        yield from read_text(path, 0, path.stat().st_size)
+def _lines(chunks: Iterable[str]) -> Iterator[str]:
+    parts: list[str] = []
+    for chunk in chunks:
+        first, *others = chunk.split("\n")
+        parts.append(first)
+        if others:
+            yield "".join(parts)
+            yield from others[:-1]
+            parts = [others[-1]]
+    yield "".join(parts)
 
 
-def read_text(path: Path, start: int, stop: int) -> Iterator[tuple[str, bool]]:
-    """(text, ends) of the pieces of one document: bytes start to stop - 1 of a file. Nothing if it is empty."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    text = ""
-    with _as_user_error(path), path.open("rb") as file:
-        file.seek(start)
-        while chunk := file.read(min(PIECE, stop - file.tell())):
-            text += decoder.decode(chunk)
-            while len(text) > PIECE:
-                end = _piece_end(text, 0)
-                yield text[:end], False
-                text = text[end:]
-    text += decoder.decode(b"", final=True)
-    if text:
-        yield text, True
-
-
-def _character_start(path: Path, position: int) -> int:
-    """The position of the first byte, at `position` or after it, that begins a UTF-8 character."""
-    with path.open("rb") as file:
-        file.seek(position)
-        following = file.read(4)
-    return position + len(following) - len(following.lstrip(bytes(range(0x80, 0xC0))))
-
-
-def read_jsonl(path: Path, field: str) -> Iterator[str]:
-    """The string under `field` of each line; blank lines are skipped."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    with _as_user_error(path), opener(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8", "replace"))
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path} line {number} is not JSON: {error}") from error
-            if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                found = f"its keys are {', '.join(row)}" if isinstance(row, dict) else "it is not an object"
-                raise UserError(f"{path} line {number} has no text under {field!r} ({found}); set data.field")
+def read_jsonl(path: Path, field: str, encoding: str, tally: Tally) -> Iterator[str]:
+    """The string under `field` of each line; blank lines and nulls are skipped."""
+    for number, line in enumerate(_lines(read_chunks(path, encoding, tally)), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path} line {number} is not an object with text under {field!r}")
+        if field not in row:
+            raise UserError(f"{path} line {number} has no {field!r} (its keys are {', '.join(row)}); set data.field")
+        if row[field] is None:
+            tally.null += 1
+            tally.first_null = tally.first_null or f"{path} line {number}"
+        elif not isinstance(row[field], str):
+            kind = type(row[field]).__name__
+            raise UserError(f"{path} line {number} has no text under {field!r} but a value of type {kind}")
+        else:
             yield row[field]
 
 
-def read_parquet(path: Path, field: str) -> Iterator[str]:
-    """The strings of the column `field`; nulls are skipped."""
+def read_parquet(path: Path, field: str, tally: Tally) -> Iterator[str]:
+    """The strings of the column `field`; empty ones and nulls are skipped."""
     try:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
@@ -178,8 +237,14 @@ def read_parquet(path: Path, field: str) -> Iterator[str]:
             texts += [column.name for column in schema if arrow.types.is_large_string(column.type)]
             if field not in texts:
                 raise UserError(f"{path} has no text column {field!r} (it has {', '.join(texts)}); set data.field")
-            for batch in file.iter_batches(batch_size=1024, columns=[field]):
-                yield from filter(None, batch.column(0).to_pylist())
+            batches = file.iter_batches(batch_size=1024, columns=[field])
+            rows = (text for batch in batches for text in batch.column(0).to_pylist())
+            for number, text in enumerate(rows, start=1):
+                if text:
+                    yield text
+                elif text is None:
+                    tally.null += 1
+                    tally.first_null = tally.first_null or f"{path} row {number}"
     except (arrow.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read as parquet: {error}") from error
 
@@ -199,11 +264,3 @@ def read_hub(repo: str, subset: str | None, split: str, field: str | None) -> It
     except Exception as error:  # of many types, from three libraries and the network
         reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
         raise UserError(f"dataset {repo} cannot be read: {reason}") from error
-
-
-@contextmanager
-def _as_user_error(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error

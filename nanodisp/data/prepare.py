@@ -3,56 +3,43 @@
 A corpus (see `documents.py`) is tokenised on all cores and written as shards with a manifest,
 into a folder named by a hash of its content: the same text, tokenizer and settings find it
 again, anything else gets a folder of its own. An end-of-text token ends each document.
-
-Shards are written in rounds: when the shard of one split is full, those of both splits are
-written, and then `progress.json`, which records how many pieces of the corpus they hold. A
-killed preparation skips these pieces when run again and ends with the same bytes as an
-uninterrupted one. Memory is bounded by two shards for any corpus. The manifest is written last.
+Files are read twice: first to check them and to decide the split, before anything is written.
+The manifest is written last.
 """
 
 from __future__ import annotations
 
-import fcntl
+import codecs
 import inspect
 import json
 import os
 import runpy
+import shutil
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import cast
 
-import numpy as np
 from omegaconf import OmegaConf
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from nanodisp import cli
-from nanodisp.data.documents import PIECE, Piece, cut, every_kth_to_val, is_text, read_files
-from nanodisp.data.shards import (
-    MANIFEST,
-    MAX_TOKENS,
-    PROGRESS,
-    SPLITS,
-    Manifest,
-    Shard,
-    describe_shard,
-    open_split,
-    write_shard,
-)
+from nanodisp.data.decode import Tally
+from nanodisp.data.documents import Piece, Skipped, counted, cut, describe, is_text, read_as, read_documents
+from nanodisp.data.shards import MANIFEST, MAX_TOKENS, PROGRESS, SPLITS, Manifest, open_split
+from nanodisp.data.split import Split, assign, every_kth_to_val, n_bytes, split_by_size
 from nanodisp.data.tokenizer import Tokenizer, load_tokenizer
+from nanodisp.data.writer import LOCK, Progress, locked, progress_bar, write_shards
 from nanodisp.errors import UserError
 from nanodisp.files import digest, write_whole
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DATA, CONF = REPOSITORY / "data", REPOSITORY / "conf" / "data"  # only a clone has them, an installed wheel does not
-LOCK = ".lock"
+SPLIT = "split.json"  # the rule that split a collection of files; folders of version 0.1.0 have none
 
 
 @dataclass
@@ -64,8 +51,10 @@ class DataConfig:
     tokenizer: "byte", "gpt2" or the path of a `.tiktoken` file. For "shards" without a
         manifest: the tokenizer they were made with, or "none" if their text is not needed.
     val_fraction: share of the text held out for validation, at most a half: the end of a
-        single text file, otherwise every k-th document, k = round(1 / val_fraction).
+        single text file, otherwise every k-th document, k = round(1 / val_fraction), or parts
+        of documents where these are too few or too unequal. File names decide before it ("text").
     field: the key of jsonl, or the column of parquet, that holds the text.
+    encoding: of text and jsonl files that do not begin with a byte order mark.
     shard_tokens: maximum number of tokens per shard.
     chunks: number of training shards to download ("fineweb10B").
     folder: where prepared folders are created; null for `data/<name>`.
@@ -76,6 +65,7 @@ class DataConfig:
     tokenizer: str = "byte"
     val_fraction: float = 0.05
     field: str = "text"
+    encoding: str = "utf-8"
     shard_tokens: int = 100_000_000
     chunks: int = 10
     folder: str | None = None
@@ -89,6 +79,12 @@ class DataConfig:
             raise ValueError(f"data.chunks={self.chunks} must be at least 1")
         if not self.tokenizer:
             raise ValueError("data.tokenizer is empty; choose byte, gpt2 or the path of a .tiktoken file")
+        try:
+            "".encode(self.encoding)
+            name = codecs.lookup(self.encoding).name  # one name for utf8, UTF-8, …
+        except (LookupError, ValueError) as error:
+            raise ValueError(f"data.encoding={self.encoding} is unknown; utf-8 and cp1252 are examples") from error
+        self.encoding = "utf-8" if name == "utf-8-sig" else name
 
 
 # --- entry points: for train.py, for a data set's script, for the command line -------------
@@ -141,42 +137,110 @@ def main(prepare_function: Callable[[DataConfig], Path]) -> None:
     cli.run(run)
 
 
-def prepare_files(config: DataConfig, files: Sequence[Path], root: Path, stem: str) -> Path:
-    """Prepare a corpus of files, identified by their names below `root` and their content."""
+def prepare_files(
+    config: DataConfig,
+    files: Sequence[Path],
+    root: Path,
+    stem: str,
+    splits: Mapping[Path, str] | None = None,
+    skipped: Sequence[Skipped] = (),
+) -> Path:
+    """Prepare a corpus of files, identified by their names below `root` and their content.
+
+    Args:
+        splits: "train" or "val" for each file; None to hold out `val_fraction` of the text.
+        skipped: what else was found, to be reported.
+    """
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(lambda file: digest(file, "blake2b"), files)
-        content = [f"{file.relative_to(root).as_posix()} {digest}" for file, digest in zip(files, digests, strict=True)]
-    plain_bytes = sum(file.stat().st_size for file in files) if all(map(is_text, files)) else None
-    pieces = read_files(files, config.field, config.val_fraction)
-    return prepare_pieces(config, pieces, stem, "\n".join(content), source=stem, text_bytes=plain_bytes)
+        digests = pool.map(lambda file: f"{digest(file, 'blake2b')}{read_as(file)}", files)
+        content = "\n".join(f"{f.relative_to(root).as_posix()} {d}" for f, d in zip(files, digests, strict=True))
+    # Known without reading: the folder, if it is complete, and made or checked by `_survey`.
+    for key in ("by name",) if splits else (None, "by size"):
+        folder = _folder(config, stem, content, key)
+        if (folder / MANIFEST).exists() and (folder / SPLIT).exists():
+            if skipped and os.environ.get("RANK", "0") == "0":
+                print(f"{folder}: skipped {describe(skipped)}", file=sys.stderr)
+            return folder
+    tally = Tally()
+    sizes, split = _survey(config, files, splits, tally)
+    for name, n in (("train", sum(split.n_train)), ("val", sum(sizes) - sum(split.n_train))):
+        if not n:
+            raise _too_little(stem, name, [*tally.notes(), *_skipped(skipped)])
+    documents = (d for file in files for d in read_documents(file, config.field, config.encoding, Tally()))
+    folder = _folder(config, stem, content, split.key)
+    summary = [f"{counted(len(files), 'file')}, {split.rule}", *tally.notes(), *_skipped(skipped)]
+    rule = json.dumps({"rule": split.rule, "files": len(files), "documents": len(sizes)}).encode()
+    if (folder / MANIFEST).exists():  # made by version 0.1.0, and what it should be
+        with suppress(UserError):
+            write_whole(folder / SPLIT, rule)
+        return folder
+    return _prepare(config, folder, assign(documents, sizes, split.n_train), stem, sum(sizes), summary, rule)
+
+
+def _skipped(skipped: Sequence[Skipped]) -> list[str]:
+    return [f"skipped {describe(skipped)}"] if skipped else []
+
+
+def _survey(
+    config: DataConfig, files: Sequence[Path], splits: Mapping[Path, str] | None, tally: Tally
+) -> tuple[array[int], Split]:
+    """The size of each document of the files, and their split. Raises UserError for what cannot be read."""
+    sizes, n_train = array("q"), array("q")
+    with progress_bar("reading", None) as advance:
+        for file in files:
+            for chunks in read_documents(file, config.field, config.encoding, tally):
+                sizes.append(sum(map(n_bytes, chunks)))
+                n_train.append(sizes[-1] if splits and splits[file] == "train" else 0)
+                advance(sizes[-1])
+    if splits:
+        n = sum(split == "val" for split in splits.values())
+        return sizes, Split(f"{n:,} of them for validation by name", "by name", n_train)
+    split = split_by_size(sizes, config.val_fraction)
+    if len(files) == 1 and is_text(files[0]) and not tally.undecodable:
+        split = split._replace(rule="its end for validation", key=None)  # in every version
+    return sizes, split
 
 
 def prepare_documents(config: DataConfig, documents: Iterable[str], stem: str, source: str) -> Path:
     """Prepare a stream of documents, identified by `source`; if it is prepared already, none is requested."""
     parts = (part for document in documents for part in cut(document))
-    return prepare_pieces(config, every_kth_to_val(parts, config.val_fraction), stem, source, source)
+    return prepare_pieces(config, every_kth_to_val(parts, config.val_fraction), stem, source)
 
 
-def prepare_pieces(
-    config: DataConfig, pieces: Iterable[Piece], stem: str, content: str, source: str, text_bytes: int | None = None
-) -> Path:
+def prepare_pieces(config: DataConfig, pieces: Iterable[Piece], stem: str, source: str) -> Path:
     """Prepare a stream of pieces, unless it is prepared already, and return the folder.
 
     Args:
-        pieces: the same in every call with the same `content`.
+        pieces: the same in every call with the same `source`.
         stem: the beginning of the folder's name.
-        content: identifies the corpus; hashed into the folder's name.
-        source: where the text is from, for the manifest.
-        text_bytes: size of the corpus, if known, for the progress bar.
+        source: where the text is from; identifies the corpus.
 
     Raises:
         UserError: no text for one of the splits, or the corpus, the tokenizer or the disk fails.
     """
+    folder = _folder(config, stem, source, None)
+    return folder if (folder / MANIFEST).exists() else _prepare(config, folder, pieces, source)
+
+
+def _folder(config: DataConfig, stem: str, content: str, split: str | None) -> Path:
+    """The folder for a corpus with this content, split by another rule than every k-th document if `split` is given."""
     settings = [content, _identity(config.tokenizer), config.val_fraction, config.field, config.shard_tokens]
+    settings += [config.encoding] if config.encoding != "utf-8" else []
+    settings += [split] if split else []
     key = blake2b(json.dumps(settings).encode(), digest_size=4).hexdigest()
-    folder = Path(config.folder or DATA / config.name) / f"{stem}-{Path(config.tokenizer).stem}-{key}"
-    if (folder / MANIFEST).exists():
-        return folder
+    return Path(config.folder or DATA / config.name) / f"{stem}-{Path(config.tokenizer).stem}-{key}"
+
+
+def _prepare(
+    config: DataConfig,
+    folder: Path,
+    pieces: Iterable[Piece],
+    source: str,
+    text_bytes: int | None = None,
+    summary: Sequence[str] = (),
+    rule: bytes | None = None,
+) -> Path:
+    """Write the folder; report what it holds, and `summary`. `rule` is the content of split.json."""
     tokenizer = load_tokenizer(config.tokenizer)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -185,14 +249,29 @@ def prepare_pieces(
         raise UserError(
             f"{folder} cannot be written ({error.strerror}); set data.folder to a writable folder"
         ) from error
-    with _locked(folder):
-        if not (folder / MANIFEST).exists():  # another process may have done it while we waited
-            print(f"preparing {folder} (only the first time)", file=sys.stderr)
-            for stale in folder.glob(".*.tmp"):
-                stale.unlink()
-            progress = _write_shards(folder, pieces, tokenizer, config.shard_tokens, text_bytes)
-            _write_manifest(folder, progress, tokenizer, config.tokenizer, source)
+    with locked(folder):
+        folder.mkdir(exist_ok=True)  # another process may have failed while we waited, and removed it
+        if (folder / MANIFEST).exists():  # or prepared it
+            return folder
+        print(f"preparing {folder} (only the first time)", file=sys.stderr)
+        for stale in folder.glob(".*.tmp"):
+            stale.unlink()
+        try:
+            progress = write_shards(folder, pieces, tokenizer, config.shard_tokens, text_bytes)
+        except UserError:
+            if not (folder / PROGRESS).exists():  # nothing to resume from
+                shutil.rmtree(folder)
+            raise
+        if rule is not None:
+            write_whole(folder / SPLIT, rule)
+        _write_manifest(folder, progress, tokenizer, config.tokenizer, source)
+        print("; ".join([f"{folder}: {progress}", *summary]), file=sys.stderr)
     return folder
+
+
+def _too_little(source: str, split: str, notes: Sequence[str] = ()) -> UserError:
+    because = "".join(f"; {note}" for note in notes)
+    return UserError(f"{source} has too little text: {split} would be empty; add documents or characters{because}")
 
 
 def _identity(tokenizer: str) -> str:
@@ -205,151 +284,16 @@ def _identity(tokenizer: str) -> str:
         raise UserError(f"data.tokenizer={tokenizer} cannot be read: {error.strerror}") from error
 
 
-def _write_manifest(folder: Path, progress: _Progress, tokenizer: Tokenizer, spec: str, source: str) -> None:
+def _write_manifest(folder: Path, progress: Progress, tokenizer: Tokenizer, spec: str, source: str) -> None:
     ratios = {}
     for split in SPLITS:
-        n_tokens = sum(shard.tokens for shard in progress.shards if shard.split == split)
+        n_tokens = progress.tokens(split)
         if not n_tokens:
-            raise UserError(f"{source} has too little text: {split} would be empty; add documents or characters")
+            shutil.rmtree(folder)
+            raise _too_little(source, split)
         ratios[split] = progress.text_bytes[split] / n_tokens
     if spec.endswith(".tiktoken"):  # a copy makes the folder self-contained
         write_whole(folder / Path(spec).name, Path(spec).read_bytes())
         spec = Path(spec).name
     Manifest(spec, tokenizer.vocab_size, source, ratios, progress.shards).save(folder)
     (folder / PROGRESS).unlink()
-
-
-# --- pieces to tokens, on all cores ----------------------------------------------------------
-
-
-class Tokenised(NamedTuple):
-    """The tokens of a piece, with end-of-text if the document ends, and the size of its text in UTF-8 bytes."""
-
-    split: str
-    tokens: np.ndarray
-    n_bytes: int
-
-
-def _tokenise(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[Tokenised]:
-    """Tokenise in the order of the pieces. tiktoken releases the GIL, so threads are enough."""
-    nothing = tokenizer.encode("")
-    end = np.append(nothing, tokenizer.eot).astype(nothing.dtype)
-
-    def work(batch: list[Piece]) -> list[Tokenised]:
-        done = []
-        for split, text, ends in batch:
-            tokens = tokenizer.encode(text)
-            if ends and text:
-                tokens = np.concatenate([tokens, end])
-            done.append(Tokenised(split, tokens, len(text.encode("utf-8", "replace"))))
-        return done
-
-    n_workers = os.cpu_count() or 1
-    with ThreadPoolExecutor(n_workers) as pool:
-        running: deque[Future[list[Tokenised]]] = deque()
-        for batch in _batches(pieces):
-            running.append(pool.submit(work, batch))
-            if len(running) > 4 * n_workers:
-                yield from running.popleft().result()
-        while running:
-            yield from running.popleft().result()
-
-
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Group small pieces, so that each task of a thread is worth its overhead."""
-    batch, size = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece.text)
-        if size >= PIECE // 2 or len(batch) >= 1024:
-            yield batch
-            batch, size = [], 0
-    yield batch
-
-
-# --- tokens to shards ------------------------------------------------------------------------
-
-
-@dataclass
-class _Progress:
-    """The shards on disk, how many pieces of the corpus they hold, and the UTF-8 bytes of their text by split."""
-
-    pieces: int = 0
-    text_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    shards: list[Shard] = field(default_factory=list)
-    rounds: int = 0
-
-    @classmethod
-    def load(cls, folder: Path) -> _Progress:
-        """Where a killed preparation stopped; the beginning if its files are missing or damaged."""
-        try:
-            fields = json.loads((folder / PROGRESS).read_bytes())
-            fields["shards"] = [Shard(**shard) for shard in fields["shards"]]
-            if all((folder / shard.file).stat().st_size == shard.bytes for shard in fields["shards"]):
-                return cls(**fields)
-        except (OSError, ValueError, TypeError, KeyError):
-            pass
-        return cls()
-
-
-def _write_shards(
-    folder: Path, pieces: Iterable[Piece], tokenizer: Tokenizer, shard_tokens: int, text_bytes: int | None
-) -> _Progress:
-    """Write the shards of the corpus that are not on disk yet."""
-    writer = _Writer(folder, shard_tokens)
-    rest = islice(pieces, writer.progress.pieces, None)
-    with _progress_bar(text_bytes, sum(writer.progress.text_bytes.values())) as advance:
-        for tokenised in _tokenise(rest, tokenizer):
-            writer.add(tokenised)
-            advance(tokenised.n_bytes)
-        writer.write_round()
-    return writer.progress
-
-
-class _Writer:
-    """Collects tokens and writes them in rounds: one shard per split, of complete pieces."""
-
-    def __init__(self, folder: Path, shard_tokens: int) -> None:
-        self.folder = folder
-        self.shard_tokens = shard_tokens
-        self.progress = _Progress.load(folder)
-        self.collected: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-        self.sizes = dict.fromkeys(SPLITS, 0)
-
-    def add(self, tokenised: Tokenised) -> None:
-        split, tokens, n_bytes = tokenised
-        if self.sizes[split] and self.sizes[split] + len(tokens) > self.shard_tokens:
-            self.write_round()
-        self.collected[split].append(tokens)
-        self.sizes[split] += len(tokens)
-        self.progress.text_bytes[split] += n_bytes
-        self.progress.pieces += 1
-
-    def write_round(self) -> None:
-        for split in SPLITS:
-            if self.sizes[split]:
-                path = self.folder / f"{split}_{self.progress.rounds:06d}.bin"
-                write_shard(path, np.concatenate(self.collected[split]))
-                self.progress.shards.append(describe_shard(path, split))
-                self.collected[split], self.sizes[split] = [], 0
-        self.progress.rounds += 1
-        write_whole(self.folder / PROGRESS, json.dumps(asdict(self.progress)).encode())
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One preparation of a folder at a time: a second one waits. The lock of a dead process is released."""
-    with (folder / LOCK).open("w") as lock:
-        with suppress(OSError):  # a file system without locks: two processes would write the same bytes
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def _progress_bar(total: int | None, done: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function that advances the bar by a number of bytes; nothing is shown outside a terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("tokenising"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("tokenising", total=total, completed=done)
-        yield lambda n_bytes: bar.advance(task, n_bytes)
