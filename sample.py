@@ -85,7 +85,9 @@ def main(argv: Sequence[str]) -> None:
     if config.compile:
         model.compile_one_token()
     tokenizer = load_tokenizer(run.spec)
-    prompt = tokenizer.encode(config.prompt).tolist() or [tokenizer.eot]  # without a prompt: a new document
+    prompt = tokenizer.encode(config.prompt).tolist()
+    learned = run.saved.state.get("sample_start")  # older checkpoints have none
+    unprompted = [] if prompt else [tokenizer.eot if learned is None else learned]
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # for a terminal that is not UTF-8
@@ -93,7 +95,7 @@ def main(argv: Sequence[str]) -> None:
         seeds = [config.seed + i for i in range(first, min(first + config.batch_size, config.num_samples))]
         steps = generate(
             model,
-            torch.tensor([prompt] * len(seeds), device=device),
+            torch.tensor([prompt or unprompted] * len(seeds), device=device),
             config.max_new_tokens,
             temperature=config.temperature,
             top_k=config.top_k,
@@ -105,10 +107,10 @@ def main(argv: Sequence[str]) -> None:
         ):  # the first while it is generated, then the others
             if first + row > 0:
                 sys.stdout.write("---\n")
-            write(config.prompt, map(itemgetter(row), same_steps), tokenizer)
+            write(config.prompt, itertools.chain(unprompted, map(itemgetter(row), same_steps)), tokenizer)
 
 
-def write(prompt: str, tokens: Iterable[Tensor], tokenizer: Tokenizer) -> None:
+def write(prompt: str, tokens: Iterable[Tensor | int], tokenizer: Tokenizer) -> None:
     """Write a sample to standard output as its tokens arrive."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
     sys.stdout.write(prompt)

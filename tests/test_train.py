@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, command, compose, losses, records, weights, write_corpus
 
+import sample
 import train
 from nanodisp.dispersion.placement import DispersionConfig
 from nanodisp.distributed import World, hardware
@@ -243,6 +244,47 @@ def test_other_text_makes_it_another_run(run: Run, tmp_path: Path) -> None:
     run("train.steps=2")
     with pytest.raises(UserError, match=r"another run: .*corpus="):
         run("train.steps=2", f"data.path={other}")
+
+
+def test_a_text_that_has_changed_under_the_same_command_is_rejected(run: Run, tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    own = ("data=text", f"data.path={text}", f"data.folder={tmp_path / 'prepared'}", "train.steps=1")
+    text.write_text("some words " * 200)
+    run(*own)
+    text.write_text("other words " * 200)
+    with pytest.raises(
+        UserError, match=r"^the text has changed: .*step_00000001 was trained on a-byte-\w+, .*run_name="
+    ):
+        run(*own)
+
+
+@pytest.mark.parametrize("n_documents", [1, 2])
+def test_the_sample_begins_with_what_follows_something_in_the_training_text(
+    run: Run, tmp_path: Path, n_documents: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """End-of-text between two documents; the first token of a single one, which never saw end-of-text before it."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "val.txt").write_text("held out " * 20)
+    for i in range(n_documents):
+        (texts / f"{i}.txt").write_text("Words " * 40)
+    own = ("data=text", f"data.path={texts}", f"data.folder={tmp_path / 'prepared'}", "train.steps=1")
+    starts = []
+    generate = sample.generate
+
+    def spy(model: GPT, prompt: torch.Tensor, *args: Any, **options: Any) -> Any:
+        starts.append(prompt.tolist())
+        return generate(model, prompt, *args, **options)
+
+    monkeypatch.setattr("nanodisp.runs.folder.generate", spy)
+    monkeypatch.setattr(sample, "generate", spy)
+    folder = run(*own)
+    capsys.readouterr()
+    sample.main((f"checkpoint={folder}", "max_new_tokens=8"))
+    assert starts == [[[ord("W") if n_documents == 1 else 256]]] * 2
+    if n_documents == 1:
+        assert (folder / "samples.txt").read_text().startswith("W")
+        assert capsys.readouterr().out.startswith("W")
 
 
 def test_a_budget_may_grow_and_a_smaller_one_changes_nothing(run: Run) -> None:

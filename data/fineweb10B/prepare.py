@@ -6,6 +6,7 @@ The manifest written beside them has no bytes per token, because the size of the
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from nanodisp.data.prepare import DATA, DataConfig, main
@@ -39,7 +40,12 @@ def prepare(config: DataConfig, fetch: Callable[[str, Path], None] = download) -
     shards = []
     for split, number in [("val", 0), *(("train", number) for number in range(1, config.chunks + 1))]:
         file = f"fineweb_{split}_{number:06d}.bin"
-        fetch(file, folder)
+        try:
+            fetch(file, folder)
+        except UserError:
+            with suppress(OSError):  # unless it holds shards already, for the next attempt
+                folder.rmdir()
+            raise
         shards.append(describe_shard(folder / file, split))
     Manifest("gpt2", 50_257, REPO, {}, shards).save(folder)
     return folder

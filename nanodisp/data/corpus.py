@@ -9,8 +9,10 @@ from nanodisp.data.prepare import DataConfig, prepare
 from nanodisp.data.shards import MANIFEST, Manifest, Tokens, open_split
 from nanodisp.data.tokenizer import vocab_size_of
 from nanodisp.distributed.world import World
+from nanodisp.errors import UserError
 
 CHUNK = 1 << 20  # tokens per read when all of them are read
+LONGEST_DOCUMENT = 128  # chunks: a document that is longer counts as the only one
 CHARACTERS = "meta.pkl"  # nanoGPT writes it beside character-level shards
 
 
@@ -70,3 +72,20 @@ def count_vocabulary(corpus: Corpus) -> int:
     splits = (corpus.train, corpus.val)
     chunks = (s.read(start, min(start + CHUNK, len(s))) for s in splits for start in range(0, len(s), CHUNK))
     return 1 + max(int(chunk.max()) for chunk in chunks)
+
+
+def sample_start(corpus: Corpus) -> int | None:
+    """The token that a sample without a prompt begins with, one that the model has learned to continue.
+
+    End-of-text if a document of the training split follows one; otherwise, as for a single text, the split's first
+    token. None if the tokenizer is not known.
+    """
+    try:
+        end = (corpus.vocab_size or vocab_size_of(corpus.tokenizer)) - 1  # of every tokenizer, the last
+    except UserError:
+        return None
+    last = len(corpus.train) - 1  # nothing follows it
+    for start in range(0, min(last, LONGEST_DOCUMENT * CHUNK), CHUNK):
+        if (corpus.train.read(start, min(start + CHUNK, last)) == end).any():
+            return end
+    return int(corpus.train.read(0, 1)[0])

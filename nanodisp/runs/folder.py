@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from nanodisp.config import BUDGET, CONFIG, Config, identity
-from nanodisp.data.corpus import Corpus
+from nanodisp.data.corpus import Corpus, sample_start
 from nanodisp.data.tokenizer import load_tokenizer
 from nanodisp.distributed import layout
 from nanodisp.distributed.world import World
@@ -66,6 +66,7 @@ class Run:
     def __init__(self, plan: Plan, corpus: Corpus, world: World) -> None:
         self.plan, self.config, self.corpus, self.world = plan, plan.config, corpus, world
         self.folder = Path(plan.config.out_dir) / str(plan.config.run_name)
+        self.sample_start = sample_start(corpus) if world.is_main else None
         self.began = time.perf_counter()
         self.stop = StopSignals()
         train = plan.config.train
@@ -176,6 +177,7 @@ class Run:
                     "scaler": scaler.state_dict(),
                     "config": dataclasses.asdict(self.config),
                     "corpus": self.corpus.folder.name,
+                    "sample_start": self.sample_start,
                 },
             )
 
@@ -227,11 +229,12 @@ class Run:
         except UserError as error:  # training does not need the tokenizer's file, so a finished run does not fail
             return f"(no sample: {error})"
         generator = torch.Generator(model.device).manual_seed(self.config.seed)
-        start = torch.full((1, 1), tokenizer.eot, device=model.device)
+        first = tokenizer.eot if self.sample_start is None else self.sample_start
+        start = torch.full((1, 1), first, device=model.device)
         n_tokens = self.config.train.sample_tokens
         model.eval()
         tokens = generate(model, start, n_tokens, temperature=0.8, top_k=50, generator=generator)
-        text = tokenizer.decode_bytes(int(token) for token in tokens).decode("utf-8", errors="replace")
+        text = tokenizer.decode_bytes([first, *(int(token) for token in tokens)]).decode("utf-8", errors="replace")
         with contextlib.suppress(OSError):  # no reason to fail, and the text is shown anyway
             (self.folder / SAMPLES).write_text(text, encoding="utf-8")
         return text
@@ -242,6 +245,11 @@ def check_same_run(saved: checkpoint.Checkpoint, config: Config, corpus: Corpus)
     theirs = {**identity(saved.state["config"]), "corpus": saved.state["corpus"]}
     ours = {**identity(dataclasses.asdict(config)), "corpus": corpus.folder.name}
     differing = [key for key in ours if key not in BUDGET and theirs.get(key) != ours[key]]
+    if differing == ["corpus"]:
+        raise UserError(
+            f"the text has changed: {saved.path} was trained on {theirs['corpus']}, now it is {ours['corpus']}; "
+            "put the old text back, or give run_name=<another> to train on the new one"
+        )
     if differing:
         changes = ", ".join(f"{key}={theirs.get(key)} (now {ours[key]})" for key in differing)
         raise UserError(f"{saved.path} is of another run: {changes}; give this one another run_name")

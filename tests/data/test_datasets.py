@@ -105,6 +105,7 @@ def test_a_data_set_that_cannot_be_read_is_reported(tmp_path, offline_datasets):
     with pytest.raises(UserError, match="cannot be read") as error:
         script("openwebtext").prepare(config(tmp_path), repo=str(tmp_path / "none"))
     assert "\n" not in str(error.value)
+    assert not list((tmp_path / "prepared").iterdir())
 
 
 def test_published_shards_get_a_manifest(tmp_path):
@@ -114,8 +115,14 @@ def test_published_shards_get_a_manifest(tmp_path):
     def fetch(file, folder):
         (folder / file).write_bytes(header.tobytes() + np.array([50_256, 1, 2], "<u2").tobytes())
 
+    def refuse(file, folder):
+        raise UserError("no network")
+
     folder = script("fineweb10B").prepare(config(tmp_path, chunks=2), fetch)
     assert (len(open_split(folder, "train")), len(open_split(folder, "val"))) == (6, 3)
     assert (verify(folder).tokenizer, verify(folder).vocab_size) == ("gpt2", 50_257)
+    with pytest.raises(UserError, match="no network"):
+        script("fineweb10B").prepare(config(tmp_path, chunks=3), refuse)
+    assert not (tmp_path / "prepared" / "gpt2-3").exists()
     with pytest.raises(UserError, match="more than the 103"):
         script("fineweb10B").prepare(config(tmp_path, chunks=104), fetch)
