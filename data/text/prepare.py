@@ -18,7 +18,7 @@ from nanodisp.errors import UserError
 
 
 def prepare(config: DataConfig) -> Path:
-    if config.path is None:
+    if not config.path:  # empty: an unset variable of the shell
         raise UserError("data=text needs data.path, a file or a folder of text, jsonl or parquet")
     path = Path(config.path).resolve()
     files, skipped = find_files(path, config.encoding)

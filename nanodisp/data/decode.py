@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -144,11 +145,12 @@ class _Decoder:
 
 def _suggest(sample: bytes, tried: str) -> str:
     """What to do about bytes that are not in the encoding that was tried."""
-    mostly_ascii = sum(byte >= 0x80 for byte in sample) < len(sample) / 4
-    fitting = [name for name in (WESTERN if mostly_ascii else OTHERS) if name != tried and _decodes(sample, name)]
+    runs = re.findall(rb"[\x80-\xff]+", sample)
+    western = sum(map(len, runs)) < 2 * len(runs)  # single accented letters, not whole words
+    fitting = [name for name in (WESTERN if western else OTHERS) if name != tried and _decodes(sample, name)]
     if not fitting:
         return "give its encoding as data.encoding=…, or remove the file if it is not text"
-    return f"give data.encoding={fitting[0] if mostly_ascii else ' or '.join(fitting)}, or another if you know it"
+    return f"give data.encoding={fitting[0] if western else ' or '.join(fitting)}, or another if you know it"
 
 
 def _decodes(sample: bytes, encoding: str) -> bool:

@@ -63,6 +63,8 @@ def test_gzip_is_read_by_its_name_in_a_folder(tmp_path):
     ("text", "encoding", "suggested"),
     [
         ("Käse, Brötchen und Äpfel für die Größten. ", "cp1252", "give data.encoding=cp1252, or another"),
+        ("größe für käse ", "cp1252", "give data.encoding=cp1252, or another"),
+        ("Все счастливые семьи похожи друг на друга. ", "cp1251", "cp1251"),  # noqa: RUF001
         ("吾輩は猫である。名前はまだ無い。", "shift_jis", "data.encoding=shift_jis"),
         ("我是猫。名字还没有。", "gb18030", "gb18030"),
     ],

@@ -294,7 +294,8 @@ def assert_rejected(config, message):
 
 def test_a_missing_path_is_reported(tmp_path):
     assert_rejected(config(tmp_path, tmp_path / "none"), r"none does not exist; give a file of text")
-    assert_rejected(config(tmp_path, None), "needs data.path")
+    for nothing in (None, ""):
+        assert_rejected(config(tmp_path, nothing), "needs data.path")
 
 
 def test_a_binary_file_is_reported(tmp_path):
