@@ -9,11 +9,13 @@ It holds no random state: everything random in a run is drawn from (seed, step).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import shutil
 import sys
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +66,7 @@ def save(folder: Path, model: dict[str, Tensor], optimizer: dict[str, Tensor], s
         sha256 = {}
         for name, tensors in zip(TENSOR_FILES, (model, optimizer), strict=True):
             contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-            safetensors.torch.save_file(contiguous, temporary / name)
+            save_tensors(temporary / name, contiguous)
             sha256[name] = digest(temporary / name)
         state = {"format_version": FORMAT_VERSION, **state}
         sha256["state.json"] = _checksum(state)
@@ -83,6 +85,14 @@ def save(folder: Path, model: dict[str, Tensor], optimizer: dict[str, Tensor], s
             "free some space or fix the permissions, and run the same command again to resume"
         ) from error
     return path
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write safetensors with the permissions of any other new file, whereas safetensors makes them 0600."""
+    path.touch()
+    mode = path.stat().st_mode
+    safetensors.torch.save_file(tensors, path, metadata)
+    path.chmod(mode)
 
 
 class Saver:
@@ -205,34 +215,54 @@ def all_checkpoints(folder: Path) -> list[Path]:
 
 
 def find(path: Path) -> Path:
-    """The checkpoint that a path means: the newest of a run's folder or its `checkpoints` folder, or the path itself.
+    """The checkpoint that a path means.
 
-    Raises UserError for a path without a checkpoint.
+    A checkpoint is itself; a run's folder, or its `checkpoints` folder, means its newest one; with @best appended the
+    one with the lowest validation loss, with @<step> the one of that step.
+
+    Raises UserError if there is none.
     """
     if (path / "state.json").is_file():
         return path
-    for folder in (path / CHECKPOINTS, path):
-        if found := all_checkpoints(folder):
-            return found[-1]
-    raise UserError(f"{path} holds no checkpoint: give a run's folder (out/<run>) or one of its checkpoints")
+    run, at, which = str(path).rpartition("@")
+    if not at or path.exists():
+        run, at = str(path), ""
+    found = all_checkpoints(Path(run) / CHECKPOINTS) or all_checkpoints(Path(run))
+    if not found:
+        raise UserError(
+            f"{path} holds no checkpoint: give a run's folder (out/<run>), out/<run>@best, out/<run>@<step>, "
+            "or the path of one of its checkpoints"
+        )
+    if not at:
+        return found[-1]
+    chosen = best(found) if which == "best" else next((p for p in found if p.name[5:] == which.zfill(8)), None)
+    if chosen is None:
+        steps = ", ".join(str(int(p.name[5:])) for p in found)
+        lacking = "none has a validation loss" if which == "best" else f"@{which} is not one of them and not @best"
+        raise UserError(f"{run} has checkpoints of steps {steps}, and {lacking}: give {run}@{int(found[-1].name[5:])}")
+    return chosen
+
+
+def best(checkpoints: Sequence[Path]) -> Path | None:
+    """The checkpoint with the lowest `val_loss` in its state; None if no intact one has any."""
+    losses: dict[Path, float] = {}
+    for path in checkpoints:
+        with contextlib.suppress(UserError):
+            loss = _read_state(path).get("val_loss")
+            if isinstance(loss, float) and math.isfinite(loss):
+                losses[path] = loss
+    return min(losses, key=losses.__getitem__, default=None)
 
 
 def prune(folder: Path, keep_last: int, keep_every: int | None = None) -> None:
     """Delete all checkpoints but the newest `keep_last`, those at multiples of `keep_every`, and the best one.
 
-    The best has the lowest "val_loss" in its state; checkpoints without one do not compete.
+    See `best`; checkpoints without a validation loss do not compete.
     """
-    losses: dict[Path, float] = {}
-    for path in all_checkpoints(folder):
-        try:
-            loss = _read_state(path).get("val_loss")
-        except UserError:
-            continue
-        if isinstance(loss, float) and math.isfinite(loss):
-            losses[path] = loss
-    best = min(losses, key=losses.__getitem__, default=None)
-    for path in all_checkpoints(folder)[:-keep_last]:
-        if path != best and (keep_every is None or int(path.name[5:]) % keep_every != 0):
+    saved = all_checkpoints(folder)
+    chosen = best(saved)
+    for path in saved[:-keep_last]:
+        if path != chosen and (keep_every is None or int(path.name[5:]) % keep_every != 0):
             shutil.rmtree(path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle  # noqa: TID251 - to attack with
 import resource
 from pathlib import Path
@@ -147,6 +148,41 @@ def test_find_accepts_a_run_its_checkpoints_folder_or_a_checkpoint(tmp_path: Pat
     assert checkpoint.find(tmp_path) == checkpoint.find(tmp_path / "checkpoints") == checkpoint.find(path) == path
     with pytest.raises(UserError, match="holds no checkpoint"):
         checkpoint.find(tmp_path / "elsewhere")
+
+
+def test_a_step_or_the_lowest_validation_loss_is_found_by_name(tmp_path: Path) -> None:
+    for step, loss in {5: 3.0, 10: 1.0, 20: 2.0, 30: None}.items():
+        checkpoint.save(tmp_path / "checkpoints", MODEL, OPTIMIZER, {"step": step, "val_loss": loss})
+    found = {name: checkpoint.find(Path(f"{tmp_path}@{name}")).name for name in ("best", "5", "00000030")}
+    assert found == {"best": "step_00000010", "5": "step_00000005", "00000030": "step_00000030"}
+    assert checkpoint.find(Path(f"{tmp_path}/checkpoints@20")).name == "step_00000020"
+    for name in ("7", "bset", ""):
+        with pytest.raises(UserError, match=rf"has checkpoints of steps 5, 10, 20, 30, and @{name} is not one"):
+            checkpoint.find(Path(f"{tmp_path}@{name}"))
+    with pytest.raises(UserError, match=r"nowhere@best holds no checkpoint: give .*out/<run>@best"):
+        checkpoint.find(Path("nowhere@best"))
+
+
+def test_without_a_validation_loss_there_is_no_best(tmp_path: Path) -> None:
+    save(tmp_path, 8)
+    with pytest.raises(UserError, match="has checkpoints of steps 8, and none has a validation loss"):
+        checkpoint.find(Path(f"{tmp_path}@best"))
+
+
+def test_an_at_sign_may_be_part_of_a_folders_name(tmp_path: Path) -> None:
+    save(tmp_path / "run@3", 8)
+    assert checkpoint.find(tmp_path / "run@3").name == "step_00000008"
+
+
+def test_files_have_the_permissions_that_the_umask_leaves(tmp_path: Path) -> None:
+    before = os.umask(0o026)
+    try:
+        path = save(tmp_path)
+    finally:
+        os.umask(before)
+    assert {file.name: oct(file.stat().st_mode & 0o777) for file in path.iterdir()} == dict.fromkeys(
+        (*checkpoint.TENSOR_FILES, "state.json"), "0o640"
+    )
 
 
 @pytest.mark.slow
