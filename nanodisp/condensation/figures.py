@@ -44,6 +44,8 @@ COLUMNS = 3  # of panels, at most
 PANEL = (2.7, 2.3)  # inches
 DENSEST = 10.0  # density at the dark end of every heatmap, so that figures can be compared
 LONGEST_TITLE = 34  # characters
+POINTS = 400  # of a line over steps, at most
+MOST_MARKERS = 24  # points of a line that each have a marker
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
@@ -115,6 +117,31 @@ def over_training(runs: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
         shades = ScalarMappable(Normalize(0, 1), _truncated())
         figure.colorbar(shades, ax=axes, label="layer fraction", shrink=0.9)
     return figure
+
+
+def losses(runs: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]]) -> Figure:
+    """Training and validation loss over steps: a panel each, a line per run.
+
+    runs: label -> "train" and "val" -> (steps [S], losses [S]).
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panels(["training", "validation"], "step", "loss, nats per token")
+        figure.set_size_inches(2 * PANEL[0] + 1 + 0.07 * max(map(len, runs)), 1.2 * PANEL[1])  # the legend beside
+        for ax, split in zip(axes, ("train", "val"), strict=True):
+            for index, (label, curves) in enumerate(runs.items()):
+                steps, values = (_thinned(each) for each in curves[split])
+                look = _look(index, len(runs)) | ({"marker": "", "linewidth": 1} if len(steps) > MOST_MARKERS else {})
+                ax.plot(steps, values, label=label, **look)
+            ax.locator_params(axis="x", nbins=4, integer=True)
+        _legend(figure, axes[1])
+    return figure
+
+
+def _thinned(values: np.ndarray) -> np.ndarray:
+    """At most `POINTS` values, each the mean of its neighbours: a line of more is only a larger file."""
+    return (
+        np.array([part.mean() for part in np.array_split(values, min(POINTS, len(values)))]) if len(values) else values
+    )
 
 
 def against_lambda(series: Mapping[str, Mapping[float, Sequence[float]]], quantity: str) -> Figure:

@@ -12,6 +12,7 @@ import nanodisp.threads  # noqa: F401 - first: torch reads what it sets
 
 # isort: split
 import csv
+import json
 import math
 import shlex
 from collections import Counter
@@ -88,7 +89,7 @@ def gather(folder: Path, target: Path) -> Report:
         title=str(folder),
         facts=list(facts_of(folder, runs)),
         tables=tables,
-        figures=draw(rows, runs, target / "figures"),
+        figures=draw(rows, runs, names_of(runs, varied), target / "figures"),
         runs=[line_of(run, quantities, by_layer, varied) for run in runs],
     )
 
@@ -96,7 +97,9 @@ def gather(folder: Path, target: Path) -> Report:
 def facts_of(folder: Path, runs: Sequence[RunSummary]) -> Iterator[str]:
     """The number of runs and how they ended; the command of the sweep."""
     counts = Counter(run.status for run in runs)
-    yield f"{len(runs)} runs: " + ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
+    yield f"{len(runs)} run{'s' * (len(runs) > 1)}: " + ", ".join(
+        f"{n} {status}" for status, n in sorted(counts.items())
+    )
     try:
         task = OmegaConf.load(folder / "multirun.yaml").hydra.overrides.task
         yield "the sweep: " + shlex.join(["python", "train.py", "-m", *task])
@@ -108,7 +111,6 @@ def line_of(
     run: RunSummary, quantities: Iterable[str], by_layer: Iterable[str], varied: dict[str, dict[Path, object]]
 ) -> dict[str, str]:
     """A run's line of runs.csv: numbers in full precision, empty if missing."""
-    differs = {key: by_run[run.folder] for key, by_run in varied.items() if run.folder in by_run}
     return {
         "run": run.folder.name,
         "status": run.status,
@@ -118,9 +120,22 @@ def line_of(
         "parameters": str(run.n_parameters),
         **{key: plain(run.numbers.get(key)) for key in quantities},
         **{f"{name}_by_layer": " ".join(map(plain, run.layers.get(name, []))) for name in by_layer},
-        "differs": " ".join(f"{key}={as_text(value)}" for key, value in differs.items()),
+        "differs": differing(run, varied),
         "command": str(run.config.get("command") or ""),
     }
+
+
+def differing(run: RunSummary, varied: dict[str, dict[Path, object]], short: bool = False) -> str:
+    """What tells a run from the others, as key=value; `short` without the sections of the keys."""
+    values = {key: by_run[run.folder] for key, by_run in varied.items() if run.folder in by_run}
+    return " ".join(f"{key.split('.')[-1] if short else key}={as_text(value)}" for key, value in values.items())
+
+
+def names_of(runs: Sequence[RunSummary], varied: dict[str, dict[Path, object]]) -> dict[Path, str]:
+    """A short name per run: what tells it from the others, or its folder's name if that is empty or not enough."""
+    short = {run.folder: differing(run, varied, short=True) for run in runs}
+    counts = Counter(short.values())
+    return {folder: name if name and counts[name] == 1 else folder.name for folder, name in short.items()}
 
 
 def plain(value: float | None) -> str:
@@ -130,7 +145,9 @@ def plain(value: float | None) -> str:
 # --- figures ----------------------------------------------------------------------------
 
 
-def draw(rows: Sequence[Row], runs: Sequence[RunSummary], folder: Path) -> list[tuple[str, Path]]:
+def draw(
+    rows: Sequence[Row], runs: Sequence[RunSummary], names: dict[Path, str], folder: Path
+) -> list[tuple[str, Path]]:
     """Draw every figure that the runs have data for: captions and SVG files (PNGs beside them)."""
     drawn: list[tuple[str, Path]] = []
 
@@ -147,6 +164,10 @@ def draw(rows: Sequence[Row], runs: Sequence[RunSummary], folder: Path) -> list[
                 name,
                 f"{quantity.capitalize()} against lambda, ± standard error",
             )
+    curves = {names[run.folder]: run.losses for run in runs if any(len(steps) for steps, _ in run.losses.values())}
+    for first in range(0, len(curves), MOST_LINES):
+        drawn_now = dict(list(curves.items())[first : first + MOST_LINES])
+        keep(figures.losses(drawn_now), f"steps_{1 + first // MOST_LINES}", "Training and validation loss over steps")
     for number, lines in enumerate(_lines(rows), start=1):
         last = {label: np.stack([run.cosines[-1] for run in seeds]) for label, seeds in lines.items()}
         keep(
@@ -189,12 +210,12 @@ def _lines(rows: Sequence[Row]) -> list[dict[str, list[RunSummary]]]:
 
 
 def _histograms(runs: Sequence[RunSummary]) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and histogram of each run that `python -m nanodisp.condensation` has measured."""
+    """Name with step, and histogram, of each run that `python -m nanodisp.condensation` has measured."""
     for run in runs:
         try:
             with np.load(run.folder / "condensation.npz", allow_pickle=False) as arrays:
-                yield run.folder.name, arrays["histogram"]
-        except (OSError, ValueError, KeyError, BadZipFile):
+                yield json.loads((run.folder / "condensation.json").read_text())["source"], arrays["histogram"]
+        except (OSError, ValueError, KeyError, TypeError, BadZipFile):
             continue
 
 

@@ -46,6 +46,7 @@ class RunSummary:
     config: keys with dots -> values; empty when it cannot be read.
     numbers: at the end of the run, by the names that `read_metrics` gives them.
     layers: figures of the last validation by name, one value per layer.
+    losses: "train" and "val" -> steps [S] and losses [S], NaN where a loss is not a number.
     steps, cosines: [S] and [S, L + 1], the mean cosine by layer of every validation.
     trajectory_steps, trajectory: the same from the more frequent "condensation" records; from validations without them.
     tasks: from its evaluation.json, if that is of the run's last step.
@@ -60,6 +61,7 @@ class RunSummary:
     total_steps: int = 0
     numbers: dict[str, float | None] = field(default_factory=dict)
     layers: dict[str, list[float]] = field(default_factory=dict)
+    losses: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     steps: np.ndarray = field(default_factory=lambda: np.empty(0))
     cosines: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
     trajectory_steps: np.ndarray = field(default_factory=lambda: np.empty(0))
@@ -79,9 +81,12 @@ class RunSummary:
 def read_runs(folder: Path) -> list[RunSummary]:
     """All runs in `folder`, by name; UserError for a folder without runs."""
     marks = (CONFIG, METRICS, "error.txt", checkpoint.CHECKPOINTS)
+    if (folder / CONFIG).is_file() or (folder / METRICS).is_file():
+        raise UserError(f"{folder} is a single run: give the folder that it is in, {folder.absolute().parent}")
     found = sorted(f for f in folder.glob("*") if any((f / mark).exists() for mark in marks))
     if not found:
-        raise UserError(f"{folder} holds no runs: give the folder of a sweep, such as out/lambda")
+        lacks = "holds no runs" if folder.is_dir() else "is not a folder"
+        raise UserError(f"{folder} {lacks}: give the folder of a sweep, such as out/lambda")
     return [read_run(f) for f in found]
 
 
@@ -122,6 +127,9 @@ def read_metrics(run: RunSummary) -> None:
     records (loss terms) as "<name>, training".
     """
     records = [(record["split"], record["step"], record) for record in read_records(run.folder / METRICS)]
+    for split in ("train", "val"):
+        of_split = [(step, number_of(record.get("loss"))) for s, step, record in records if s == split]
+        run.losses[split] = np.array([step for step, _ in of_split]), np.array([loss for _, loss in of_split])
     saved = [int(path.name[5:]) for path in checkpoint.all_checkpoints(run.folder / checkpoint.CHECKPOINTS)]
     run.step = max([*saved, *(step for _, step, _ in records)], default=0)
     all_validations = [(step, record) for split, step, record in records if split == "val"]
@@ -158,6 +166,11 @@ def read_metrics(run: RunSummary) -> None:
         **{name: value for name, value in last.items() if _is_added(name, value)},
         **{f"{name}, training": value for name, value in terms.items() if _is_added(name, value)},
     }
+
+
+def number_of(value: Any) -> float:
+    """The value if it is a number, else NaN."""
+    return float(value) if isinstance(value, (int, float)) else math.nan
 
 
 def _is_added(name: str, value: Any) -> bool:

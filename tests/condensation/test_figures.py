@@ -21,6 +21,7 @@ from nanodisp.errors import UserError
 RNG = np.random.default_rng(0)
 HISTOGRAM = np.full((7, 128), 0.5)
 LAMBDAS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
+VAL = (np.array([0, 500, 998]), np.array([3.0, np.nan, 1.0]))
 
 
 SAMPLES: dict[str, Callable[[], Figure]] = {
@@ -28,6 +29,12 @@ SAMPLES: dict[str, Callable[[], Figure]] = {
     "layers": lambda: figures.mean_by_layer({f"lambda {disp:g}": RNG.random((3, 7)) for disp in LAMBDAS}),
     "training": lambda: figures.over_training({f"{d:g}": (np.arange(4), RNG.random((4, 7))) for d in LAMBDAS}),
     "loss": lambda: figures.against_lambda({"1.3M": {disp: [1.0, 2.0] for disp in LAMBDAS}}, "validation loss"),
+    "losses": lambda: figures.losses(
+        {
+            f"lambda_disp={disp:g} variant=orthogonalization": {"train": (np.arange(999), RNG.random(999)), "val": VAL}
+            for disp in LAMBDAS
+        }
+    ),
     "tokens": lambda: figures.projection({f"layer {i}": RNG.random((30, 8)) for i in range(4)}),
 }
 
@@ -83,6 +90,16 @@ def test_a_band_spans_one_standard_deviation_of_the_seeds() -> None:
     heights = band.get_paths()[0].vertices[:, 1]
     assert (heights.min(), heights.max()) == pytest.approx((1 - 2**0.5, 1 + 2**0.5))
     np.testing.assert_array_equal(ax.get_lines()[0].get_ydata(), [1, 1])
+
+
+def test_losses_have_a_panel_for_each_split_and_long_lines_are_averaged() -> None:
+    training, validation = figures.losses({"a": {"train": (np.arange(1600), np.arange(1600) / 2), "val": VAL}}).axes
+    (line,) = training.get_lines()
+    assert line.get_xydata()[:2].tolist() == [[1.5, 0.75], [5.5, 2.75]]
+    assert len(line.get_xydata()) == figures.POINTS
+    np.testing.assert_array_equal(validation.get_lines()[0].get_xydata(), np.stack(VAL, axis=1))
+    empty = (np.empty(0), np.empty(0))
+    assert len(figures.losses({"a": {"train": empty, "val": VAL}}).axes[0].get_lines()[0].get_xdata()) == 0
 
 
 def test_lambdas_are_equally_spaced_and_a_size_may_lack_some() -> None:

@@ -11,14 +11,17 @@ import subprocess
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import write_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from scipy import stats
 
+from nanodisp.condensation import figures
 from nanodisp.errors import UserError
 from nanodisp.report import __main__ as report
 from nanodisp.report.tables import (
@@ -276,7 +279,7 @@ def test_the_page_is_complete_and_self_contained(pages: Path) -> None:
     text = (pages / "index.html").read_text()
     page = Page(text)
     assert page.open == []
-    assert len(page.loads) == 4
+    assert len(page.loads) == 5
     assert all(source.startswith("data:image/svg+xml;base64,") for source in page.loads)
     assert "http" not in re.sub(r"base64,[\w+/=]+", "", text)
     assert "UserError: &lt;b&gt;no space&lt;/b&gt; &amp; more" in text
@@ -297,6 +300,10 @@ def test_the_csv_has_a_line_per_run(pages: Path, sweep: Path) -> None:
     assert set(lines) == {run.folder.name for run in read_runs(sweep)}
     assert lines["disp0.1-s2"]["loss"] == "1.92"
     assert lines["nan"]["loss"] == ""
+    plain = r"-?\d+(\.\d+)?(e[-+]\d+)?|"  # what float() and a spreadsheet read
+    assert all(re.fullmatch(plain, line[key]) for line in lines.values() for key in (*QUANTITIES, "parameters", "step"))
+    assert lines["disp0.1-s2"]["mean_cosine"] == str(0.3 + 40 / 1000), "in full precision"
+    assert (lines["disp0.1-s2"]["parameters"], lines["disp0.1-s2"]["tokens_per_second"]) == ("10960", "4000.0")
     assert lines["disp0.1-s2"]["differs"] == "dispersion.lambda_disp=0.1 seed=2"
     assert all(line["command"] == "" for line in lines.values()), "these runs were not launched by a command"
 
@@ -317,11 +324,15 @@ def test_a_second_report_is_identical(pages: Path, sweep: Path) -> None:
     assert (pages / "index.html").read_bytes() == before
 
 
-def test_a_measured_run_is_shown(tmp_path: Path) -> None:
+def test_a_measured_run_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_run(tmp_path / "run")
     np.savez(folder / "condensation.npz", histogram=np.full((3, 128), 0.5))
+    (folder / "condensation.json").write_text('{"source": "run at step 40"}')
     (write_run(tmp_path / "other", "seed=2") / "condensation.npz").write_bytes(b"PK\x03\x04 cut short")
+    drawn: list[list[str]] = []
+    monkeypatch.setattr(figures, "density", lambda shown: drawn.append(list(shown)) or Figure())
     report.main([str(tmp_path)])
+    assert drawn == [["run at step 40"]], "with the step that was measured"
     assert (tmp_path / "report" / "figures" / "density.svg").exists()
 
 
@@ -350,15 +361,50 @@ def test_many_runs_are_read_quickly(tmp_path: Path) -> None:
 def test_a_folder_without_runs_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no run"):
         report.main([str(tmp_path)])
+    with pytest.raises(UserError, match="nowhere is not a folder"):
+        report.main([str(tmp_path / "nowhere")])
     with pytest.raises(UserError, match="give one folder"):
         report.main([])
+
+
+def test_a_runs_own_folder_is_told_from_the_folder_of_a_sweep(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    with pytest.raises(UserError, match=rf"run is a single run: give the folder that it is in, {tmp_path}$"):
+        report.main([str(run)])
+
+
+def test_losses_over_steps_have_a_line_per_run_named_by_what_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(13):
+        write_run(tmp_path / f"s{seed}", f"seed={seed}", loss=2.0 + seed, steps=20 if seed == 12 else 40)
+    (write_run(tmp_path / "damaged") / "config.yaml").unlink()
+    drawn: list[Any] = []
+    monkeypatch.setattr(figures, "losses", lambda runs: drawn.append(runs) or Figure())
+    report.main([str(tmp_path)])
+    names = [name for runs in drawn for name in runs]
+    assert sorted(names) == sorted(f"seed={seed}" for seed in range(13))
+    assert [len(runs) for runs in drawn] == [12, 1], "at most 12 lines in a figure"
+    curves = {name: curve for runs in drawn for name, curve in runs.items()}
+    assert [part.tolist() for part in curves["seed=3"]["train"]] == [[20, 40], [3.0, 3.0]]
+    assert [part.tolist() for part in curves["seed=12"]["val"]] == [[0, 20], [14.0, 14.0]], "an unfinished run too"
+    assert "figures/steps_2.png" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_a_single_run_is_named_by_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path / "alone")
+    drawn: list[list[str]] = []
+    monkeypatch.setattr(figures, "losses", lambda runs: drawn.append(list(runs)) or Figure())
+    report.main([str(tmp_path)])
+    assert drawn == [["alone"]]
+    assert "1 run: 1 finished" in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_failed_runs_alone_make_a_page_too(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "error.txt").write_text("")
     report.main([str(tmp_path)])
-    assert "1 runs: 1 failed" in (tmp_path / "report" / "report.md").read_text()
+    assert "1 run: 1 failed" in (tmp_path / "report" / "report.md").read_text()
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
