@@ -1,6 +1,8 @@
 """Generate text from a checkpoint, written to the terminal token by token.
 
     python sample.py checkpoint=out/<run> prompt="def " max_new_tokens=200 temperature=0.8 top_k=50 seed=1
+    python sample.py checkpoint=out/<run>@best prompt_file=question.txt      # or prompt=- for standard input
+    python sample.py checkpoint=hf:gpt2 prompt="def "                        # needs nanodisp[eval]
 
 Standard output is the text alone, including the prompt; several samples are separated by lines of `---`.
 """
@@ -18,14 +20,16 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from nanodisp import cli
-from nanodisp.data.tokenizer import Tokenizer, load_tokenizer
+from nanodisp.data.tokenizer import Tokenizer
 from nanodisp.distributed import hardware, start
-from nanodisp.hf.open import open_run
+from nanodisp.errors import UserError
+from nanodisp.hf.open import open_for_text
 from nanodisp.models.generate import generate
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -35,7 +39,11 @@ DTYPES = ("auto", "float32", "bfloat16")
 class SampleConfig:
     """What to generate, and how.
 
-    checkpoint: a run's folder (its newest checkpoint) or one checkpoint's.
+    checkpoint: a run's folder (its newest checkpoint), out/<run>@best (of the lowest validation loss) or @<step>, one
+        checkpoint's folder, or a Hugging Face GPT-2: its folder or hf:<id>.
+    prompt: the text to continue; "-" reads it from standard input, and an empty one begins a new document.
+    prompt_file: a file with the prompt, in UTF-8.
+    tokenizer: byte, gpt2 or the path of a .tiktoken file, if the model's own is not available.
     temperature, top_k, top_p: see `nanodisp.models.generate.generate`; temperature=0 is greedy.
     num_samples: continuations of the prompt; the i-th, from 0, is the sample that `seed` + i alone gives.
     batch_size: samples generated together, which is faster; each has a cache of its own in memory.
@@ -48,6 +56,8 @@ class SampleConfig:
 
     checkpoint: str = cli.MISSING
     prompt: str = ""
+    prompt_file: str | None = None
+    tokenizer: str | None = None
     max_new_tokens: int = 200
     temperature: float = 0.8
     top_k: int | None = 50
@@ -60,6 +70,8 @@ class SampleConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.prompt and self.prompt_file is not None:
+            raise ValueError("prompt and prompt_file are both given: give one of them")
         if self.max_new_tokens < 0:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must not be negative")
         if self.temperature != 0 and not 1e-3 <= self.temperature <= 1e3:
@@ -80,14 +92,13 @@ class SampleConfig:
 def main(argv: Sequence[str]) -> None:
     config = cli.parse(SampleConfig, argv)
     device = start(config.device).device
-    run = open_run(config.checkpoint)
-    model = run.model.to(device, hardware.matmul_dtype(config.dtype, device))
+    text = read_prompt(config)
+    model, tokenizer, first_token = open_for_text(config.checkpoint, config.tokenizer)
+    model = model.to(device, hardware.matmul_dtype(config.dtype, device))
     if config.compile:
         model.compile_one_token()
-    tokenizer = load_tokenizer(run.spec)
-    prompt = tokenizer.encode(config.prompt).tolist()
-    learned = run.saved.state.get("sample_start")  # older checkpoints have none
-    unprompted = [] if prompt else [tokenizer.eot if learned is None else learned]
+    prompt = tokenizer.encode(text).tolist()
+    unprompted = [] if prompt else [first_token]
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # for a terminal that is not UTF-8
@@ -107,7 +118,20 @@ def main(argv: Sequence[str]) -> None:
         ):  # the first while it is generated, then the others
             if first + row > 0:
                 sys.stdout.write("---\n")
-            write(config.prompt, itertools.chain(unprompted, map(itemgetter(row), same_steps)), tokenizer)
+            write(text, itertools.chain(unprompted, map(itemgetter(row), same_steps)), tokenizer)
+
+
+def read_prompt(config: SampleConfig) -> str:
+    """The prompt, from the command line, a file or standard input; raises UserError if it is not UTF-8."""
+    try:
+        if config.prompt_file is not None:
+            return Path(config.prompt_file).read_bytes().decode()
+        return sys.stdin.buffer.read().decode() if config.prompt == "-" else config.prompt
+    except OSError as error:
+        raise UserError(f"prompt_file={config.prompt_file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        source = "standard input" if config.prompt_file is None else f"prompt_file={config.prompt_file}"
+        raise UserError(f"{source} is not UTF-8 (byte {error.start}): convert it, for example with iconv") from error
 
 
 def write(prompt: str, tokens: Iterable[Tensor | int], tokenizer: Tokenizer) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, records
+from tiny_models import export, write_checkpointed_run, write_ranks_file
 
 import sample
 from nanodisp.distributed import hardware
@@ -94,12 +97,74 @@ def test_any_prompt_is_accepted_even_an_empty_one(trained: Path, capsys: pytest.
         ("num_samples=0", "num_samples=0 must be at least 1"),
         ("dtype=float16", "dtype=float16 is unknown; choose one of auto, float32, bfloat16"),
         ("temperature=cold", "cold"),
+        ("prompt_file=nowhere", "prompt_file=nowhere cannot be read: No such file"),
+        ("tokenizer=gpt", "tokenizer=gpt is unknown"),
     ],
 )
 def test_mistakes_are_reported_in_one_line(trained: Path, argument: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         sample.main([f"checkpoint={trained}", argument])
     assert "\n" not in str(error.value)
+
+
+def test_the_checkpoint_of_a_step_or_of_the_lowest_loss_is_sampled(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    interval = ("train.checkpoint_interval=1", "train.eval_interval=2", "train.keep_last=9")
+    folder = run("train.steps=4", "train.sample_tokens=0", "optim.lr=0.1", *interval)
+    losses = {record["step"]: record["loss"] for record in records(folder, "val")}
+    best = min((2, 4), key=losses.__getitem__)
+    base = ("prompt=ab", "max_new_tokens=30", "temperature=0")
+    texts = {step: text(capsys, f"checkpoint={folder}@{step}", *base) for step in (1, 2, 4, "best")}
+    assert texts["best"] == texts[best] != texts[1]
+    assert texts[4] == text(capsys, f"checkpoint={folder}", *base)
+
+
+def test_a_prompt_comes_from_a_file_or_standard_input(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = (f"checkpoint={trained}", "max_new_tokens=9")
+    expected = text(capsys, *base, "prompt=é = 1\r\n  ")
+    (tmp_path / "prompt").write_bytes("é = 1\r\n  ".encode())
+    assert text(capsys, *base, f"prompt_file={tmp_path / 'prompt'}") == expected
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO("é = 1\r\n  ".encode())))
+    assert text(capsys, *base, "prompt=-") == expected
+    with pytest.raises(UserError, match="give one of them"):
+        sample.main([*base, "prompt=a", "prompt_file=b"])
+    (tmp_path / "prompt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"prompt is not UTF-8 \(byte 3\)"):
+        sample.main([*base, f"prompt_file={tmp_path / 'prompt'}"])
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"caf\xe9")))
+    with pytest.raises(UserError, match=r"standard input is not UTF-8 \(byte 3\)"):
+        sample.main([*base, "prompt=-"])
+
+
+def test_a_hugging_face_gpt2_is_sampled_with_its_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tokenizers")
+    source = write_checkpointed_run(tmp_path / "run", str(write_ranks_file(tmp_path / "tiny.tiktoken")))
+    folder = export(source, tmp_path / "exported")
+    base = ("prompt=the bab", "max_new_tokens=20")
+    assert text(capsys, f"checkpoint=hf:{folder}", *base) == text(capsys, f"checkpoint={source}", *base)
+    assert text(capsys, f"checkpoint={folder}", *base) == text(capsys, f"checkpoint={source}", *base)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"exported has no tokenizer\.json: give tokenizer="):
+        sample.main([f"checkpoint=hf:{folder}", *base])
+    given = f"tokenizer={tmp_path / 'tiny.tiktoken'}"
+    assert text(capsys, f"checkpoint=hf:{folder}", *base, given) == text(capsys, f"checkpoint={source}", *base)
+
+
+def test_a_missing_tokenizer_can_be_given_if_it_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ranks = write_ranks_file(tmp_path / "tiny.tiktoken")
+    folder = write_checkpointed_run(tmp_path / "run", str(ranks))
+    base = (f"checkpoint={folder}", "prompt=the bab", "max_new_tokens=20")
+    expected = text(capsys, *base)
+    moved = ranks.rename(tmp_path / "moved.tiktoken")
+    with pytest.raises(UserError, match=r"tiny\.tiktoken cannot be read.*; tokenizer=… replaces the run's own"):
+        sample.main(base)
+    assert text(capsys, *base, f"tokenizer={moved}") == expected
+    small = write_checkpointed_run(tmp_path / "byte", "byte")
+    with pytest.raises(UserError, match=r"moved\.tiktoken has a vocabulary of 270 tokens, the model of 257"):
+        sample.main([f"checkpoint={small}", f"tokenizer={moved}"])
 
 
 def test_a_checkpoint_is_required() -> None:

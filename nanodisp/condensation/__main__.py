@@ -3,6 +3,8 @@
     python -m nanodisp.condensation checkpoint=out/<run>
     python -m nanodisp.condensation checkpoint=hf:gpt2 text=book.txt      # needs nanodisp[eval]
 
+A Hugging Face model is a decoder (GPT-2, LLaMA, Qwen, OPT, …) or an encoder (BERT, RoBERTa, …).
+
 The measure is the cosine similarity of all pairs of different tokens of a sequence: near 1 is condensed, near 0 is
 spread out. `measure.py` documents the other figures. Writes condensation.json, condensation.npz and figures.
 """
@@ -23,12 +25,13 @@ from torch import Tensor
 from nanodisp import cli
 from nanodisp.condensation import figures
 from nanodisp.condensation.measure import hidden_states, measure
-from nanodisp.data.batches import count_windows, read_windows, spread_windows
+from nanodisp.data.batches import spread_windows
 from nanodisp.data.prepare import DataConfig, prepare
-from nanodisp.data.shards import open_split
+from nanodisp.data.shards import Manifest, check_tokens, open_split
+from nanodisp.data.tokenizer import load_tokenizer
 from nanodisp.distributed import start
 from nanodisp.errors import UserError
-from nanodisp.hf.open import Measurable, open_for_measuring
+from nanodisp.hf.open import PROBE, Measurable, open_for_measuring
 
 LONGEST_BLOCK = 512  # tokens of a window, unless `block` is given
 TOKENS_AT_ONCE = 2048  # tokens per forward pass
@@ -38,10 +41,12 @@ TOKENS_AT_ONCE = 2048  # tokens per forward pass
 class CondensationConfig:
     """The model to measure, and the text to measure it on.
 
-    checkpoint: a run's folder (its newest checkpoint), one checkpoint's, a Hugging Face folder, or hf:<id>.
+    checkpoint: a run's folder (its newest checkpoint), out/<run>@best (of the lowest validation loss) or @<step>, one
+        checkpoint's folder, a Hugging Face folder, or hf:<id>.
     windows, block: number of windows and tokens per window, spread evenly over the text; block null is the
         model's context, at most 512.
-    data, text: a folder of shards (its validation split) or a text file; null is the run's own data.
+    data, text: a folder of shards (its validation split) or a text file in UTF-8; null is the run's own data.
+    tokenizer: byte, gpt2 or the path of a .tiktoken file, if the run's own is not available.
     include_diagonal: see `measure`.
     projection: how the tokens of a window are projected onto the plane: pca, tsne or umap (if installed).
     out: the folder to write to; null is the run's, or out/<model>.
@@ -52,6 +57,7 @@ class CondensationConfig:
     block: int | None = None
     data: str | None = None
     text: str | None = None
+    tokenizer: str | None = None
     include_diagonal: bool = False
     projection: str = "pca"
     device: str = "auto"
@@ -64,6 +70,9 @@ class CondensationConfig:
             raise ValueError(f"block={self.block}: a pair needs 2 tokens; null is the model's context")
         if self.data is not None and self.text is not None:
             raise ValueError("data and text are both given: give one of them")
+        for name in ("data", "text", "out"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name}= is empty: give a path, or leave it out")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -71,20 +80,24 @@ def main(argv: Sequence[str]) -> None:
     if config.projection not in figures.PROJECTIONS:
         raise UserError(f"projection={config.projection} is unknown; choose one of {', '.join(figures.PROJECTIONS)}")
     device = start(config.device).device
-    subject = open_for_measuring(config.checkpoint)
+    subject = open_for_measuring(config.checkpoint, config.tokenizer)
     model = subject.model.to(device).eval()
     batches = list(open_windows(config, subject))
-    result = measure(model, batches, include_diagonal=config.include_diagonal)
     folder = Path(config.out) if config.out else subject.folder
-    result.save(folder, config.checkpoint)
-    print(result)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # before the measurement, which may take long
+    except OSError as error:
+        raise UserError(f"out={folder} cannot be created: {error.strerror}; give another folder") from error
+    result = measure(model, batches, include_diagonal=config.include_diagonal)
+    result.save(folder, subject.name)
+    print(f"{subject.name}: windows={result.windows} block={result.block}", result, sep="\n")
 
     with torch.inference_mode():
         states = [z[0].float().cpu().numpy() for z in hidden_states(model, batches[0][:1].to(device))]
     chosen = sorted({round(fraction * (len(states) - 1)) for fraction in (0, 1 / 3, 2 / 3, 1)})
     tokens = {f"layer {layer}": states[layer] for layer in chosen}
     drawn = [
-        *figures.save(figures.density({config.checkpoint: result.histogram}), folder / "figures" / "condensation"),
+        *figures.save(figures.density({subject.name: result.histogram}), folder / "figures" / "condensation"),
         *figures.save(figures.projection(tokens, config.projection), folder / "figures" / "tokens"),
     ]
     print("wrote", *(folder / f"condensation{end}" for end in (".json", ".npz")), *drawn)
@@ -95,24 +108,72 @@ def open_windows(config: CondensationConfig, subject: Measurable) -> Iterator[Te
     block = config.block or min(subject.context, LONGEST_BLOCK)
     if block > subject.context:
         raise UserError(f"block={block} is longer than the model's context of {subject.context} tokens")
-    rows = max(1, TOKENS_AT_ONCE // block)
     if config.text is not None:
-        try:
-            ids = torch.from_numpy(subject.encode(Path(config.text).read_text(errors="replace")).astype(np.int64))
-        except OSError as error:
-            raise UserError(f"text={config.text} cannot be read: {error.strerror}") from error
-        if len(ids) < block:
-            raise UserError(f"text={config.text} has {len(ids)} tokens: block={block} needs more, or a smaller block")
-        chosen = spread_windows(len(ids) // block, config.windows)
-        yield from ids[: len(ids) // block * block].view(-1, block)[chosen].split(rows)
+        where, ids = f"text={config.text}", subject.encode(read_text(Path(config.text)))
+        if (highest := ids.max(initial=0)) >= subject.vocab_size:
+            raise UserError(
+                f"the tokenizer of {subject.name} gives token {highest}, the model has {subject.vocab_size}"
+            )
+        n_tokens, read = len(ids), lambda start, stop: ids[start:stop]
+    else:
+        folder = open_data(config, subject)
+        tokens = open_split(folder, "val")
+        where, n_tokens, read = (
+            f"the validation split of {folder}",
+            len(tokens) - 1,
+            tokens.read,
+        )  # the last is a target
+    if n_tokens < block:
+        hint = f", or block={n_tokens}" if n_tokens > 1 else ""
+        raise UserError(f"{where} has {n_tokens} tokens, a window {block}: give a longer text{hint}")
+    chosen = spread_windows(n_tokens // block, config.windows)
+    at_once = max(1, TOKENS_AT_ONCE // block)
+    for first in range(0, len(chosen), at_once):
+        starts = (chosen[first : first + at_once] * block).tolist()
+        rows = np.stack([read(start, start + block) for start in starts])
+        check_tokens(rows, subject.vocab_size, where)
+        yield torch.from_numpy(rows.astype(np.int64))
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8; raises UserError for anything else."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"text={path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"text={path} is not UTF-8 (byte {error.start}): convert it, for example with iconv -t utf-8"
+        ) from error
+
+
+def open_data(config: CondensationConfig, subject: Measurable) -> Path:
+    """The folder of shards to measure on; raises UserError if the run's data are missing or have changed since."""
+    others = "give text=<file> or data=<folder of shards>"
+    if config.data is not None:
+        folder = prepare(DataConfig(name="shards", path=config.data))
+        check_tokenizer(folder, subject)
+        return folder
+    if subject.data is None:
+        raise UserError(f"{subject.name} comes without data: {others}")
+    try:
+        folder = prepare(subject.data)
+    except UserError as error:
+        raise UserError(f"the data of {subject.name} cannot be read ({error}): {others}") from error
+    if folder.name != subject.corpus:
+        raise UserError(f"{folder} is not what {subject.name} was trained on, {subject.corpus}: {others}")
+    return folder
+
+
+def check_tokenizer(folder: Path, subject: Measurable) -> None:
+    """Raises UserError if the tokenizers of shards and model are both available and differ."""
+    try:
+        ours = subject.encode(PROBE)
+        theirs = load_tokenizer(Manifest.load(folder).tokenizer, folder).encode(PROBE)
+    except UserError:
         return
-    data = subject.data if config.data is None else DataConfig(name="shards", path=config.data)
-    if data is None:
-        raise UserError("a Hugging Face model comes without data: give text=<file> or data=<folder of shards>")
-    tokens = open_split(prepare(data), "val")
-    chosen = spread_windows(count_windows(tokens, block), config.windows)
-    for first in range(0, len(chosen), rows):
-        yield read_windows(tokens, chosen[first : first + rows], block, subject.vocab_size)[0]
+    if ours.tolist() != theirs.tolist():
+        raise UserError(f"data={folder} was made with another tokenizer than that of {subject.name}: give text=<file>")
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def measure(model: nn.Module, windows: Iterable[Tensor], *, include_diagonal: bo
 
     On CUDA, the precision of the cosines is that of torch.set_float32_matmul_precision.
 
-    Raises ValueError without windows, or if their lengths differ.
+    Raises ValueError without windows, or if their lengths differ; UserError if a hidden state is not finite.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     layers: list[LayerSums] = []
@@ -133,6 +133,11 @@ def measure(model: nn.Module, windows: Iterable[Tensor], *, include_diagonal: bo
                 if idx.size(1) < 2 or idx.size(1) != (block := block or idx.size(1)):
                     raise ValueError(f"a window of {idx.size(1)} tokens: all windows need the same length, at least 2")
                 for depth, z in enumerate(hidden_states(model, idx)):
+                    if not z.isfinite().all():
+                        raise UserError(
+                            f"layer {depth} of the model gives NaN or infinite values: its weights are damaged, "
+                            "or overflow their precision"
+                        )
                     if depth == len(layers):
                         layers.append(LayerSums(z.size(-1), device, include_diagonal))
                     layers[depth].add(z)

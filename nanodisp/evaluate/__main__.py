@@ -25,14 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from nanodisp import cli
-from nanodisp.data.tokenizer import load_tokenizer
 from nanodisp.distributed import start
 from nanodisp.errors import UserError, first_line, optional
 from nanodisp.evaluate.results import entries, save, table
-from nanodisp.hf.open import folder_of, is_hugging_face, open_run
+from nanodisp.hf.open import folder_of, is_hugging_face, load_their_tokenizer, open_run
 from nanodisp.runs.evaluation import EVALUATION, read_evaluation
 
 ZERO_SHOT = (
@@ -139,23 +136,24 @@ def open_model(config: EvaluateConfig, device: str) -> tuple[Any, str, Path]:
         from nanodisp.evaluate.harness import HarnessModel  # here, because it imports the harness
 
         run = open_run(config.checkpoint)
-        tokenizer = load_tokenizer(config.tokenizer or run.spec)
-        folder = run.folder.resolve()
+        tokenizer = run.load_tokenizer(config.tokenizer)
         model = HarnessModel(run.model.to(device), tokenizer, config.batch_size)
-        return model, f"{folder.name} at step {run.saved.step}", folder
+        return model, run.name, run.folder.resolve()
     name = config.checkpoint.removeprefix("hf:")
-    path = Path(name)
     if config.tokenizer is not None:
         raise UserError("tokenizer=… is for runs: a Hugging Face model has its own")
-    if path.is_dir() and not list(path.glob("tokenizer*")) and not (path / "vocab.json").is_file():
-        raise UserError(f"{path} has no tokenizer: put its tokenizer.json there")
+    load_their_tokenizer(name)  # raises UserError without one
     optional("accelerate")
-    theirs = optional("lm_eval.models.huggingface")
+    optional("lm_eval.models.huggingface")
+    from nanodisp.evaluate.hugging_face import HuggingFaceModel
+
     try:
-        model = theirs.HFLM(
+        model = HuggingFaceModel(
             name, device=device, batch_size=config.batch_size, trust_remote_code=False, use_safetensors=True
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of many classes, from the harness, transformers, safetensors and the network
         raise UserError(f"{name} cannot be loaded: {first_line(error)}") from error
     return model, name, folder_of(name)
 

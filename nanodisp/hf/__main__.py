@@ -20,18 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-
 from nanodisp import cli
 from nanodisp.config import Config
 from nanodisp.data.prepare import DataConfig
-from nanodisp.data.tokenizer import GPT2_VOCAB_SIZE, TiktokenTokenizer, load_tokenizer, write_ranks
+from nanodisp.data.tokenizer import TiktokenTokenizer, write_ranks
 from nanodisp.dispersion.placement import DispersionConfig
 from nanodisp.errors import UserError
 from nanodisp.hf.card import model_card
-from nanodisp.hf.gpt2 import config_to_hf, read_folder, weights_to_hf
-from nanodisp.hf.open import download, read_checkpoint, spec_of
-from nanodisp.hf.tokenizer import END_OF_TEXT, build_tokenizer, read_tokenizer
+from nanodisp.hf.gpt2 import config_to_hf, weights_to_hf
+from nanodisp.hf.open import is_hugging_face, load_fitting, open_gpt2, read_checkpoint, spec_of
+from nanodisp.hf.tokenizer import END_OF_TEXT, build_tokenizer
 from nanodisp.runs import checkpoint
 from nanodisp.runs.folder import TOKENIZER, write_config
 
@@ -83,13 +81,11 @@ def main(argv: Sequence[str]) -> None:
 
 def export_run(config: ExportConfig, folder: Path) -> None:
     """Write config.json, model.safetensors, the tokenizer and a model card into `folder`."""
+    if is_hugging_face(config.checkpoint):
+        raise UserError(f"checkpoint={config.checkpoint} is a Hugging Face model already: give a run to export")
     saved = checkpoint.load(checkpoint.find(Path(config.checkpoint)))
     source, spec = read_checkpoint(saved), config.tokenizer or spec_of(saved)
-    ours = load_tokenizer(spec) if spec != "none" else None
-    if ours is not None and ours.vocab_size > source.config.vocab_size:  # type: ignore[operator]
-        raise UserError(
-            f"tokenizer={spec} has a vocabulary of {ours.vocab_size} tokens, the model of {source.config.vocab_size}"
-        )
+    ours = load_fitting(spec, source.config) if spec != "none" else None
     tokenizer, card = build_tokenizer(ours) if ours is not None else None, model_card(saved)
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
@@ -102,27 +98,14 @@ def export_run(config: ExportConfig, folder: Path) -> None:
         (folder / "tokenizer_config.json").write_text(json.dumps(about_tokenizer, indent=2) + "\n")
     eot = ours.eot if ours is not None else None
     (folder / "config.json").write_text(json.dumps(config_to_hf(source.config, eot), indent=2) + "\n")
-    safetensors.torch.save_file(weights_to_hf(source), folder / "model.safetensors", metadata={"format": "pt"})
+    checkpoint.save_tensors(folder / "model.safetensors", weights_to_hf(source), {"format": "pt"})
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def import_run(config: ImportConfig, folder: Path) -> None:
     """Write a run's folder with a checkpoint at step 0."""
     name = config.checkpoint.removeprefix("hf:")
-    theirs = download(name)
-    source = read_folder(theirs)
-    if config.tokenizer is not None:
-        tokenizer = load_tokenizer(config.tokenizer)
-    elif (theirs / "tokenizer.json").is_file():
-        tokenizer = read_tokenizer(theirs)
-    elif source.config.vocab_size == GPT2_VOCAB_SIZE:
-        tokenizer = load_tokenizer("gpt2")
-    else:
-        raise UserError(f"{name} has no tokenizer.json: give tokenizer=byte, gpt2 or the path of a .tiktoken file")
-    if tokenizer.vocab_size > source.config.vocab_size:  # type: ignore[operator]
-        raise UserError(
-            f"{name} has a vocabulary of {source.config.vocab_size} tokens, its tokenizer of {tokenizer.vocab_size}"
-        )
+    source, tokenizer = open_gpt2(name, config.tokenizer)
     ranks = folder / TOKENIZER
     data = DataConfig(name="shards", tokenizer=str(ranks) if isinstance(tokenizer, TiktokenTokenizer) else "byte")
     try:

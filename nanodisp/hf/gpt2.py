@@ -114,7 +114,7 @@ def read_folder(folder: Path) -> Weights:
 
 
 def checked(path: Path, source: Weights) -> Weights:
-    """The source itself; raises UserError unless its tensors are those of a GPT of its shape."""
+    """The source itself; raises UserError unless its tensors are those of a GPT of its shape, and finite."""
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in GPT(source.config).state_dict().items()}
     found = {name: tensor.shape for name, tensor in source.tensors.items()}
@@ -122,6 +122,11 @@ def checked(path: Path, source: Weights) -> Weights:
         if expected.get(name) != found.get(name):
             wanted, got = (list(shapes[name]) if name in shapes else "none" for shapes in (expected, found))
             raise UserError(f"{path} does not have the shape in its config: {name} should be {wanted}, is {got}")
+        if not source.tensors[name].isfinite().all():
+            raise UserError(
+                f"{path} cannot be used: its {name} has values that are NaN or infinite, as after a training that "
+                "diverged; an earlier checkpoint may be intact (out/<run>@best, out/<run>@<step>)"
+            )
     return source
 
 

@@ -1,11 +1,12 @@
 """The one place where a model is opened by name.
 
-A name is a run's folder (its newest checkpoint), one of its checkpoints, a folder with config.json as Hugging Face
-writes it, or hf:<folder or id on the hub>.
+A name is a run's folder (its newest checkpoint), out/<run>@best or @<step>, one of its checkpoints, a folder with
+config.json as Hugging Face writes it, or hf:<folder or id on the hub>.
 
-- `open_run`: the model of a run's checkpoint, for sample.py, evaluation and condensation;
+- `open_run`: the model of a run's checkpoint, for evaluation;
+- `open_for_text`: a GPT and its tokenizer, a run's or a Hugging Face GPT-2's, for sample.py;
 - `open_source`: weights to start from or to distil from, a run's or a Hugging Face GPT-2's;
-- `open_for_measuring`: any decoder that returns hidden states, a run's or any of transformers'.
+- `open_for_measuring`: any model that returns hidden states, a run's or one of transformers'.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nanodisp.condensation.measure import hidden_states
 from nanodisp.config import Config
 from nanodisp.data.prepare import DataConfig
-from nanodisp.data.tokenizer import Tokenizer, load_tokenizer
+from nanodisp.data.tokenizer import GPT2_VOCAB_SIZE, Tokenizer, load_tokenizer
 from nanodisp.errors import UserError, first_line, optional
 from nanodisp.hf import gpt2
 from nanodisp.hf.gpt2 import Weights
@@ -58,6 +60,17 @@ class OpenRun:
     spec: str
     folder: Path
 
+    @property
+    def name(self) -> str:
+        return f"{self.folder.resolve().name} at step {self.saved.step}"
+
+    def load_tokenizer(self, spec: str | None = None) -> Tokenizer:
+        """The run's own, or the one of `spec`; raises UserError if it cannot be loaded or is not the model's."""
+        try:
+            return load_fitting(spec or self.spec, self.model.config)
+        except UserError as error:
+            raise UserError(str(error) + ("" if spec else "; tokenizer=… replaces the run's own")) from error
+
 
 def open_run(name: str) -> OpenRun:
     """Raises UserError without a checkpoint, or if this version does not build its model."""
@@ -79,11 +92,59 @@ def spec_of(saved: checkpoint.Checkpoint) -> str:
     return spec_in(saved.path.parent.parent, saved.state["config"]["data"]["tokenizer"])
 
 
+def load_fitting(spec: str, config: GPTConfig) -> Tokenizer:
+    """The tokenizer of a spec; raises UserError if it has more tokens than the model."""
+    tokenizer = load_tokenizer(spec)
+    assert config.vocab_size is not None
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"tokenizer={spec} has a vocabulary of {tokenizer.vocab_size} tokens, the model of {config.vocab_size}"
+        )
+    return tokenizer
+
+
 def build(weights: Weights) -> GPT:
     """The model with these weights, on the CPU in eval mode."""
     model = GPT(weights.config)
     model.load_state_dict(weights.tensors)
     return model.eval()
+
+
+# --- a GPT and its tokenizer ----------------------------------------------------------------
+
+
+def open_for_text(name: str, spec: str | None) -> tuple[GPT, Tokenizer, int]:
+    """A run's model or a Hugging Face GPT-2, with its own tokenizer or the one of `spec`; raises UserError.
+
+    The third is the token that text without a prompt begins after: end-of-text, if the model has learned it.
+    """
+    if is_hugging_face(name):
+        weights, tokenizer = open_gpt2(name, spec)
+        return build(weights), tokenizer, tokenizer.eot
+    run = open_run(name)
+    tokenizer, start = run.load_tokenizer(spec), run.saved.state.get("sample_start")  # older checkpoints have none
+    return run.model, tokenizer, tokenizer.eot if start is None else start
+
+
+def open_gpt2(name: str, spec: str | None) -> tuple[Weights, Tokenizer]:
+    """A Hugging Face GPT-2 and the tokenizer of `spec`, else its own, else GPT-2's if the vocabulary has its size.
+
+    Raises UserError if it is not a GPT-2, has no tokenizer of ours, or one with more tokens than the model.
+    """
+    folder = download(name.removeprefix("hf:"))
+    weights = gpt2.read_folder(folder)
+    assert weights.config.vocab_size is not None
+    if spec is None and (folder / "tokenizer.json").is_file():
+        tokenizer = read_tokenizer(folder)
+        if tokenizer.vocab_size > weights.config.vocab_size:
+            raise UserError(
+                f"{name} has a vocabulary of {weights.config.vocab_size} tokens, its tokenizer of "
+                f"{tokenizer.vocab_size}"
+            )
+        return weights, tokenizer
+    if spec is None and weights.config.vocab_size != GPT2_VOCAB_SIZE:
+        raise UserError(f"{name} has no tokenizer.json: give tokenizer=byte, gpt2 or the path of a .tiktoken file")
+    return weights, load_fitting(spec or "gpt2", weights.config)
 
 
 # --- weights to start from or to distil from ------------------------------------------------
@@ -174,47 +235,107 @@ class Measurable:
     """A model and what is needed to measure it.
 
     context: the longest window, in tokens.
-    encode: text -> int64 [n]; the tokenizer is loaded when it is called.
-    data: the run's data; None for a Hugging Face model.
+    encode: text -> int64 [n]; the tokenizer is loaded when it is called, and UserError is raised without one.
     folder: where figures are written.
+    data, corpus: the run's data and the name of its folder of shards; None for a Hugging Face model.
     """
 
+    name: str
     model: nn.Module
     context: int
     vocab_size: int
     encode: Callable[[str], np.ndarray]
-    data: DataConfig | None
     folder: Path
+    data: DataConfig | None = None
+    corpus: str | None = None
 
 
-def open_for_measuring(name: str) -> Measurable:
-    """A run, or any model that transformers knows, without its head and in float32; else raises UserError."""
+def open_for_measuring(name: str, spec: str | None = None) -> Measurable:
+    """A run, with the tokenizer of `spec` if it is given, or a model of transformers, without its head and in float32.
+
+    Raises UserError if there is none, or it does not return hidden states.
+    """
     if is_hugging_face(name):
+        if spec is not None:
+            raise UserError("tokenizer=… is for runs: a Hugging Face model has its own")
         return _open_transformers(name.removeprefix("hf:"))
     run = open_run(name)
-    data = None
-    if run.saved.state["corpus"] is not None:
+    corpus, data = run.saved.state["corpus"], None
+    if corpus is not None:
         data = DataConfig(**{**run.saved.state["config"]["data"], "tokenizer": run.spec})
 
     def encode(text: str) -> np.ndarray:
-        return load_tokenizer(run.spec).encode(text)
+        return run.load_tokenizer(spec).encode(text).astype(np.int64)
 
-    return Measurable(run.model, run.model.config.block_size, run.model.vocab_size, encode, data, run.folder)
+    block_size, vocab_size = run.model.config.block_size, run.model.vocab_size
+    return Measurable(run.name, run.model, block_size, vocab_size, encode, run.folder, data, corpus)
+
+
+def quiet_transformers() -> Any:
+    """transformers without progress bars and load reports."""
+    transformers = optional("transformers")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
 
 
 def _open_transformers(name: str) -> Measurable:
-    transformers = optional("transformers")
+    transformers = quiet_transformers()
+    options: Any = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     try:
-        model = transformers.AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False).float()
-    except (OSError, ValueError) as error:
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if config.is_encoder_decoder:
+            raise UserError(
+                f"{name} is an encoder-decoder ({config.model_type}), which has two stacks of layers: supported are "
+                "decoders (GPT-2, LLaMA, Qwen, OPT, …) and encoders (BERT, RoBERTa, …)"
+            )
+        model, loaded = transformers.AutoModel.from_pretrained(name, **options)
+    except UserError:
+        raise
+    except Exception as error:  # of many classes, from transformers, safetensors and the network
         raise UserError(f"{name} cannot be loaded: {first_line(error)}") from error
+    check_complete(name, model, loaded)
+    model = model.float().eval()
+    try:
+        with torch.inference_mode():
+            list(hidden_states(model, torch.zeros(1, 2, dtype=torch.int64)))
+    except Exception as error:  # of many classes: a model of images needs other inputs
+        raise UserError(
+            f"{name} ({type(model).__name__}) gives no hidden states of tokens alone: {first_line(error)}"
+        ) from error
 
     def encode(text: str) -> np.ndarray:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        return np.asarray(tokenizer(text).input_ids, dtype=np.int64)
+        return np.asarray(load_their_tokenizer(name)(text, add_special_tokens=False).input_ids, dtype=np.int64)
 
-    context = getattr(model.config, "max_position_embeddings", DEFAULT_CONTEXT)
-    return Measurable(model, context, model.config.vocab_size, encode, None, folder_of(name))
+    vocab_size = model.get_input_embeddings().weight.size(0)
+    return Measurable(name, model, context_of(model), vocab_size, encode, folder_of(name))
+
+
+def context_of(model: Any) -> int:
+    """The longest window of a transformers model, in tokens; `DEFAULT_CONTEXT` if its config does not give one."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return module.num_embeddings - module.padding_idx - 1  # RoBERTa's positions begin after padding_idx
+    context = getattr(model.config, "max_position_embeddings", None)
+    return context if context and context > 0 else DEFAULT_CONTEXT
+
+
+def check_complete(name: str, model: Any, loaded: dict[str, Any]) -> None:
+    """Raises UserError if transformers had to invent weights; a pooler, which encoders may lack, has no effect here."""
+    if missing := sorted(key for key in loaded["missing_keys"] if not key.startswith("pooler.")):
+        raise UserError(f"{name} is incomplete: as a {type(model).__name__} it lacks weights, such as {missing[0]}")
+
+
+def load_their_tokenizer(name: str) -> Any:
+    """The tokenizer of a transformers model; raises UserError without one."""
+    try:
+        tokenizer = quiet_transformers().AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokens = tokenizer(PROBE, add_special_tokens=False).input_ids
+    except Exception as error:  # of many classes
+        raise UserError(f"{name} has no tokenizer that can be loaded: {first_line(error)}") from error
+    if set(tokens) <= {tokenizer.unk_token_id}:  # without its files, transformers makes one without a vocabulary
+        raise UserError(f"{name} has no tokenizer: put its tokenizer.json there")
+    return tokenizer
 
 
 def download(name: str) -> Path:

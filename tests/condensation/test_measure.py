@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -24,6 +25,7 @@ from nanodisp.condensation.measure import Condensation, hidden_states, measure
 from nanodisp.condensation.sums import LayerSums
 from nanodisp.errors import UserError
 from nanodisp.models.gpt import GPT, GPTConfig
+from nanodisp.runs import checkpoint
 
 WINDOWS = torch.randint(0, 50, (6, 24), generator=torch.Generator().manual_seed(0))
 
@@ -308,11 +310,67 @@ def test_a_hugging_face_folder_is_measured(corpus: Path, tmp_path: Path) -> None
         (["checkpoint=nowhere", "windows=0"], "windows=0"),
         (["checkpoint=nowhere", "text=a", "data=b"], "give one of them"),
         (["checkpoint={run}", "text=nowhere"], "text=nowhere cannot be read"),
+        (["checkpoint={run}", "text={tmp}/short"], "short has 5 tokens, a window 16: give a longer text, or block=5$"),
+        (["checkpoint={run}", "text={tmp}/latin1"], r"latin1 is not UTF-8 \(byte 3\): convert it"),
+        (["checkpoint={run}", "data={tmp}/shards"], r"shards has 10 tokens, a window 16: give .* block=10$"),
+        (["checkpoint={run}", "out={tmp}/short"], "out=.*short cannot be created: File exists"),
+        (["checkpoint={run}", "data="], "data= is empty"),
+        (["checkpoint={run}", "out="], "out= is empty"),
+        (["checkpoint={run}", "tokenizer=gpt"], "tokenizer=gpt is unknown"),
+        (["checkpoint={run}@7"], "has checkpoints of steps 1, and @7 is not one"),
         (["checkpoint=nowhere", "projection=sphere"], "choose one of pca, tsne, umap"),
     ],
 )
-def test_mistakes_are_reported_in_one_line(run: Callable[..., Path], arguments: list[str], message: str) -> None:
+def test_mistakes_are_reported_in_one_line(
+    run: Callable[..., Path], tmp_path: Path, arguments: list[str], message: str
+) -> None:
     folder = run("train.steps=1", "train.sample_tokens=0") if "{run}" in arguments[0] else Path()
+    (tmp_path / "short").write_text("words")
+    (tmp_path / "latin1").write_bytes(b"caf\xe9 " * 20)
+    write_corpus(tmp_path / "shards", n_val=11)
+    if arguments[-1] == "tokenizer=gpt":
+        arguments = [*arguments, f"text={tmp_path / 'short'}"]
     with pytest.raises(UserError, match=message) as error:
-        condensation.main([argument.format(run=folder) for argument in arguments])
-    assert "\n" not in str(error.value)
+        condensation.main([argument.format(run=folder, tmp=tmp_path) for argument in arguments])
+    assert "\n" not in str(error.value) and not (folder / "condensation.json").exists()
+
+
+def test_the_data_of_a_run_must_be_there_and_the_same(run: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("some words " * 500)
+    text = ("data=text", f"data.path={tmp_path / 'text.txt'}", f"data.folder={tmp_path / 'prepared'}")
+    folder = run("train.steps=1", "train.sample_tokens=0", *text)
+    condensation.main([f"checkpoint={folder}"])
+    assert json.loads((folder / "condensation.json").read_text())["source"] == "run at step 1"
+    (tmp_path / "text.txt").write_text("other words " * 500)
+    with pytest.raises(UserError, match=r"is not what run at step 1 was trained on, .*: give text=<file> or data="):
+        condensation.main([f"checkpoint={folder}"])
+    (tmp_path / "text.txt").unlink()
+    with pytest.raises(UserError, match=r"data of run at step 1 cannot be read \(.*\): give text=<file> or data="):
+        condensation.main([f"checkpoint={folder}"])
+
+
+def test_a_mark_of_utf_8_is_no_text(run: Callable[..., Path], tmp_path: Path) -> None:
+    folder = run("train.steps=1", "train.sample_tokens=0")
+    (tmp_path / "text.txt").write_text("\ufeff" + "word" * 3)
+    with pytest.raises(UserError, match="has 12 tokens, a window 16"):
+        condensation.main([f"checkpoint={folder}", f"text={tmp_path / 'text.txt'}"])
+
+
+def test_weights_that_are_not_finite_are_reported(run: Callable[..., Path]) -> None:
+    folder = run("train.steps=1", "train.sample_tokens=0")
+    saved = checkpoint.load(checkpoint.find(folder))
+    saved.model["ln_f.weight"][0] = math.inf
+    state = {key: value for key, value in saved.state.items() if key not in ("sha256", "format_version")}
+    checkpoint.save(folder / "checkpoints", saved.model, saved.optimizer, {**state, "step": 2})
+    with pytest.raises(UserError, match=r"step_00000002 cannot be used: its ln_f.weight has values that are NaN or"):
+        condensation.main([f"checkpoint={folder}"])
+    condensation.main([f"checkpoint={folder}@best"])
+    assert json.loads((folder / "condensation.json").read_text())["source"] == "run at step 1"
+
+
+def test_hidden_states_that_are_not_finite_are_reported_by_layer() -> None:
+    model = lookup()
+    with torch.no_grad():
+        model.tables[2, WINDOWS[3, 4], 5] = math.nan
+    with pytest.raises(UserError, match="layer 2 of the model gives NaN or infinite values"):
+        measure(model, WINDOWS)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import export, loglikelihood, model_of, write_checkpointed_run
+from safetensors.torch import load_file, save_file
+from tiny_models import export, loglikelihood, model_of, write_checkpointed_run, write_ranks_file
 
 from nanodisp.data.corpus import open_corpus
 from nanodisp.data.questions import Question, read_questions, write_questions
@@ -253,6 +255,54 @@ def test_an_incomplete_hugging_face_folder_is_rejected(run: Path, tasks: Path, t
             file.unlink()
     with pytest.raises(UserError, match="cannot be loaded" if what == "weights" else "has no tokenizer"):
         go(folder, tasks, "tasks=letters")
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_a_model_with_invented_or_damaged_weights_is_rejected(run: Path, tasks: Path, tmp_path: Path) -> None:
+    folder = export(run, tmp_path / "exported")
+    change_weights(folder, lambda tensors: tensors["transformer.ln_f.weight"].fill_(torch.nan))
+    with pytest.raises(UserError, match="exported gives NaN or infinite logits"):
+        go(folder, tasks, "tasks=letters")
+    change_weights(folder, lambda tensors: tensors.pop("transformer.h.1.mlp.c_fc.weight"))
+    with pytest.raises(UserError, match=r"is incomplete: as a GPT2LMHeadModel it lacks weights, such as \S*c_fc"):
+        go(folder, tasks, "tasks=letters")
+    assert not (folder / "evaluation.json").exists()
+
+
+def test_an_encoder_is_rejected(run: Path, tasks: Path, tmp_path: Path) -> None:
+    """transformers opens BERT as a language model, but it sees the tokens that it should predict."""
+    transformers = pytest.importorskip("transformers")
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
+    torch.manual_seed(0)
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**shape, vocab_size=257, max_position_embeddings=48))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    folder = export(run, tmp_path / "exported")  # for its tokenizer
+    model.save_pretrained(folder)
+    with pytest.raises(UserError, match="sees the tokens that it should predict, so it is an encoder"):
+        go(folder, tasks, "tasks=letters")
+
+
+def test_a_missing_tokenizer_can_be_given_if_it_fits(tasks: Path, tmp_path: Path) -> None:
+    ranks = write_ranks_file(tmp_path / "tiny.tiktoken")
+    folder = write_checkpointed_run(tmp_path / "run", str(ranks))
+    moved = ranks.rename(tmp_path / "moved.tiktoken")
+    with pytest.raises(UserError, match=r"tiny\.tiktoken cannot be read.*; tokenizer=… replaces the run's own"):
+        go(folder, tasks, "tasks=letters")
+    go(folder, tasks, "tasks=letters", "limit=2", f"tokenizer={moved}")
+    small = write_checkpointed_run(tmp_path / "byte", "byte")
+    with pytest.raises(UserError, match="has a vocabulary of 270 tokens, the model of 257"):
+        go(small, tasks, "tasks=letters", f"tokenizer={moved}")
+
+
+def test_the_checkpoint_of_a_step_is_evaluated(run: Path, tasks: Path, tmp_path: Path) -> None:
+    go(Path(f"{run}@3"), tasks, "tasks=letters", "limit=2", f"out={tmp_path / 'out.json'}")
+    assert json.loads((tmp_path / "out.json").read_text())["model"] == "run at step 3"
 
 
 def test_the_tasks_after_one_that_cannot_be_loaded_are_evaluated(run: Path, tasks: Path, tmp_path: Path) -> None:

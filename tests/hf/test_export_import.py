@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +115,21 @@ def test_a_model_without_biases_is_exported_with_biases_of_zero(tmp_path: Path) 
     assert len(biases) == 2 * 6 + 1 and not any(bias.any() for bias in biases)
 
 
+def test_exported_files_have_the_permissions_that_the_umask_leaves(trained: Path, tmp_path: Path) -> None:
+    before = os.umask(0o026)
+    try:
+        folder = export(trained, tmp_path / "exported")
+    finally:
+        os.umask(before)
+    assert {oct(file.stat().st_mode & 0o777) for file in folder.iterdir()} == {"0o640"}
+
+
+def test_the_best_checkpoint_can_be_exported(trained: Path, tmp_path: Path) -> None:
+    assert "for 3 steps" in (export(Path(f"{trained}@3"), tmp_path / "exported") / "README.md").read_text()
+    with pytest.raises(UserError, match="none has a validation loss"):
+        export(Path(f"{trained}@best"), tmp_path / "best")
+
+
 def test_existing_folders_are_not_overwritten(trained: Path, exported: Path) -> None:
     with pytest.raises(UserError, match="is not empty"):
         export(trained, exported)
@@ -198,13 +214,14 @@ def test_a_gpt2_tokenizer_is_imported_too(gpt2: Path, tmp_path: Path) -> None:
 
 
 def test_an_imported_run_is_sampled_and_measured(
-    exported: Path, tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
     hf.main(["import", f"checkpoint={exported}", f"to={run}"])
     sample.main([f"checkpoint={run}", "prompt=the", "max_new_tokens=5", "device=cpu"])
     assert "the" in capsys.readouterr().out
-    condensation.main([f"checkpoint={run}", f"data={corpus}", "windows=3", "device=cpu"])
+    (tmp_path / "text.txt").write_text("the first and the second " * 20)
+    condensation.main([f"checkpoint={run}", f"text={tmp_path / 'text.txt'}", "windows=3", "device=cpu"])
     assert json.loads((run / "condensation.json").read_text())["windows"] == 3
     with pytest.raises(UserError, match="give text="):
         condensation.main([f"checkpoint={run}", "device=cpu"])
@@ -250,6 +267,14 @@ def test_an_untied_output_head_is_rejected(gpt2: Path, tmp_path: Path) -> None:
         hf.main(["import", f"checkpoint={gpt2}", f"to={tmp_path / 'run'}", "tokenizer=byte"])
 
 
+def test_weights_that_are_not_finite_are_rejected(gpt2: Path, tmp_path: Path) -> None:
+    tensors = load_file(gpt2 / "model.safetensors")
+    tensors["transformer.h.1.mlp.c_fc.weight"][3, 4] = torch.nan
+    save_file(tensors, gpt2 / "model.safetensors")
+    with pytest.raises(UserError, match=r"its h\.1\.mlp\.c_fc\.weight has values that are NaN or infinite"):
+        hf.main(["import", f"checkpoint={gpt2}", f"to={tmp_path / 'run'}", "tokenizer=byte"])
+
+
 def test_weights_in_pickles_are_not_read(gpt2: Path, tmp_path: Path) -> None:
     (gpt2 / "model.safetensors").rename(gpt2 / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"has no model\.safetensors"):
@@ -264,6 +289,7 @@ def test_weights_in_pickles_are_not_read(gpt2: Path, tmp_path: Path) -> None:
         (["export", "checkpoint=nowhere", "to={tmp}/a"], "nowhere holds no checkpoint"),
         (["export", "checkpoint=nowhere"], "to is required"),
         (["import", "checkpoint={tmp}", "to={tmp}/a"], "cannot be read as a GPT-2"),
+        (["export", "checkpoint=hf:gpt2", "to={tmp}/a"], "is a Hugging Face model already"),
     ],
 )
 def test_mistakes_are_reported_in_one_line(tmp_path: Path, arguments: list[str], words: str) -> None:

@@ -1,0 +1,42 @@
+"""The harness's own `hf` model, for models of transformers, with the checks that its logs would leave to the reader.
+
+Imported only by `__main__.py`, because the harness is an optional package.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+
+from nanodisp.errors import UserError
+from nanodisp.hf.open import check_complete
+
+
+class HuggingFaceModel(HFLM):
+    """Raises UserError for a model with incomplete weights, or one that sees what it should predict."""
+
+    _model: Any
+
+    def _create_model(self, pretrained: str, *arguments: Any, **options: Any) -> None:
+        super()._create_model(pretrained, *arguments, output_loading_info=True, **options)
+        self._model, loaded = self._model
+        check_complete(pretrained, self._model, loaded)
+        if self.backend == "causal":
+            check_causal(pretrained, self._model)
+
+
+def check_causal(name: str, model: Any) -> None:
+    """Raises UserError if the logits of a position are not finite or change with the tokens after it, as BERT's do."""
+    with torch.inference_mode():
+        pair = torch.tensor([[0, 1, 2], [0, 1, 3]], device=model.device)
+        logits = model.eval()(pair).logits.float()
+    if not logits.isfinite().all():
+        raise UserError(f"{name} gives NaN or infinite logits: its weights are damaged, or overflow their precision")
+    change = (logits[0] - logits[1]).abs().amax(dim=-1)  # [3]: only the last token differs
+    if change[:2].max() > 1e-3 * change[2]:
+        raise UserError(
+            f"{name} ({type(model).__name__}) sees the tokens that it should predict, so it is an encoder: "
+            "give a decoder, such as GPT-2, LLaMA, Qwen or OPT"
+        )
