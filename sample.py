@@ -9,11 +9,10 @@ Standard output is the text alone, including the prompt; several samples are sep
 
 from __future__ import annotations
 
-import nanodisp.threads  # noqa: F401 - first: torch reads what it sets
+import nanodisp.process  # noqa: F401 - first: torch reads what it sets
 
 # isort: split
 import codecs
-import io
 import itertools
 import os
 import sys
@@ -44,7 +43,11 @@ class SampleConfig:
     prompt: the text to continue; "-" reads it from standard input, and an empty one begins a new document.
     prompt_file: a file with the prompt, in UTF-8.
     tokenizer: byte, gpt2 or the path of a .tiktoken file, if the model's own is not available.
-    temperature, top_k, top_p: see `nanodisp.models.generate.generate`; temperature=0 is greedy.
+    max_new_tokens: tokens to generate.
+    temperature: divides the logits; 0 is greedy.
+    top_k: sample among the k likeliest tokens only; null for all.
+    top_p: and among the likeliest that together have this probability.
+    seed: of the first sample.
     num_samples: continuations of the prompt; the i-th, from 0, is the sample that `seed` + i alone gives.
     batch_size: samples generated together, which is faster; each has a cache of its own in memory.
     dtype: of weights and cache. "float32" generates the tokens of the full-precision model; "bfloat16" reads
@@ -52,6 +55,7 @@ class SampleConfig:
         if the hardware multiplies it.
     compile: compile a block first, which takes some seconds. It saves small operations; on a CPU, which is
         bound by reading the weights, it gains little.
+    device: "auto", "cpu" or "cuda".
     """
 
     checkpoint: str = cli.MISSING
@@ -100,8 +104,6 @@ def main(argv: Sequence[str]) -> None:
     prompt = tokenizer.encode(text).tolist()
     unprompted = [] if prompt else [first_token]
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # for a terminal that is not UTF-8
     for first in range(0, config.num_samples, config.batch_size):
         seeds = [config.seed + i for i in range(first, min(first + config.batch_size, config.num_samples))]
         steps = generate(
@@ -146,6 +148,6 @@ def write(prompt: str, tokens: Iterable[Tensor | int], tokenizer: Tokenizer) -> 
 
 if __name__ == "__main__":
     try:
-        cli.run(main)
+        cli.run(main, SampleConfig)
     except BrokenPipeError:  # the reader, such as head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

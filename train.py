@@ -11,7 +11,7 @@ from (seed, s), so a checkpoint needs no random state.
 
 from __future__ import annotations
 
-import nanodisp.threads  # noqa: F401 - first: torch reads what it sets
+import nanodisp.process  # noqa: F401 - first: torch reads what it sets
 
 # isort: split
 import datetime
@@ -33,14 +33,15 @@ from nanodisp.errors import UserError
 from nanodisp.hf.open import initial_weights, open_teacher
 from nanodisp.models.gpt import GPT
 from nanodisp.plan import Plan, resolve
+from nanodisp.runs.checkpoint import newest_step
 from nanodisp.runs.folder import Run, TrainState
 from nanodisp.training import interventions, optim
 from nanodisp.training.objective import Objective, add_up
 from nanodisp.training.validation import Validation
 
 
-def train(config: Config) -> None:
-    """One run, from data to a sample."""
+def train(config: Config) -> float | None:
+    """One run, from data to a sample; of a dry run, the seconds that it would take."""
     # --- ranks, data, and the plan: every choice that the configuration leaves open, made once
     # `start`, not `distributed.start`: for jobs in parallel, cloudpickle would look for torch.distributed.config
     world = start(config.device, config.train.timeout_minutes)
@@ -85,8 +86,7 @@ def train(config: Config) -> None:
     optimizers = optim.build_optimizers(model, config.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=plan.dtype == torch.float16)
     if config.dry_run:
-        estimate(objective, scaler, batches, plan, world)
-        return
+        return estimate(objective, scaler, batches, plan, world)
 
     # --- the run so far: from a checkpoint, or new
     with Run(plan, corpus, world) as run:
@@ -137,6 +137,7 @@ def train(config: Config) -> None:
             if stopping:
                 run.leave(state)
         run.conclude(model)
+    return None
 
 
 def forward_backward(
@@ -187,19 +188,29 @@ def mean_over_ranks(terms: dict[str, Tensor], world: World) -> dict[str, float]:
     return dict(zip(terms, means.tolist(), strict=True))
 
 
-def estimate(objective: Objective, scaler: torch.amp.GradScaler, batches: Batches, plan: Plan, world: World) -> None:
-    """Print the run's size and approximate duration: the second of two steps without an update, times all steps."""
+def estimate(objective: Objective, scaler: torch.amp.GradScaler, batches: Batches, plan: Plan, world: World) -> float:
+    """Print a run's size and approximate duration; return its seconds.
+
+    That is the second of two steps without an update, times the steps after the newest checkpoint.
+    """
     if plan.config.init_from is not None:
         initial_weights(plan.config)  # raises where a run would
-    x, y = next(prefetch(batches, range(1), plan.device, world.rank, world.size))
-    for _ in range(2):
-        began = time.perf_counter()
-        forward_backward(objective, scaler, plan, world, 0, x, y)["loss"].item()  # waits for the device
-    duration = datetime.timedelta(seconds=round(plan.total_steps * (time.perf_counter() - began)))
+    saved = newest_step(Path(plan.config.out_dir) / str(plan.config.run_name)) if world.is_main else 0
+    done = int(world.sum(torch.tensor(saved, device=world.device)))
+    seconds = 0.0
+    if not plan.is_done(done):
+        x, y = next(prefetch(batches, range(1), plan.device, world.rank, world.size))
+        for _ in range(2):
+            began = time.perf_counter()
+            forward_backward(objective, scaler, plan, world, 0, x, y)["loss"].item()  # waits for the device
+        seconds = (plan.total_steps - done) * (time.perf_counter() - began)
     if world.is_main:
         tokens = plan.total_steps * plan.tokens_per_step
         size = f"{plan.n_parameters:,} parameters, {plan.total_steps:,} steps, {tokens:,} tokens"
-        print(f"{plan.config.run_name}: {size}, about {duration} without evaluation")
+        duration = f"about {datetime.timedelta(seconds=round(seconds))} without evaluation"
+        left = f"{duration} from step {done}" if done else duration
+        print(f"{plan.config.run_name}: {size}, {left if seconds else 'done already'}", flush=True)
+    return seconds
 
 
 if __name__ == "__main__":

@@ -56,7 +56,11 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 @dataclass
 class SoakConfig:
-    """How much of each, see the docstring of this file; 0 skips a part."""
+    """How much of each.
+
+    kills, ranks, mutations: see above; 0 skips a part.
+    seed: of the moments of the kills, and of the mutations.
+    """
 
     kills: int = 50
     ranks: int = 1
@@ -262,4 +266,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, SoakConfig)

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nanodisp.threads import SPIN_COUNT
+from nanodisp.process import SPIN_COUNT
 
 KINDS: dict[str, dict[str, str]] = {
     "default": {},  # OpenMP's own

@@ -51,7 +51,19 @@ class DispersionTrainer(Trainer):
 
 @dataclass
 class ExampleConfig:
-    """model: a folder or a hub id. data: a text file. to: the folder to write. Lengths are in tokens."""
+    """What to train, on what, and how.
+
+    model: a folder or a hub id.
+    data: a text file.
+    to: the folder to write.
+    lambda_disp: weight of the dispersion loss.
+    max_tokens: tokens of a sequence that it uses.
+    block_size: tokens of a sequence.
+    steps: optimizer updates.
+    batch_size, accumulate: sequences of a forward pass, and passes of an update.
+    lr: learning rate.
+    seed: of the order of the sequences and the tokens drawn.
+    """
 
     model: str = cli.MISSING
     data: str = cli.MISSING
@@ -130,4 +142,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, ExampleConfig)

@@ -15,7 +15,7 @@ __all__ = ["DispersionLoss"]
 
 
 def __getattr__(name: str) -> Any:
-    """DispersionLoss, imported when it is asked for: `nanodisp.threads` must come before torch."""
+    """DispersionLoss, imported when it is asked for: `nanodisp.process` must come before torch."""
     if name == "DispersionLoss":
         from nanodisp.dispersion import DispersionLoss
 

@@ -11,8 +11,9 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from nanodisp.data.prepare import DataConfig
 from nanodisp.dispersion.placement import DispersionConfig, select_layers
@@ -84,7 +85,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.tokens is not None and self.tokens_per_param is not None:
-            raise ValueError("train.tokens and train.tokens_per_param are both given; keep only one")
+            raise ValueError(
+                "train.tokens and train.tokens_per_param are both given; keep only one (train.tokens=null removes it)"
+            )
         if self.steps is None and self.tokens is None and self.tokens_per_param is None:
             raise ValueError("no budget: give train.steps, train.tokens or train.tokens_per_param")
         if self.dtype not in DTYPES:
@@ -207,29 +210,82 @@ NOT_IDENTITY = {
 BUDGET = ("train.steps", "train.tokens", "train.tokens_per_param")  # may grow when a run is resumed
 
 
+class Unused(NamedTuple):
+    """`keys` have no effect while the value of `decider` passes `when`; `advice` says what to do about it."""
+
+    keys: tuple[str, ...]
+    decider: str
+    when: Callable[[Any], bool]
+    advice: str
+
+
+def one_of(*values: Any) -> Callable[[Any], bool]:
+    return lambda value: value in values
+
+
+def no(*values: Any) -> Callable[[Any], bool]:
+    return lambda value: value not in values
+
+
+def given(value: Any) -> bool:
+    return value is not None
+
+
+def all_but(section: str, schema: Any, key: str) -> tuple[str, ...]:
+    return tuple(f"{section}.{each.name}" for each in dataclasses.fields(schema) if each.name != key)
+
+
+PUBLISHED = ("pystdlib", "shakespeare", "wikitext103", "fineweb_edu", "openwebtext")  # and fineweb10B
+WITHOUT_TAU = ("orthogonalization", "decorrelation", "variance")
+LEAVE = "leave it out"
+# Names of data sets: those that are known not to use the key. A new data set may use all.
+UNUSED = [
+    Unused(("data.path",), "data.name", one_of(*PUBLISHED, "fineweb10B"), "add data=text, or data=shards for shards"),
+    Unused(("data.tokenizer",), "data.name", one_of("fineweb10B"), f"its shards hold GPT-2's tokens; {LEAVE}"),
+    Unused(("data.val_fraction",), "data.name", one_of("shards", "wikitext103", "fineweb10B"), f"it is split; {LEAVE}"),
+    Unused(("data.field",), "data.name", one_of("pystdlib", "shakespeare", "shards", "fineweb10B"), LEAVE),
+    Unused(("data.shard_tokens",), "data.name", one_of("shards", "fineweb10B"), f"its shards exist; {LEAVE}"),
+    Unused(("data.chunks",), "data.name", one_of("text", "shards", "english", *PUBLISHED), "add data=fineweb10B"),
+    Unused(("data.folder",), "data.name", one_of("shards"), f"nothing is prepared; {LEAVE}"),
+    Unused(
+        all_but("dispersion", DispersionConfig, "lambda_disp"),
+        *("dispersion.lambda_disp", one_of(0, None), f"{LEAVE}, or give a lambda above 0"),
+    ),
+    Unused(("dispersion.tau",), "dispersion.variant", one_of(*WITHOUT_TAU), f"the formula has no tau; {LEAVE}"),
+    Unused(("dispersion.warmup_fraction",), "dispersion.schedule", no("warmup"), "add dispersion.schedule=warmup"),
+    Unused(("optim.muon_lr", "optim.muon_momentum"), "optim.name", no("muon"), "add optim=muon"),
+    Unused(("optim.warmup_steps",), "optim.warmup_fraction", given, "optim.warmup_fraction=null removes that one"),
+    Unused(("optim.decay_fraction", "optim.min_lr_fraction"), "optim.schedule", one_of("constant"), LEAVE),
+    Unused(("train.steps",), "train.tokens", given, "train.tokens=null removes that budget"),
+    Unused(("train.steps",), "train.tokens_per_param", given, "train.tokens_per_param=null removes that budget"),
+    Unused(all_but("wandb", WandbConfig, "mode"), "wandb.mode", one_of("disabled"), "add wandb.mode=online or offline"),
+]
+
+
+def unused(flat: dict[str, Any]) -> dict[str, Unused]:
+    """The keys without effect in a configuration of keys with dots, each with the first reason."""
+    return {key: rule for rule in reversed(UNUSED) if rule.when(flat.get(rule.decider)) for key in rule.keys}
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"model": {"n_layer": 6}, "seed": 1} -> {"model.n_layer": 6, "seed": 1}."""
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    return {key: value for name, part in tree.items() for key, value in flatten(part, f"{prefix}{name}.").items()}
+
+
 def identity(config: dict[str, Any]) -> dict[str, Any]:
     """The keys that decide a run's result, {"section.key": value}, from a `Config` as plain containers.
 
-    Keys that the chosen dispersion, optimizer or budget does not use are left out, so that one run has one name.
+    Keys without effect are left out, so that one run has one name.
     """
-    flat = {
-        f"{section}.{key}" if isinstance(part, dict) else section: value
-        for section, part in config.items()
-        for key, value in (part.items() if isinstance(part, dict) else [("", part)])
-    }
+    flat = flatten(config)
     if flat.get("dispersion.schedule") == "linear":  # its name in older checkpoints
         flat["dispersion.schedule"] = "warmup"
     left_out = {f"{section}.{key}" if section else key for section, keys in NOT_IDENTITY.items() for key in keys}
-    if not flat.get("dispersion.lambda_disp"):
-        left_out |= {key for key in flat if key.startswith("dispersion.") and key != "dispersion.lambda_disp"}
-    if flat.get("dispersion.schedule") != "warmup":
-        left_out.add("dispersion.warmup_fraction")
-    if flat.get("optim.name") != "muon":
-        left_out |= {"optim.muon_lr", "optim.muon_momentum"}
+    left_out |= unused(flat).keys()
     if flat.get("data.encoding") == "utf-8":  # version 0.1.0 did not have the key
         left_out.add("data.encoding")
-    if flat.get("train.tokens") is not None or flat.get("train.tokens_per_param") is not None:
-        left_out.add("train.steps")
     return {key: value for key, value in flat.items() if key not in left_out and not key.startswith("wandb.")}
 
 

@@ -13,6 +13,10 @@ class UserError(Exception):
     """
 
 
+class InUse(UserError):
+    """Another process is training the same run."""
+
+
 def optional(package: str, extra: str = "eval") -> Any:
     """Import an optional package; raises UserError with the command that installs its extra if it is missing."""
     try:

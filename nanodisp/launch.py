@@ -6,81 +6,236 @@ An unknown key, a wrong type or an impossible value ends the program with a one-
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import hashlib
 import os
+import re
 import shlex
+import shutil
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from nanodisp import cli
-from nanodisp.config import SECTIONS, Config, name_of
-from nanodisp.errors import UserError, first_line
+from nanodisp.config import SECTIONS, Config, Unused, flatten, name_of, unused
+from nanodisp.errors import InUse, UserError, first_line
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
+OFF = Unused(("dispersion.lambda_disp",), "dispersion", lambda value: value == "off", "leave one of them out")
+EXTRAS = {"joblib": "joblib", "submitit_slurm": "slurm"}  # of Hydra's launchers
 
 
-def main(task: Callable[[Config], None]) -> None:
+class AlreadyReported(UserError):
+    """What a worker of a parallel launcher raises after it has printed its error."""
+
+
+def main(task: Callable[[Config], float | None]) -> None:
     """Run `task` with each configuration that Hydra composes from `conf/` and the command line.
 
     A user's mistake becomes one line on stderr and exit code 2; a bug shows its traceback. In a sweep neither stops the
     other jobs, and all failures are summarised at the end.
+
+    In a dry run `task` returns the seconds that the run would take, which are added up for a sweep.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach the lines below instead of Hydra's printer
     ConfigStore.instance().store(name="schema", node=Config)
-    failures: list[str] = []
-    main_process = os.getpid()
+    # Hydra's parser wants flags first; a stable sort keeps "--cfg job" together
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: "=" in argument and not argument.startswith("-"))
+    jobs = Jobs(task, sys.argv[1:])
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def entry(composed: DictConfig) -> None:
-        try:
-            task(configure(composed))
-        except Exception as error:
-            mistake = isinstance(error, UserError)
-            in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-            if not mistake and not in_sweep:
-                raise
-            line = str(error) if mistake else f"{type(error).__name__}: {error}"
-            failures.append(f"{' '.join(HydraConfig.get().overrides.task)}: {line}" if in_sweep else line)
-            if not mistake:
-                traceback.print_exc()
-            if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # the other ranks may be unaware: torchrun must end them
-                sys.exit(cli.fail(UserError(failures[-1])))
-            if os.getpid() != main_process:  # a worker of a parallel launcher, which reports only the first failure
-                cli.fail(UserError(failures[-1]))
-                raise UserError(failures[-1]) from error
+        jobs.run(composed)
 
     try:
+        cli.show_any_text()
         if not CONF.is_dir():
             raise UserError(f"training needs a clone of nanodisp, with its conf/ and data/: {CONF} does not exist")
+        if cli.asks_for_help(sys.argv[1:]):
+            print(*help_lines(), sep="\n")
+            return
+        refuse_dashes(sys.argv[1:])
         entry()
+    except AlreadyReported:
+        sys.exit(2)
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        failures.append(explain(error))
+        jobs.failures.append(explain(error))
     except KeyboardInterrupt:
         print("interrupted: the same command resumes from the last checkpoint", file=sys.stderr, flush=True)
         os._exit(130)  # at once, without waiting for a checkpoint that is being written
-    for failure in failures:
+    jobs.total()
+    for failure in jobs.failures:
         cli.fail(UserError(failure))
-    if failures:
+    if jobs.failures:
         sys.exit(2)
 
 
-def configure(composed: DictConfig) -> Config:
-    """A job's configuration, with its name and the command that reproduces it."""
+class Jobs:
+    """The jobs of one command: one, or those of a sweep.
+
+    Args:
+        task: trains; in a dry run it returns the seconds that training would take.
+        arguments: of the command line.
+    """
+
+    def __init__(self, task: Callable[[Config], float | None], arguments: Sequence[str]) -> None:
+        self.task, self.arguments = task, arguments
+        self.failures: list[str] = []
+        self.seconds: list[float] = []  # of the jobs of a dry run
+        self.began: dict[tuple[str, ...], str] = {}  # runs by what identifies them -> the job that trains it
+        self.main_process = os.getpid()
+
+    def run(self, composed: DictConfig) -> None:
+        """One job. In a sweep an error is kept for the end, and noted in the sweep's folder for the report."""
+        cli.show_any_text()
+        runtime = HydraConfig.get()
+        in_sweep = runtime.mode == RunMode.MULTIRUN
+        overrides = " ".join(runtime.overrides.task)
+        note = Path(runtime.sweep.dir) / f"failed-{hashlib.sha256(overrides.encode()).hexdigest()[:6]}"
+        config = None
+        try:
+            if in_sweep and is_main_rank():
+                shutil.rmtree(note, ignore_errors=True)
+            config = configure(composed, swept(self.arguments) if in_sweep else frozenset())
+            if not (in_sweep and self.is_repeated(config, overrides)):
+                if config.command != command_of(runtime.overrides.task):
+                    say(f"{overrides}: not all keys have an effect in this job, which is {config.command}")
+                seconds = self.task(config)
+                self.seconds += [seconds] if seconds is not None else []
+        except Exception as error:
+            in_worker = os.getpid() != self.main_process  # of a parallel launcher
+            if in_worker and isinstance(error, InUse):
+                say(f"{overrides}: skipped, {error}")
+                return
+            mistake = isinstance(error, UserError)
+            if not mistake and not in_sweep:
+                raise
+            line = str(error) if mistake else f"{type(error).__name__}: {error}"
+            self.failures.append(f"{overrides}: {line}" if in_sweep else line)
+            if not mistake:
+                traceback.print_exc()
+            if in_sweep and is_main_rank() and not composed.dry_run:
+                leave_note(note, config, self.failures[-1])
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # the other ranks may be unaware: torchrun must end them
+                sys.exit(cli.fail(UserError(self.failures[-1])))
+            if in_worker:  # the launcher passes on one failure only
+                cli.fail(UserError(self.failures[-1]))
+                raise AlreadyReported(self.failures[-1]) from None
+
+    def is_repeated(self, config: Config, overrides: str) -> bool:
+        """Whether an earlier job of the sweep is the same run; says so."""
+        run = (config.out_dir, str(config.run_name), name_of(config, ""))
+        first = self.began.get(run)
+        if first is None:
+            self.began[run] = overrides
+        else:
+            say(f"{overrides}: skipped, the same run as {first}")
+        return first is not None
+
+    def total(self) -> None:
+        """Print the total of a sweep's dry run."""
+        if len(self.seconds) > 1:
+            duration = datetime.timedelta(seconds=round(sum(self.seconds)))
+            done = sum(seconds == 0 for seconds in self.seconds)
+            say(f"{len(self.seconds)} runs, {done} done already: about {duration} in all, one after the other")
+
+
+def is_main_rank() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def say(line: str) -> None:
+    if is_main_rank():
+        print(line, flush=True)
+
+
+def leave_note(note: Path, config: Config | None, failure: str) -> None:
+    """Let the report count a job that failed before its run's folder could say so."""
+    if config is None or not (Path(config.out_dir) / str(config.run_name) / "error.txt").exists():
+        with suppress(OSError):  # the failure is printed anyway
+            note.mkdir(parents=True, exist_ok=True)
+            (note / "error.txt").write_text(f"{failure}\n", encoding="utf-8")
+
+
+# --- from the command line to a configuration
+
+
+def configure(composed: DictConfig, swept: AbstractSet[str] = frozenset()) -> Config:
+    """A job's configuration, with its name and the command that reproduces it.
+
+    `swept` are the keys and groups with several values. A key without effect in this job is dropped if the sweep gives
+    it an effect in another one; else UserError.
+    """
     config, runtime = check(composed), HydraConfig.get()
+    config, kept = without_unused(config, runtime.overrides.task, swept)
     if config.run_name is None:
         config.run_name = name_of(config, runtime.runtime.choices["model"])
-    config.command = shlex.join(["python", "train.py", *runtime.overrides.task])
+    config.command = command_of(kept)
     return config
+
+
+def command_of(overrides: Sequence[str]) -> str:
+    return shlex.join(["python", "train.py", *overrides])
+
+
+def swept(arguments: Sequence[str]) -> set[str]:
+    """The keys and groups to which a sweep gives several values, by the command line or by its experiment."""
+    params = HydraConfig.get().sweeper.params or {}
+    overrides = [*(f"{key}={value}" for key, value in params.items()), *filter(lambda a: a[:1] != "-", arguments)]
+    return {override.key_or_group for override in parse(overrides) if override.is_sweep_override()}
+
+
+def parse(overrides: Sequence[str]) -> list[Override]:
+    return OverridesParser.create().parse_overrides(list(overrides))
+
+
+def without_unused(config: Config, task: Sequence[str], swept: AbstractSet[str]) -> tuple[Config, list[str]]:
+    """The configuration, and those of the overrides `task` that have an effect; see `configure`."""
+    overrides = parse(task)
+    values = {override.key_or_group: override.value() for override in overrides}
+    off = str(values.get("dispersion")) == "off" and "dispersion.lambda_disp" in values
+    off = off and config.dispersion.lambda_disp > 0
+    if off:  # a contradiction, or in a sweep over both the baseline
+        config = dataclasses.replace(config, dispersion=dataclasses.replace(config.dispersion, lambda_disp=0.0))
+    flat = {**flatten(dataclasses.asdict(config)), "dispersion": "off"}
+    rules = {**unused(flat), **({OFF.keys[0]: OFF} if off else {})}
+    kept = []
+    for override in overrides:
+        key, value = override.key_or_group, override.value()
+        parts = flatten({key: value}) if isinstance(value, dict) else {key: value}
+        rule = next((rules[part] for part, each in parts.items() if part in rules and each is not None), None)
+        if rule is None:
+            kept.append(str(override.input_line))
+        elif swept.isdisjoint((key, rule.decider, rule.decider.partition(".")[0], "intervention", "experiment")):
+            with_ = f"{rule.decider.removesuffix('.name')}={flat[rule.decider]}"  # data=…, optim=…
+            raise UserError(f"{override.input_line} has no effect with {with_}: {rule.advice}")
+    return config, kept
+
+
+def refuse_dashes(arguments: Sequence[str]) -> None:
+    """UserError for a key given as --key, and for two flags of Hydra that exclude each other."""
+    keys = [*flatten(dataclasses.asdict(Config())), *SECTIONS, "experiment"]
+    for argument in arguments:
+        name, equals, value = argument.lstrip("-").partition("=")
+        meant = [key for key in keys if key == name] or [key for key in keys if key.endswith(f".{name}")]
+        if argument.startswith("-") and meant:
+            raise UserError(f"{argument}: keys have no dashes: {meant[0]}={value if equals else '…'}")
+    if {"-m", "--multirun"} & set(arguments) and {"-c", "--cfg"} & set(arguments):
+        raise UserError("-m and --cfg exclude each other: --cfg shows one configuration")
 
 
 def check(composed: DictConfig) -> Config:
@@ -108,10 +263,51 @@ def explain(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     key, schema = getattr(error, "full_key", None), getattr(error, "object_type", None)
-    if isinstance(error, MissingConfigException) and error.options:
-        return f"{error.missing_cfg_file} does not exist; choose one of {', '.join(error.options)}"
+    if isinstance(error, MissingConfigException):
+        launcher = Path(error.missing_cfg_file or "").name
+        if launcher in EXTRAS:
+            return f"this launcher needs hydra's plugin for {launcher}: pip install -e '.[{EXTRAS[launcher]}]'"
+        if error.options:
+            return f"{error.missing_cfg_file} does not exist; choose one of {', '.join(error.options)}"
     if isinstance(error, (ConfigAttributeError, ConfigKeyError)) and dataclasses.is_dataclass(schema):
         return unknown(str(key), schema)
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: {first_line(error)}"
+        return explain_quoting(error.override)
+    if ambiguous := re.match("Ambiguous value for argument '(.*)'", str(error)):
+        name, _, value = ambiguous[1].partition("=")
+        text = shlex.quote(f'{name}="{value}"')
+        return f"{ambiguous[1]} has several values: add -m for a sweep; as a list: {name}=[{value}]; as text: {text}"
     return f"{key}: {first_line(error)}" if key else first_line(error)
+
+
+def explain_quoting(override: str) -> str:
+    """What to do about an override that Hydra cannot parse."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        return f"{override}: give key=value"
+    if value.startswith("~"):
+        return f"{override}: ~ is not expanded here; give {key}=$HOME{value[1:]}"
+    quoted = value.replace('"', r"\"")
+    text = shlex.quote(f'{key}="{quoted}"')
+    return f"{override} cannot be parsed; if the value is text, quote it twice: {text}"
+
+
+# --- help
+
+
+def help_lines() -> Iterator[str]:
+    """`--help`: the docstring of train.py, the groups, and every key with its default and description."""
+    yield (sys.modules["__main__"].__doc__ or "").strip()
+    yield "\nGroups, group=choice:"
+    for folder in sorted(path for path in CONF.iterdir() if path.is_dir()):
+        for group in [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]:
+            if choices := sorted(file.stem for file in group.glob("*.yaml")):
+                yield f"  {group.relative_to(CONF)}=".ljust(18) + " ".join(choices)
+    yield "\nKeys, key=value, with the defaults of the command without arguments:"
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        defaults: Any = OmegaConf.to_container(hydra.compose("config"))
+    for section, schema in {"": Config, **SECTIONS}.items():
+        yield ""
+        prefix = f"{section}." if section else ""
+        yield from cli.describe_keys(schema, prefix, defaults[section] if section else defaults)
+    yield "\n-m: a sweep over values separated by commas. --cfg job: print the configuration. --hydra-help: more flags."

@@ -14,11 +14,10 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from nanodisp import config, launch
-from nanodisp.config import SECTIONS, Config
+from nanodisp.config import SECTIONS, Config, flatten
 from nanodisp.dispersion import VARIANTS
 from nanodisp.errors import UserError
 from nanodisp.models.gpt import GPTConfig
-from nanodisp.runs.read import flatten
 
 GROUPS = [
     f"{folder.name}={'off' if file.stem == 'off' else file.stem}"

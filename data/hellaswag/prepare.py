@@ -24,7 +24,12 @@ REPO = "Rowan/hellaswag"
 
 @dataclass
 class HellaSwagConfig:
-    """tokenizer: the run's. path: a jsonl file; null for the hub. out: null for hellaswag_val-<tokenizer>.bin here."""
+    """Where the questions come from, and where they go.
+
+    tokenizer: the run's.
+    path: a jsonl file; null for the hub.
+    out: the file to write; null for hellaswag_val-<tokenizer>.bin here.
+    """
 
     tokenizer: str = "gpt2"
     path: str | None = None
@@ -59,4 +64,4 @@ def main(argv: Sequence[str], repo: str = REPO) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, HellaSwagConfig)

@@ -11,7 +11,7 @@ spread out. `measure.py` documents the other figures. Writes condensation.json, 
 
 from __future__ import annotations
 
-import nanodisp.threads  # noqa: F401 - first: torch reads what it sets
+import nanodisp.process  # noqa: F401 - first: torch reads what it sets
 
 # isort: split
 from collections.abc import Iterator, Sequence
@@ -49,6 +49,7 @@ class CondensationConfig:
     tokenizer: byte, gpt2 or the path of a .tiktoken file, if the run's own is not available.
     include_diagonal: see `measure`.
     projection: how the tokens of a window are projected onto the plane: pca, tsne or umap (if installed).
+    device: "auto", "cpu" or "cuda".
     out: the folder to write to; null is the run's, or out/<model>.
     """
 
@@ -177,4 +178,4 @@ def check_tokenizer(folder: Path, subject: Measurable) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, CondensationConfig)

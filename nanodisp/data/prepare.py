@@ -71,6 +71,8 @@ class DataConfig:
     folder: str | None = None
 
     def __post_init__(self) -> None:
+        if self.path is not None and not self.path.strip():
+            raise ValueError("data.path is empty; give data=text data.path=<file or folder>")
         if not 0 < self.val_fraction <= 0.5:
             raise ValueError(f"data.val_fraction={self.val_fraction} must be in (0, 0.5]")
         if not 1 <= self.shard_tokens <= MAX_TOKENS:
@@ -134,7 +136,7 @@ def main(prepare_function: Callable[[DataConfig], Path]) -> None:
             tokens = open_split(folder, split)
             print(f"{split}: {len(tokens):,} tokens, shards: {len(tokens.paths)}")
 
-    cli.run(run)
+    cli.run(run, DataConfig)
 
 
 def prepare_files(

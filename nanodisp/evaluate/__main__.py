@@ -15,7 +15,7 @@ first 500 examples of each task: limit=500.
 
 from __future__ import annotations
 
-import nanodisp.threads  # noqa: F401 - first: torch reads what it sets
+import nanodisp.process  # noqa: F401 - first: torch reads what it sets
 
 # isort: split
 import difflib
@@ -44,12 +44,14 @@ SHOTS = 1  # of the paper's few-shot tasks
 class EvaluateConfig:
     """Which tasks to run, and how.
 
+    checkpoint: a run's folder, one of its checkpoints, a Hugging Face folder, or hf:<id>.
     tasks: "paper", or names of the harness (tasks, groups or tags), separated by commas.
     task_folder: a folder of your own tasks, YAML files in the harness's format. Their `!function` lines run code.
     limit: evaluate only the first so many examples of each task; null for all.
     num_fewshot: examples in front of each question; null is the task's own number, 1 for the paper's few-shot tasks.
     batch_size: sequences of full context per forward pass.
     seed: of everything that the harness draws, such as the few-shot examples.
+    device: "auto", "cpu" or "cuda".
     tokenizer: byte, gpt2 or the path of a .tiktoken file, if the run's own is not available.
     out: the file to write; null is evaluation.json in the model's folder, or in out/<model> for one from the hub.
     """
@@ -188,4 +190,4 @@ def load(manager: Any, name: str) -> list[Any]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, EvaluateConfig)

@@ -10,7 +10,7 @@ pip install 'nanodisp[eval]'.
 
 from __future__ import annotations
 
-import nanodisp.threads  # noqa: F401 - first: torch reads what it sets
+import nanodisp.process  # noqa: F401 - first: torch reads what it sets
 
 # isort: split
 import dataclasses
@@ -36,8 +36,10 @@ from nanodisp.runs.folder import TOKENIZER, write_config
 
 @dataclass
 class ExportConfig:
-    """checkpoint: a run's folder (its newest checkpoint) or one checkpoint's. to: a new or empty folder.
+    """Keys of `export`.
 
+    checkpoint: a run's folder (its newest checkpoint) or one checkpoint's.
+    to: a new or empty folder.
     tokenizer: byte, gpt2 or the path of a .tiktoken file, if the run's own is not available; null is the run's own. A
         run on shards without a tokenizer ("none") is exported without one.
     """
@@ -49,8 +51,10 @@ class ExportConfig:
 
 @dataclass
 class ImportConfig:
-    """checkpoint: a Hugging Face folder, or an id on the hub. to: the run's folder, new or empty.
+    """Keys of `import`.
 
+    checkpoint: a Hugging Face folder, or an id on the hub.
+    to: the run's folder, new or empty.
     tokenizer: byte, gpt2 or the path of a .tiktoken file; null reads the folder's tokenizer.json, or else
         uses gpt2 if the vocabulary has its size.
     """
@@ -137,4 +141,4 @@ def import_run(config: ImportConfig, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, ExportConfig, ImportConfig)

@@ -201,12 +201,22 @@ def load_newest(folder: Path) -> Checkpoint | None:
             print(f"{reason}: renamed to {aside.name}, falling back to step {found.step}", file=sys.stderr)
         return found
     if damaged:
-        raise UserError(f"no checkpoint in {folder} is intact; the newest: {damaged[0][1]}")
+        newest = str(damaged[0][1]).removesuffix(f"; {REMEDY}")
+        raise UserError(
+            f"no checkpoint in {folder} is intact ({newest}); restore one from a backup, or delete {folder.parent} to "
+            "train from the beginning"
+        )
     return None
 
 
 def path_of(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}"
+
+
+def newest_step(run: Path) -> int:
+    """The step of the newest checkpoint in a run's folder, 0 without one."""
+    saved = all_checkpoints(run / CHECKPOINTS)
+    return int(saved[-1].name[5:]) if saved else 0
 
 
 def all_checkpoints(folder: Path) -> list[Path]:

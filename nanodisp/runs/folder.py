@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shlex
 import shutil
 import time
 from dataclasses import dataclass
@@ -211,16 +212,22 @@ class Run:
         for when, record in (("before", validations[0]), ("after", validations[-1])) if validations else ():
             cosines = " ".join("nan" if value is None else f"{value:.3f}" for value in record["mean_cosine"])
             say(f"mean cosine by layer {when:>6} training: {cosines}")
-        if not validations or validations[-1]["loss"] is None:
+        if not validations:
+            say(
+                f"{folder / METRICS} holds no validation: it was deleted or damaged after training. The model is "
+                f"intact; for the figures, delete {folder} and run the same command again"
+            )
+        elif validations[-1]["loss"] is None:
             say(f"the loss is not finite: a lower optim.lr or optim.grad_clip may help; see {folder}")
             return
         if self.config.train.sample_tokens > 0:
             say(f"--- sample\n{self._sample(model)}\n---")
-        last = validations[-1]
-        bpb = f", {last['bpb']:.4f} bits per byte" if last["bpb"] else ""
-        say(f"validation loss {last['loss']:.4f} nats per token{bpb} after {last['step']} steps")
+        if validations:
+            last = validations[-1]
+            bpb = f", {last['bpb']:.4f} bits per byte" if last["bpb"] else ""
+            say(f"validation loss {last['loss']:.4f} nats per token{bpb} after {last['step']} steps")
         say(f"{CONFIG}, {METRICS}, {SAMPLES} and {CHECKPOINTS}/ are in {folder}")
-        say(f'more text: python sample.py checkpoint={folder} prompt="…"')
+        say(f"more text: python sample.py {shlex.quote(f'checkpoint={folder}')} prompt='…'")
 
     def _sample(self, model: GPT) -> str:
         """Text generated without a prompt; also written to samples.txt."""

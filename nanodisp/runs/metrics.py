@@ -9,10 +9,12 @@ per layer; a new one is recorded, shown and tracked without a change here.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import fcntl
 import json
 import math
 import os
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from nanodisp.config import WandbConfig
-from nanodisp.errors import UserError, first_line, optional
+from nanodisp.errors import InUse, UserError, first_line, optional
 from nanodisp.files import write_whole
 from nanodisp.runs.trackers import TensorBoard, Tracker, Wandb
 
@@ -55,6 +57,7 @@ class Metrics:
         self.progress: Progress | None = None
         self.trackers: list[Tracker] = []
         self.file: Any = None
+        self.first_lap: tuple[float, int] | None = None  # time and step of the first training figures
         if folder is None:
             return
         self.folder, self.path, self.error_file = folder, folder / METRICS, folder / "error.txt"
@@ -63,9 +66,7 @@ class Metrics:
             self.lock = (folder / ".lock").open("w")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it when the process ends
         except BlockingIOError:
-            raise UserError(
-                f"another process is training into {folder}; wait for it, or give another run_name"
-            ) from None
+            raise InUse(f"another process is training into {folder}; wait for it, or give another run_name") from None
         except OSError as error:
             raise UserError(f"the run's folder {folder} cannot be written: {error}; choose another out_dir") from error
 
@@ -138,7 +139,7 @@ class Metrics:
         except OSError as error:
             raise self._not_written(error) from error
         if record["split"] != "condensation":  # too many lines to read
-            self.say(describe(record, self.total_steps))
+            self.say(describe(record, self.total_steps) + self._remaining(record))
         self._each("log", lambda tracker: tracker.log(record))
 
     def flush(self) -> None:
@@ -168,8 +169,18 @@ class Metrics:
     def __exit__(self, kind: object, error: BaseException | None, where: object) -> None:
         if self.file is not None and isinstance(error, Exception):  # an interrupted run is unfinished, not failed
             with contextlib.suppress(OSError):
-                self.error_file.write_text("".join(traceback.format_exception(error)))
+                self.error_file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         self.close()
+
+    def _remaining(self, record: dict[str, Any]) -> str:
+        """The time that the run will still take, for lines of training figures without a progress bar."""
+        if self.progress is not None or record["split"] != "train":
+            return ""
+        began, first = self.first_lap = self.first_lap or (time.perf_counter(), record["step"])
+        if not first < record["step"] < self.total_steps:
+            return ""
+        seconds = (time.perf_counter() - began) / (record["step"] - first) * (self.total_steps - record["step"])
+        return f"  {datetime.timedelta(seconds=round(seconds))} left"
 
     def _not_written(self, error: OSError) -> UserError:
         return UserError(

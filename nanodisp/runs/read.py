@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from nanodisp.condensation.cosine import trend
-from nanodisp.config import CONFIG, NOT_IDENTITY, TrainConfig, count_steps
+from nanodisp.config import CONFIG, NOT_IDENTITY, TrainConfig, count_steps, flatten
 from nanodisp.errors import UserError
 from nanodisp.models.gpt import GPTConfig
 from nanodisp.plan import size_of
@@ -181,13 +181,6 @@ def _curve(records: Sequence[tuple[int, dict[str, Any]]]) -> tuple[np.ndarray, n
     """Steps [S] and mean cosines [S, L + 1] of the records with a mean cosine."""
     curve = [(step, record["mean_cosine"]) for step, record in records if record.get("mean_cosine")]
     return np.array([step for step, _ in curve]), np.array([means for _, means in curve], dtype=np.float64)
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{"model": {"n_layer": 6}} -> {"model.n_layer": 6}."""
-    if not isinstance(tree, dict):
-        return {prefix[:-1]: tree}
-    return {key: value for name, part in tree.items() for key, value in flatten(part, f"{prefix}{name}.").items()}
 
 
 def count_parameters(config: GPTConfig) -> int:

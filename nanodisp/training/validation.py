@@ -1,4 +1,4 @@
-"""Validation: held-out loss, the figures of every layer, and multiple-choice questions."""
+"""Validation: held-out loss, the figures of every layer, the loss on training text, and multiple-choice questions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,10 +15,12 @@ from nanodisp.condensation.layers import LAYER_FIGURES, figures_of
 from nanodisp.data.batches import count_windows, read_windows, spread_windows
 from nanodisp.data.corpus import Corpus
 from nanodisp.data.questions import Question
+from nanodisp.data.shards import Tokens
 from nanodisp.distributed.world import World
 from nanodisp.models.gpt import GPT
 from nanodisp.models.score import loglikelihoods
 
+TRAIN_SHARE = 4  # one training window for so many validation windows
 FOLLOWED_WINDOWS = 4  # of the validation windows, for the figures between validations
 
 
@@ -25,7 +28,7 @@ class Validation:
     """Measures a model on a fixed set of validation windows, spread evenly over the split and shared among ranks.
 
     Args:
-        corpus: its validation split is used.
+        corpus: its validation split, and for the loss on training text a quarter as many windows of the other.
         world: the ranks; all of them call every method.
         block_size: tokens per window.
         n_windows: number of windows; None takes all.
@@ -49,28 +52,39 @@ class Validation:
     ) -> None:
         self.corpus, self.world, self.block_size, self.rows, self.autocast = corpus, world, block_size, rows, autocast
         self.windows = spread_windows(count_windows(corpus.val, block_size), n_windows)
+        n_train = math.ceil(len(self.windows) / TRAIN_SHARE)
+        self.train_windows = spread_windows(count_windows(corpus.train, block_size), n_train)
         self.followed = self.windows[spread_windows(len(self.windows), FOLLOWED_WINDOWS)]
         self.look = torch.compile(loss_and_figures, dynamic=False) if compiled else loss_and_figures
         self.questions = questions
 
-    @torch.no_grad()
     def __call__(self, model: GPT) -> dict[str, Any]:
-        """Loss in nats per token, bits per byte (None where bytes are unknown), each of `LAYER_FIGURES` by layer."""
-        world, n_windows = self.world, len(self.windows)
-        sums: Any = 0.0
-        mine = self.windows[world.rank :: world.size]
+        """Loss in nats per token, bits per byte (None where bytes are unknown), each of `LAYER_FIGURES` by layer.
+
+        And "train_loss", the loss on training windows, also without dropout and noise: the gap to "loss" is what the
+        model has memorised. It costs at most a quarter of the rest.
+        """
         model.eval()
+        loss, *by_layer = self._mean(self.look, model, self.corpus.val, self.windows)
+        (train_loss,) = self._mean(loss_alone, model, self.corpus.train, self.train_windows)
+        model.train()
+        ratio = self.corpus.bytes_per_token
+        bpb = loss / math.log(2) / ratio if ratio else None
+        return {"loss": loss, "bpb": bpb, "train_loss": train_loss, **named(by_layer)}
+
+    @torch.no_grad()
+    def _mean(self, look: Callable[..., Tensor], model: GPT, tokens: Tokens, windows: np.ndarray) -> list[float]:
+        """The mean over windows of a split of `look(model, x, y)`, a vector."""
+        world, n_windows = self.world, len(windows)
+        sums: Any = 0.0
+        mine = windows[world.rank :: world.size]
         for start in range(0, math.ceil(n_windows / world.size), self.rows):
             chunk = mine[start : start + self.rows]  # may be empty at the end, but FSDP needs every rank at every call
-            windows = chunk if len(chunk) else self.windows[:1]
-            x, y = read_windows(self.corpus.val, windows, self.block_size, model.vocab_size)
+            x, y = read_windows(tokens, chunk if len(chunk) else windows[:1], self.block_size, model.vocab_size)
             with self.autocast():
-                figures = self.look(model, x.to(world.device), y.to(world.device))
+                figures = look(model, x.to(world.device), y.to(world.device))
             sums = sums + len(chunk) * figures.double()
-        model.train()
-        loss, *by_layer = (world.sum(sums) / n_windows).tolist()
-        ratio = self.corpus.bytes_per_token
-        return {"loss": loss, "bpb": loss / math.log(2) / ratio if ratio else None, **named(by_layer)}
+        return (world.sum(sums) / n_windows).tolist()
 
     @torch.no_grad()
     def follow(self, model: GPT) -> dict[str, list[float]]:
@@ -97,6 +111,11 @@ class Validation:
         means = (self.world.sum(totals).cpu() / lengths).split(n_choices)
         right = sum(int(mean.argmax()) == asked.label for mean, asked in zip(means, self.questions, strict=True))
         return {"accuracy": right / len(self.questions), "examples": len(self.questions)}
+
+
+def loss_alone(model: GPT, x: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy: [1]."""
+    return model(x, y).loss[None]
 
 
 def loss_and_figures(model: GPT, x: Tensor, y: Tensor) -> Tensor:
