@@ -9,7 +9,7 @@ Standard output is the text alone, including the prompt; several samples are sep
 
 from __future__ import annotations
 
-import nanodisp.process  # noqa: F401 - first: torch reads what it sets
+import nanodisp.process  # noqa: F401 - first: for what is loaded after it
 
 # isort: split
 import codecs

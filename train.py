@@ -11,7 +11,7 @@ from (seed, s), so a checkpoint needs no random state.
 
 from __future__ import annotations
 
-import nanodisp.process  # noqa: F401 - first: torch reads what it sets
+import nanodisp.process  # noqa: F401 - first: for what is loaded after it
 
 # isort: split
 import datetime

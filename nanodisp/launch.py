@@ -104,46 +104,47 @@ class Jobs:
         cli.show_any_text()
         runtime = HydraConfig.get()
         in_sweep = runtime.mode == RunMode.MULTIRUN
-        overrides = " ".join(runtime.overrides.task)
-        note = Path(runtime.sweep.dir) / f"failed-{hashlib.sha256(overrides.encode()).hexdigest()[:6]}"
-        config = None
+        several = swept(self.arguments) if in_sweep else frozenset()
+        overrides = [str(each.input_line) for each in parse(runtime.overrides.task) if each.key_or_group in several]
+        job, command, config = " ".join(overrides), command_of(runtime.overrides.task), None
+        note = Path(runtime.sweep.dir) / f"failed-{hashlib.sha256(command.encode()).hexdigest()[:6]}"
         try:
             if in_sweep and is_main_rank():
                 shutil.rmtree(note, ignore_errors=True)
-            config = configure(composed, swept(self.arguments) if in_sweep else frozenset())
-            if not (in_sweep and self.is_repeated(config, overrides)):
-                if config.command != command_of(runtime.overrides.task):
-                    say(f"{overrides}: not all keys have an effect in this job, which is {config.command}")
+            config = configure(composed, several)
+            if not (in_sweep and self.is_repeated(config, job)):
+                if config.command != command:
+                    say(f"{job}: not all of these have an effect together; the run is {config.command}")
                 seconds = self.task(config)
                 self.seconds += [seconds] if seconds is not None else []
         except Exception as error:
             in_worker = os.getpid() != self.main_process  # of a parallel launcher
             if in_worker and isinstance(error, InUse):
-                say(f"{overrides}: skipped, {error}")
+                say(f"{job}: skipped, {error}")
                 return
             mistake = isinstance(error, UserError)
             if not mistake and not in_sweep:
                 raise
             line = str(error) if mistake else f"{type(error).__name__}: {error}"
-            self.failures.append(f"{overrides}: {line}" if in_sweep else line)
+            self.failures.append(f"{job}: {line}" if in_sweep else line)
             if not mistake:
                 traceback.print_exc()
             if in_sweep and is_main_rank() and not composed.dry_run:
-                leave_note(note, config, self.failures[-1])
+                leave_note(note, config, f"{command}\n{self.failures[-1]}\n")
             if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # the other ranks may be unaware: torchrun must end them
                 sys.exit(cli.fail(UserError(self.failures[-1])))
             if in_worker:  # the launcher passes on one failure only
                 cli.fail(UserError(self.failures[-1]))
                 raise AlreadyReported(self.failures[-1]) from None
 
-    def is_repeated(self, config: Config, overrides: str) -> bool:
+    def is_repeated(self, config: Config, job: str) -> bool:
         """Whether an earlier job of the sweep is the same run; says so."""
         run = (config.out_dir, str(config.run_name), name_of(config, ""))
         first = self.began.get(run)
         if first is None:
-            self.began[run] = overrides
+            self.began[run] = job
         else:
-            say(f"{overrides}: skipped, the same run as {first}")
+            say(f"{job}: skipped, the same run as {first}")
         return first is not None
 
     def total(self) -> None:
@@ -163,12 +164,12 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def leave_note(note: Path, config: Config | None, failure: str) -> None:
+def leave_note(note: Path, config: Config | None, text: str) -> None:
     """Let the report count a job that failed before its run's folder could say so."""
     if config is None or not (Path(config.out_dir) / str(config.run_name) / "error.txt").exists():
         with suppress(OSError):  # the failure is printed anyway
             note.mkdir(parents=True, exist_ok=True)
-            (note / "error.txt").write_text(f"{failure}\n", encoding="utf-8")
+            (note / "error.txt").write_text(text, encoding="utf-8")
 
 
 # --- from the command line to a configuration

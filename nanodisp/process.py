@@ -5,25 +5,40 @@ use the cores as well, a thread spins for one that is not running, and small ste
 for a shorter, bounded time costs an idle machine next to nothing: `python -m bench.threads` measures it. torch reads
 GOMP_SPINCOUNT when it is loaded; it is set here unless the user has set it or OMP_WAIT_POLICY.
 
-Ctrl-C ends a command without a traceback, also while torch is loaded, which takes seconds.
+Ctrl-C ends a command of ours at once and without a traceback. A KeyboardInterrupt could not do that: while torch and
+others are loaded, which takes seconds, they turn it into errors of their own. A training run saves first
+(`training/signals.py`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
-from types import TracebackType
+from pathlib import Path
+from types import FrameType
 
 SPIN_COUNT = "3000"
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = ("train.py", "sample.py", "nanodisp", "data", "bench", "examples")  # files and folders with commands
+
+
+def end_quietly(number: int, frame: FrameType | None) -> None:
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hides it
+        os.write(2, f"{show_cursor}\ninterrupted\n".encode())
+    os._exit(130)
+
+
+def is_ours(program: str) -> bool:
+    """Whether a program's file is one of our commands, and not one that merely imports them, such as pytest."""
+    path = Path(program).resolve()
+    return path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[:1] in [(name,) for name in COMMANDS]
+
 
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
-
-
-def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Like `sys.excepthook`, without a traceback for Ctrl-C; the exit code stays that of an interrupt."""
-    if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, trace)
-
-
-sys.excepthook = report
+if is_ours(getattr(sys.modules["__main__"], "__file__", None) or ""):
+    signal.signal(signal.SIGINT, end_quietly)

@@ -11,7 +11,7 @@ spread out. `measure.py` documents the other figures. Writes condensation.json, 
 
 from __future__ import annotations
 
-import nanodisp.process  # noqa: F401 - first: torch reads what it sets
+import nanodisp.process  # noqa: F401 - first: for what is loaded after it
 
 # isort: split
 from collections.abc import Iterator, Sequence

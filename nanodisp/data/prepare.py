@@ -9,6 +9,9 @@ The manifest is written last.
 
 from __future__ import annotations
 
+import nanodisp.process  # noqa: F401 - first: for Ctrl-C while the rest is loaded
+
+# isort: split
 import codecs
 import inspect
 import json

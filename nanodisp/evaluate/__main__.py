@@ -15,7 +15,7 @@ first 500 examples of each task: limit=500.
 
 from __future__ import annotations
 
-import nanodisp.process  # noqa: F401 - first: torch reads what it sets
+import nanodisp.process  # noqa: F401 - first: for what is loaded after it
 
 # isort: split
 import difflib

@@ -10,7 +10,7 @@ pip install 'nanodisp[eval]'.
 
 from __future__ import annotations
 
-import nanodisp.process  # noqa: F401 - first: torch reads what it sets
+import nanodisp.process  # noqa: F401 - first: for what is loaded after it
 
 # isort: split
 import dataclasses

@@ -8,7 +8,7 @@ writes into out/<sweep>/report: index.html (self-contained), report.md, runs.csv
 
 from __future__ import annotations
 
-import nanodisp.process  # noqa: F401 - first: torch reads what it sets
+import nanodisp.process  # noqa: F401 - first: for what is loaded after it
 
 # isort: split
 import csv
