@@ -113,8 +113,8 @@ class Jobs:
                 shutil.rmtree(note, ignore_errors=True)
             config = configure(composed, several)
             if not (in_sweep and self.is_repeated(config, job)):
-                if config.command != command:
-                    say(f"{job}: not all of these have an effect together; the run is {config.command}")
+                if lost := [each for each in overrides if each not in shlex.split(str(config.command))]:
+                    say(f"{job}: runs without {' '.join(lost)}, which has no effect here")
                 seconds = self.task(config)
                 self.seconds += [seconds] if seconds is not None else []
         except Exception as error:

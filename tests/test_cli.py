@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import re
+import runpy
+import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from nanodisp import cli
 from nanodisp.errors import UserError
@@ -56,6 +63,91 @@ def test_a_mistake_is_reported_in_one_line(argument: str, message: str) -> None:
 def test_a_required_value_is_asked_for() -> None:
     with pytest.raises(UserError, match=r"path is required: give path=…"):
         cli.parse(Options, [])
+
+
+@dataclass
+class Described:
+    """What it does.
+
+    path: a file, or
+        a folder.
+    count, share: how many,
+        and how much.
+    """
+
+    path: str = cli.MISSING
+    count: int | None = None
+    share: float = 0.5
+    loud: bool = False
+
+
+def test_help_is_made_from_the_docstring() -> None:
+    assert list(cli.describe_keys(Described, "it.", {"share": 2})) == [
+        "What it does.",
+        "  it.path=…                         a file, or a folder.",
+        "  it.count=null it.share=2          how many, and how much.",
+    ]
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_is_printed_in_place_of_work(
+    flag: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tool", "count=x", flag])
+    cli.run(lambda argv: pytest.fail("called"), Described)
+    assert "it.path" not in (shown := capsys.readouterr().out)
+    assert "  path=…  " in shown
+
+
+COMMANDS = [
+    *("sample.py", "nanodisp.condensation", "nanodisp.evaluate", "nanodisp.hf", "nanodisp.report"),
+    *("nanodisp.data.shards", "bench.soak", "data/text/prepare.py", "data/hellaswag/prepare.py"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself_and_each_of_its_keys(name: str) -> None:
+    """In a terminal without UTF-8, too."""
+    command = [name] if name.endswith(".py") else ["-m", name]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(
+        [sys.executable, *command, "--help"], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    module = importlib.import_module(name if not name.endswith(".py") else name[:-3].replace("/", "."))
+    module = importlib.import_module(f"{name}.__main__") if hasattr(module, "__path__") else module
+    schemas = [value for value in vars(module).values() if is_dataclass(value) and value.__module__ == module.__name__]
+    for schema in schemas if name != "nanodisp.data.shards" else ():
+        for field in fields(schema):
+            assert f" {field.name}=" in result.stdout, field.name
+
+
+def test_python_m_nanodisp_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_module("nanodisp", run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 24, "one screen"
+    listed = {word for line in lines for word in re.findall(r"python -m ([\w.]+)", line)}
+    assert listed == {name for name in COMMANDS if name.startswith("nanodisp.")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "loaded"), [("train.py", "torch"), ("nanodisp.condensation", "torch"), ("data/text/prepare.py", "numpy")]
+)
+def test_an_interrupt_while_a_command_is_loaded_ends_it_without_a_traceback(
+    name: str, loaded: str, tmp_path: Path
+) -> None:
+    """Even where a library turns the KeyboardInterrupt into an error of its own."""
+    (tmp_path / f"{loaded}.py").write_text(
+        "import os, signal, time\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT); time.sleep(5)\n"
+        "except BaseException:\n    raise RuntimeError('cannot be loaded')\n"
+    )
+    command = [name] if name.endswith(".py") else ["-m", name]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "\ninterrupted\n")
 
 
 def exit_code(error: BaseException) -> object:

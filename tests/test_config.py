@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, compose
+import torch
+from conftest import ROOT, command, compose
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from nanodisp import config, launch
+from nanodisp import cli, config, launch
 from nanodisp.config import SECTIONS, Config, flatten
 from nanodisp.dispersion import VARIANTS
 from nanodisp.errors import UserError
 from nanodisp.models.gpt import GPTConfig
+from sample import SampleConfig
 
 GROUPS = [
     f"{folder.name}={'off' if file.stem == 'off' else file.stem}"
@@ -67,8 +71,11 @@ def test_every_variant_has_its_file() -> None:
         ("optim={lrr: 1}", ["unknown key optim.lrr", "muon_lr"]),
         ("train=3", ["train", "TrainConfig"]),
         ("~train.steps", ["train.steps", "does not support deletion"]),
-        ("train.steps", ["train.steps", "Error parsing override"]),
-        ("train.steps=[1", ["train.steps=[1"]),
+        ("train.steps", ["train.steps", "give key=value"]),
+        ("train.steps=[1", ["train.steps=[1", "cannot be parsed"]),
+        ("data.path=", ["data.path is empty", "data=text data.path=<file or folder>"]),
+        ("data.path=~/text", ["~", "data.path=$HOME/text"]),
+        ("hydra/launcher=slurm", ["pip install -e '.[slurm]'"]),
         ("train.steps=many", ["train.steps", "many", "Integer"]),
         ("train.steps=0", ["train.steps=0", "positive"]),
         ("train.steps=null", ["no budget"]),
@@ -100,6 +107,129 @@ def test_a_mistake_is_reported_in_one_line_that_names_it(override: str, words: l
     assert "\n" not in line
     for word in words:
         assert word in line
+
+
+@pytest.mark.parametrize("text", ["é.txt", 'it\'s "one".txt', "a(1).txt", "a#b&c", "x=y", "a,b.txt", "[1"])
+def test_a_value_that_hydra_cannot_parse_is_answered_with_its_quoted_form(text: str) -> None:
+    with pytest.raises(HydraException) as caught:
+        compose("data=text", f"data.path={text}")
+    line = launch.explain(caught.value)
+    (quoted,) = shlex.split(line[line.index("'data.path=") :])
+    assert compose("data=text", quoted).data.path == text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ("data.path=a.txt", ["data.path=a.txt has no effect with data=pystdlib", "data=text"]),
+        ("data=shakespeare data.path=a.txt", ["data=shakespeare", "data=text"]),
+        ("data=shards data.path=a data.val_fraction=0.2", ["data.val_fraction=0.2", "data=shards"]),
+        ("data=wikitext103 data.val_fraction=0.2", ["data.val_fraction=0.2", "data=wikitext103"]),
+        ("data=fineweb10B data.val_fraction=0.2", ["data.val_fraction=0.2", "data=fineweb10B"]),
+        ("data=fineweb10B data.tokenizer=byte", ["data.tokenizer=byte", "GPT-2"]),
+        ("data=text data.path=a data.chunks=3", ["data.chunks=3", "data=fineweb10B"]),
+        ("data.field=body", ["data.field=body", "data=pystdlib"]),
+        ("dispersion=off dispersion.lambda_disp=0.1", ["dispersion.lambda_disp=0.1", "dispersion=off", "one of them"]),
+        ("dispersion=off dispersion.tau=2", ["dispersion.tau=2", "dispersion.lambda_disp=0"]),
+        ("dispersion.lambda_disp=0 dispersion.layers=last", ["dispersion.layers=last", "lambda above 0"]),
+        ("dispersion=variance dispersion.tau=2", ["dispersion.tau=2", "dispersion.variant=variance", "no tau"]),
+        ("dispersion.warmup_fraction=0.2", ["dispersion.warmup_fraction=0.2", "dispersion.schedule=warmup"]),
+        ("optim.muon_lr=1", ["optim.muon_lr=1", "optim=adamw", "optim=muon"]),
+        ("optim={muon_lr: 1}", ["muon_lr", "optim=adamw", "optim=muon"]),
+        ("optim.warmup_steps=5 optim.warmup_fraction=0.1", ["optim.warmup_steps=5", "optim.warmup_fraction=null"]),
+        ("optim.schedule=constant optim.min_lr_fraction=0", ["optim.min_lr_fraction=0", "optim.schedule=constant"]),
+        ("train.steps=5 train.tokens=100", ["train.steps=5", "train.tokens=100", "train.tokens=null"]),
+        ("train.steps=5 train.tokens_per_param=1", ["train.steps=5", "train.tokens_per_param=null"]),
+        ("experiment=midtrain_gpt2 train.steps=5", ["train.steps=5", "train.tokens=null"]),
+        ("wandb.project=mine", ["wandb.project=mine", "wandb.mode=online"]),
+    ],
+)
+def test_a_typed_key_without_effect_is_an_error_that_says_what_to_type(overrides: str, words: list[str]) -> None:
+    typed = [overrides] if "{" in overrides else overrides.split()
+    with pytest.raises(UserError) as caught:
+        launch.without_unused(compose(*typed), typed, frozenset())
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "data=text data.path=a data.val_fraction=0.2 data.field=body",
+        "data=english data.path=a",
+        "data=fineweb10B data.chunks=3",
+        "data.path=null",
+        "dispersion=off",
+        "dispersion=off dispersion.lambda_disp=0",
+        "dispersion=cosine dispersion.tau=2 dispersion.schedule=warmup dispersion.warmup_fraction=0.5",
+        "optim=muon optim.muon_lr=1",
+        "train.tokens=100",
+        "experiment=midtrain_gpt2 train.tokens=null train.steps=5",
+        "experiment=nanogpt_cpu dispersion.lambda_disp=0.1 data.path=a",
+        "experiment=interventions",
+    ],
+)
+def test_keys_with_an_effect_and_settings_of_files_are_accepted(overrides: str) -> None:
+    typed = overrides.split()
+    assert launch.without_unused(compose(*typed), typed, frozenset()) == (compose(*typed), typed)
+
+
+def test_in_a_sweep_over_it_a_key_without_effect_is_dropped() -> None:
+    typed = ["dispersion=off", "dispersion.lambda_disp=0.1", "seed=1"]
+    for swept in ({"dispersion"}, {"dispersion.lambda_disp", "seed"}):
+        config, kept = launch.without_unused(compose(*typed), typed, swept)
+        assert kept == ["dispersion=off", "seed=1"]
+        assert config == compose("dispersion=off", "seed=1")
+    with pytest.raises(UserError, match=r"dispersion\.lambda_disp=0\.1 has no effect"):
+        launch.without_unused(compose(*typed), typed, {"seed"})
+    with pytest.raises(UserError, match="data=text"):
+        launch.without_unused(compose("data.path=a"), ["data.path=a"], {"seed", "dispersion"})
+
+
+def test_the_formulas_without_tau_are_known() -> None:
+    z = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0))
+    same = {name for name, formula in VARIANTS.items() if torch.equal(formula(z, 1.0), formula(z, 2.0))}
+    assert same == set(config.WITHOUT_TAU)
+
+
+@pytest.mark.parametrize("key", ["path", "chunks"])
+def test_the_data_sets_that_use_a_key_are_known(key: str) -> None:
+    for script in (ROOT / "data").glob("*/prepare.py"):
+        if (launch.CONF / "data" / f"{script.parent.name}.yaml").is_file():
+            is_used = f"data.{key}" not in config.unused({"data.name": script.parent.name})
+            assert is_used == (f"config.{key}" in script.read_text()), script
+
+
+@pytest.mark.parametrize("schema", [Config, *SECTIONS.values(), SampleConfig])
+def test_every_key_has_its_description(schema: type) -> None:
+    described = [name for names, _ in cli.descriptions(schema) for name in names]
+    assert sorted(described) == sorted({field.name for field in dataclasses.fields(schema)} - set(SECTIONS))
+
+
+@pytest.mark.slow
+def test_help_of_training_shows_groups_and_every_key_with_its_default(tmp_path: Path) -> None:
+    result = command("--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert re.search(r"dispersion= +angular cosine", result.stdout)
+    assert re.search(r"model\.n_layer=6 .*\n +blocks, attention heads, width", result.stdout)
+    for section, schema in {"": Config, **SECTIONS}.items():
+        for field in dataclasses.fields(schema):
+            assert f" {section}.{field.name}=".replace(" .", " ") in result.stdout or field.name in SECTIONS
+    assert all(len(line) <= 120 for line in result.stdout.splitlines())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("--steps=5", "--steps=5: keys have no dashes: train.steps=5"),
+        ("-m seed=1,2 --cfg job", "-m and --cfg exclude each other: --cfg shows one configuration"),
+        ("seed=1 optim.muon_lr=1", "optim.muon_lr=1 has no effect with optim=adamw: add optim=muon"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(arguments: str, line: str) -> None:
+    result = command(*arguments.split())
+    assert (result.returncode, result.stderr, result.stdout) == (2, f"error: {line}\n", "")
 
 
 @pytest.mark.slow
@@ -155,6 +285,10 @@ def test_unused_keys_do_not_change_a_name() -> None:
 
     for used, unused in (
         ((), "optim.muon_lr=1"),
+        ((), "data.chunks=3"),
+        ((), "data.path=a"),
+        (("dispersion=variance",), "dispersion.tau=2"),
+        (("optim.warmup_fraction=0.1",), "optim.warmup_steps=7"),
         ((), "dispersion.warmup_fraction=0.5"),
         (("dispersion=off",), "dispersion.variant=cosine"),
         (("train.tokens=100000",), "train.steps=7"),
@@ -164,6 +298,8 @@ def test_unused_keys_do_not_change_a_name() -> None:
         (("optim=muon",), "optim.muon_lr=1"),
         (("dispersion.schedule=warmup",), "dispersion.warmup_fraction=0.5"),
         (("train.tokens=100000",), "train.tokens=7"),
+        (("data=text",), "data.path=a"),
+        ((), "dispersion.tau=2"),
     ):
         assert name(*used, differs) != name(*used)
 

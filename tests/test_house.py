@@ -21,7 +21,7 @@ FLOORS = [
     {"runs"},
     {"hf"},
     {"evaluate", "report", "launch", "condensation.__main__", "hf.__main__"},
-    {"train", "sample"},
+    {"train", "sample", "__main__"},
 ]
 LONGEST_MODULE, LONGEST_FUNCTION, LONGEST_TRAIN = 400, 80, 125
 

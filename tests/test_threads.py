@@ -29,7 +29,7 @@ def setting(module: str, **environment: str) -> list[str]:
 
 
 def test_the_setting_is_made_without_loading_torch() -> None:
-    count, loaded = setting("nanodisp.threads")
+    count, loaded = setting("nanodisp.process")
     assert int(count) > 0
     assert loaded == "False"
 
@@ -51,7 +51,7 @@ def test_every_command_makes_it_before_torch_is_loaded(module: str) -> None:
 
 @pytest.mark.parametrize("own", [{"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}])
 def test_a_users_own_policy_stays(own: dict[str, str]) -> None:
-    assert setting("nanodisp.threads", **own)[0] == own.get("GOMP_SPINCOUNT", "None")
+    assert setting("nanodisp.process", **own)[0] == own.get("GOMP_SPINCOUNT", "None")
 
 
 def test_jobs_side_by_side_share_the_cores() -> None:

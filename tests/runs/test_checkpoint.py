@@ -95,8 +95,11 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
 def test_without_any_intact_checkpoint_nothing_is_changed(tmp_path: Path) -> None:
     path = save(tmp_path)
     (path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=r"no checkpoint in .* is intact; the newest: .*damaged"):
+    with pytest.raises(
+        UserError, match=r"no checkpoint in .* is intact \(.*damaged.*\); restore .* or delete"
+    ) as error:
         checkpoint.load_newest(tmp_path)
+    assert "falls back" not in str(error.value), "there is nothing left to fall back to"
     assert path.exists()
 
 

@@ -65,16 +65,17 @@ def test_a_file_cut_anywhere_is_read_up_to_the_cut(tmp_path_factory: pytest.Temp
 
 @pytest.mark.slow
 def test_a_run_of_a_sweep_keeps_the_command_that_reproduces_it(corpus: Path, tmp_path: Path) -> None:
-    settings = ("train.steps=2", "train.sample_tokens=0", "dispersion.layers=[1,2]", "wandb.tags=['a b']", "seed=3,4")
-    result = command("-m", *TINY, f"data.path={corpus}", f"out_dir={tmp_path}", *settings, "run_name=${seed}")
+    folder = tmp_path / "a b"
+    settings = ("train.steps=2", "train.sample_tokens=0", "dispersion.layers=[1,2]", f"out_dir={folder}", "seed=3,4")
+    result = command(*TINY, f"data.path={corpus}", *settings, "-m", "run_name=${seed}")
     assert result.returncode == 0, result.stderr
-    read = read_run(tmp_path / "4")
+    read = read_run(folder / "4")
     assert (read.status, read.step, read.total_steps) == ("finished", 2, 2)
     program, script, *overrides = shlex.split(read.config["command"])
     assert (program, script) == ("python", "train.py")
     assert "seed=4" in overrides
     again: Any = json.loads(json.dumps(dataclasses.asdict(compose(*overrides))))
-    before: Any = OmegaConf.to_container(OmegaConf.load(tmp_path / "4" / "config.yaml"))
+    before: Any = OmegaConf.to_container(OmegaConf.load(folder / "4" / "config.yaml"))
     for section, key in (("model", "vocab_size"), ("data", "tokenizer"), ("train", "compile")):  # resolved by the run
         again[section].pop(key), before[section].pop(key)
     assert {**again, "command": read.config["command"]} == before
