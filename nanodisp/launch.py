@@ -32,6 +32,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from nanodisp import cli
 from nanodisp.config import SECTIONS, Config, Unused, flatten, name_of, unused
+from nanodisp.data.prepare import DataConfig
+from nanodisp.data.shards import MANIFEST, Manifest
 from nanodisp.errors import InUse, UserError, first_line
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -224,7 +226,16 @@ def without_unused(config: Config, task: Sequence[str], swept: AbstractSet[str])
         elif swept.isdisjoint((key, rule.decider, rule.decider.partition(".")[0], "intervention", "experiment")):
             with_ = f"{rule.decider.removesuffix('.name')}={flat[rule.decider]}"  # data=…, optim=…
             raise UserError(f"{override.input_line} has no effect with {with_}: {rule.advice}")
+    if config.data.name == "shards" and "data.tokenizer" in values:
+        refuse_another_tokenizer(config.data)
     return config, kept
+
+
+def refuse_another_tokenizer(data: DataConfig) -> None:
+    """UserError for another tokenizer than the one in the manifest of the shards, which decides."""
+    folder = Path(data.path or "")
+    if (folder / MANIFEST).is_file() and (made := Manifest.load(folder).tokenizer) != Path(data.tokenizer).name:
+        raise UserError(f"data.tokenizer={data.tokenizer} has no effect: {folder} was made with {made}; leave it out")
 
 
 def refuse_dashes(arguments: Sequence[str]) -> None:

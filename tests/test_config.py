@@ -174,6 +174,14 @@ def test_keys_with_an_effect_and_settings_of_files_are_accepted(overrides: str) 
     assert launch.without_unused(compose(*typed), typed, frozenset()) == (compose(*typed), typed)
 
 
+def test_another_tokenizer_than_the_manifests_is_an_error(corpus: Path) -> None:
+    typed = ["data=shards", f"data.path={corpus}", "data.tokenizer=gpt2"]
+    with pytest.raises(UserError, match=r"data.tokenizer=gpt2 has no effect: .* was made with byte"):
+        launch.without_unused(compose(*typed), typed, frozenset())
+    typed[-1] = "data.tokenizer=byte"
+    launch.without_unused(compose(*typed), typed, frozenset())
+
+
 def test_in_a_sweep_over_it_a_key_without_effect_is_dropped() -> None:
     typed = ["dispersion=off", "dispersion.lambda_disp=0.1", "seed=1"]
     for swept in ({"dispersion"}, {"dispersion.lambda_disp", "seed"}):

@@ -98,8 +98,9 @@ def test_a_dry_run_says_what_is_done_already(corpus: Path, tmp_path: Path) -> No
 def test_parallel_jobs_fail_and_finish_like_sequential_ones(corpus: Path, tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     settings = (f"data.path={corpus}", f"out_dir={tmp_path}", "train.steps=2", "hydra/launcher=local")
-    result = command("-m", *TINY, *settings, "model.n_head=2,3")
+    result = command("-m", *TINY, *settings, "model.n_head=2,2,3")
     assert result.returncode == 2
+    assert "skipped, another process is training" in result.stdout or "the run is complete" in result.stdout
     assert "model.n_embd=16 is not divisible by model.n_head=3" in result.stderr
     assert result.stderr.count("is not divisible") == 1, "reported once"
     assert "Traceback" not in result.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -121,6 +122,34 @@ def test_repeating_the_command_of_a_complete_run_says_so_and_changes_nothing(
         (folder / "metrics.jsonl").read_text(),
         (folder / "checkpoints" / "step_00000005").stat().st_mtime_ns,
     )
+
+
+def test_a_complete_run_whose_records_are_gone_says_so(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run("train.steps=2")
+    (folder / "metrics.jsonl").unlink()
+    capsys.readouterr()
+    run("train.steps=2")
+    printed = capsys.readouterr().out
+    assert f"{folder / 'metrics.jsonl'} holds no validation: it was deleted" in printed
+    assert f"delete {folder} and run the same command again" in printed
+    assert "not finite" not in printed
+
+
+def test_the_command_of_a_sample_is_quoted_for_the_shell(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("train.steps=1", f"out_dir='{tmp_path}/a & b'")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("more text: ")]
+    assert shlex.split(line) == ["more", "text:", "python", "sample.py", f"checkpoint={tmp_path}/a & b/run", "prompt=…"]
+
+
+@pytest.mark.slow
+def test_a_terminal_without_utf_8_does_not_fail_a_run(corpus: Path, tmp_path: Path) -> None:
+    settings = ("train.steps=1", "run_name=run", f"data.path={corpus}", f"out_dir={tmp_path}")
+    result = command(*TINY, *settings, PYTHONIOENCODING="ascii")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert not (tmp_path / "run" / "error.txt").exists()
+    assert "prompt='?'" in result.stdout
 
 
 def test_a_checkpoint_of_another_run_is_rejected_and_kept(run: Run) -> None:

@@ -41,6 +41,28 @@ def test_a_record_is_a_line_of_json_without_nan(tmp_path: Path) -> None:
     ]
 
 
+def test_lines_of_training_say_how_long_the_run_will_take(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a minute a step, of nine. Not on the first line, whose step is slow, nor on the last."""
+    with metrics(tmp_path) as m:
+        for step in (1, 3, 6, 9):
+            monkeypatch.setattr(time, "perf_counter", lambda step=step: 30.0 * step)
+            m.record({"step": step, "split": "train", "loss": 1.0})
+            m.record({"step": step, "split": "val", "loss": 1.0})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("1.0000")[2] for line in lines] == [
+        "",
+        "",
+        "  0:03:00 left",
+        "",
+        "  0:01:30 left",
+        "",
+        "",
+        "",
+    ]
+
+
 def test_resuming_drops_records_that_will_be_written_again(tmp_path: Path) -> None:
     with metrics(tmp_path) as m:
         for step in range(5):

@@ -118,6 +118,32 @@ def test_two_ranks_with_fsdp_score_as_one_does(run: Run, corpus: Path, task: Pat
     ]
 
 
+def test_the_loss_on_training_text_is_that_of_evaluation_on_a_quarter_as_many_windows(corpus: Path) -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=257, dropout=0.3))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    data = open_corpus(corpus, "byte")
+    validation = Validation(
+        data, World(0, 1, torch.device("cpu")), block_size=16, n_windows=10, rows=2, autocast=contextlib.nullcontext
+    )
+    measured = validation(model)
+    assert model.training
+    n_windows = (len(data.train) - 1) // 16
+    x, y = read_windows(data.train, np.array([i * n_windows // 3 for i in range(3)]), 16, 257)
+    with torch.no_grad():
+        expected = model.eval()(x, y).loss.item()
+    assert measured["train_loss"] == pytest.approx(expected, rel=1e-5)
+    assert measured["train_loss"] != pytest.approx(measured["loss"], rel=1e-3)
+
+
+def test_validation_does_not_change_training(run: Run) -> None:
+    settings = ("train.steps=6", "train.log_interval=1", "model.dropout=0.1", "intervention.noise_alpha=5")
+    often, seldom = run("train.eval_interval=1", *settings, name="often"), run(*settings, name="seldom")
+    assert [line["loss"] for line in records(often, "train")] == [line["loss"] for line in records(seldom, "train")]
+    assert all(isinstance(line["train_loss"], float) for line in records(often, "val"))
+
+
 def test_validation_and_following_measure_windows_spread_over_the_split(corpus: Path) -> None:
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=257))
