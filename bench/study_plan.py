@@ -196,7 +196,7 @@ def placements(size: str, first: int, last: int, losses: Losses) -> Iterator[Job
     settings = {
         "late": at(0.1, "dispersion.layers=last_half"),
         "last": at(0.1, "dispersion.layers=last"),
-        "warmup": at(0.1, "dispersion.schedule=linear"),
+        "warmup": at(0.1, "dispersion.schedule=warmup"),
         "decay": at(0.1, "dispersion.schedule=cosine"),
     }
     yield from arms("c", size, settings, first, last, losses)

@@ -1,10 +1,13 @@
 """The jobs of the study: rates are chosen before they are used, and pairs differ in lambda alone."""
 
 import math
+import re
 
 import pytest
+from conftest import compose
 
 from bench.study_plan import Job, jobs, search
+from nanodisp import launch
 
 
 def run_all(loss_of):
@@ -45,3 +48,13 @@ def test_a_name_means_one_configuration():
     for known in ({}, losses):
         for job in jobs(known):
             assert seen.setdefault(job.name, job) == job
+
+
+def test_every_kind_of_job_is_a_configuration_whose_keys_have_an_effect():
+    done, _ = run_all(lambda job: 5.0)
+    kinds = {tuple(re.sub(r"=[\d.e-]+$", "", override) for override in job.overrides): job for job in done.values()}
+    assert len(kinds) > 15
+    for job in kinds.values():
+        path = ["data.path=a"] if "data=english" in job.overrides else []
+        typed = [*(override.replace("<corpus>", "a") for override in job.overrides), *path]
+        launch.without_unused(compose(*typed), typed, frozenset())

@@ -18,7 +18,7 @@ from nanodisp.errors import UserError
 
 
 def prepare(config: DataConfig) -> Path:
-    if not config.path:  # empty: an unset variable of the shell
+    if config.path is None:
         raise UserError("data=text needs data.path, a file or a folder of text, jsonl or parquet")
     path = Path(config.path).resolve()
     files, skipped = find_files(path, config.encoding)

@@ -294,8 +294,9 @@ def assert_rejected(config, message):
 
 def test_a_missing_path_is_reported(tmp_path):
     assert_rejected(config(tmp_path, tmp_path / "none"), r"none does not exist; give a file of text")
-    for nothing in (None, ""):
-        assert_rejected(config(tmp_path, nothing), "needs data.path")
+    assert_rejected(config(tmp_path, None), "needs data.path")
+    with pytest.raises(ValueError, match=r"^data\.path is empty; give data=text data\.path="):
+        config(tmp_path, "")
 
 
 def test_a_binary_file_is_reported(tmp_path):
