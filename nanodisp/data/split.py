@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -29,18 +29,27 @@ def split_by_name(files: Sequence[Path], root: Path) -> tuple[dict[Path, str], l
     """The split of each file, and the files left out because they are for testing.
 
     The last train, val, valid, validation or test among the words of a file's path below `root` counts; a file without
-    one is for training. Where no file is for validation, `split_by_size` decides.
+    one is for training. `dev` counts as `val` where a file is named `train` and none `val`; not otherwise, because
+    folders of source code have a `dev` too. Where no file is for validation, `split_by_size` decides.
 
     Raises:
         UserError: no file for training.
     """
     paths = {file: file.relative_to(root).as_posix() for file in files}
-    words = {file: [w for w in re.findall("[a-z]+", path.lower()) if w in NAMES] for file, path in paths.items()}
-    named = {file: NAMES[found[-1]] if found else "train" for file, found in words.items()}
+    named = _named(paths, NAMES)
+    if "train" in named.values() and "val" not in named.values():
+        named = _named(paths, NAMES | {"dev": "val"})
+    named = {file: named.get(file, "train") for file in files}
     splits = {file: split for file, split in named.items() if split != "test"}
     if "train" not in splits.values():
         raise UserError(f"data.path={root} holds no text for training: by their names, all files are for val or test")
     return splits, [Skipped(paths[file], "for testing, by its name") for file in files if named[file] == "test"]
+
+
+def _named(paths: Mapping[Path, str], names: Mapping[str, str]) -> dict[Path, str]:
+    """The split of each file whose path has one of the names among its words; the last one counts."""
+    words = {file: [w for w in re.findall("[a-z]+", path.lower()) if w in names] for file, path in paths.items()}
+    return {file: names[found[-1]] for file, found in words.items() if found}
 
 
 # --- by size -----------------------------------------------------------------------------

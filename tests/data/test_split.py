@@ -34,6 +34,25 @@ def test_file_names_decide(tmp_path, word, capsys):
     assert "2 files, 1 of them for validation by name; skipped wiki.test: for testing, by its name" in line
 
 
+def test_dev_is_for_validation_beside_train(tmp_path):
+    root = write(tmp_path / "texts", dev_txt="held out", train_txt="for training", test_txt="test")
+    folder = prepare(config(tmp_path, root))
+    assert (documents_of(folder, "train"), documents_of(folder, "val")) == (["for training"], ["held out"])
+
+
+@pytest.mark.parametrize("others", [{"val_txt": "held out"}, {"train_txt": "t", "val_txt": "held out"}])
+def test_dev_is_a_folder_like_others_beside_val(tmp_path, others):
+    folder = prepare(config(tmp_path, write(tmp_path / "texts", dev__a_txt="code", **others)))
+    assert documents_of(folder, "val") == ["held out"]
+    assert "code" in documents_of(folder, "train")
+
+
+def test_dev_is_a_folder_like_others_without_train(tmp_path):
+    root = write(tmp_path / "texts", dev__a_txt="a" * 100, main_txt="b" * 100)
+    folder = prepare(config(tmp_path, root, val_fraction=0.1))
+    assert documents_of(folder, "train") == ["a" * 90, "b" * 90]
+
+
 def test_the_folders_of_a_file_count_and_the_last_word_decides(tmp_path):
     root = write(
         tmp_path / "texts", train__a_txt="a", test__b_txt="b", val__c_txt="c", val__train_d_txt="d", interval_txt="e"
