@@ -319,3 +319,9 @@ def test_the_error_names_a_wrong_argument_of_the_loss(wrong: dict) -> None:
 def test_a_wrong_tensor_is_rejected(z: Tensor) -> None:
     with pytest.raises(ValueError, match="z must be floating point"):
         DispersionLoss()(z)
+
+
+def test_the_defaults_are_the_papers_settings_and_two_tokens_are_enough() -> None:
+    assert DispersionConfig() == DispersionConfig("angular", 0.1, 1.0, "all", 256, "constant")
+    assert DispersionConfig(max_tokens=2).max_tokens == 2
+    assert DispersionConfig("orthogonalization", tau=1e-3, backend="cpu").backend == "cpu", "it has no temperature"

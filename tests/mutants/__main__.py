@@ -4,7 +4,7 @@
 
 A mutation changes one operator, comparison, constant or call of a module (`mutations_of`). Each is loaded in place of
 the module in a process of its own, which runs the module's tests until one fails. `survivors.txt` lists mutations that
-are known to change nothing that a test could see, with the reason.
+are known to change nothing that a quick test could see, with the reason above each.
 """
 
 from __future__ import annotations
@@ -67,10 +67,16 @@ class Mutant(NamedTuple):
     def name(self) -> str:
         return f"{self.path}:{self.line}: {self.change}"
 
+    @property
+    def key(self) -> str:
+        """What survivors.txt calls it: without the line's number, which moves."""
+        return f"{self.path}: {self.change}"
+
 
 def mutations_of(path: str) -> Iterator[Mutant]:
     """Every mutation of a module, but those inside annotations, error messages and docstrings."""
-    tree = ast.parse((ROOT / path).read_text())
+    text = (ROOT / path).read_text()
+    tree, lines = ast.parse(text), text.splitlines()
     parents = {child: parent for parent in ast.walk(tree) for child in ast.iter_child_nodes(parent)}
     annotations = {
         inner
@@ -93,7 +99,7 @@ def mutations_of(path: str) -> Iterator[Mutant]:
             twin = next(itertools.islice(ast.walk(mutated), index, None))
             setattr(twin, field, value)
             source = ast.unparse(ast.fix_missing_locations(mutated))
-            where = " ".join(ast.unparse(node).split())[:90]
+            where = lines[getattr(node, "lineno", 1) - 1].strip()[:90]
             yield Mutant(path, getattr(node, "lineno", 0), f"{change} in {where}", source)
 
 
@@ -184,7 +190,7 @@ def main() -> None:
     import pytest  # noqa: F401
     import torch  # noqa: F401
 
-    argued = {line.split(" # ")[0].split(": ", 1)[-1] for line in SURVIVORS.read_text().splitlines() if line.strip()}
+    argued = {line for line in SURVIVORS.read_text().splitlines() if line and not line.startswith("#")}
     rng = random.Random(arguments.seed)
     planted: list[Mutant] = []
     for path in arguments.modules:
@@ -195,7 +201,7 @@ def main() -> None:
     with ThreadPoolExecutor(arguments.workers) as pool:
         alive = list(pool.map(lambda mutant: survives(mutant, TESTS[mutant.path]), planted))
     survivors = [mutant for mutant, lives in zip(planted, alive, strict=True) if lives]
-    open_ones = [mutant for mutant in survivors if mutant.change not in argued]
+    open_ones = [mutant for mutant in survivors if mutant.key not in argued]
     for mutant in survivors:
         print(f"survived{'' if mutant in open_ones else ', argued'}: {mutant.name}")
     caught = len(planted) - len(survivors)

@@ -69,6 +69,23 @@ def test_a_background_save_holds_the_tensors_of_the_moment_it_was_requested(tmp_
         assert all((tensor == step - 1).all() for tensor in saved.model.values())
 
 
+def test_a_background_save_prunes(tmp_path: Path) -> None:
+    with checkpoint.Saver(tmp_path, keep_last=2, keep_every=None) as saver:
+        for step in range(4):
+            saver.save(MODEL, OPTIMIZER, {"step": step})
+    assert [path.name for path in checkpoint.all_checkpoints(tmp_path)] == ["step_00000002", "step_00000003"]
+
+
+def test_a_failed_save_is_reported_beside_the_error_that_ends_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ZeroDivisionError), checkpoint.Saver(tmp_path / "file", keep_last=2, keep_every=None) as saver:
+        saver.save(MODEL, OPTIMIZER, {"step": 1})
+        raise ZeroDivisionError
+    assert "error: could not save the checkpoint" in capsys.readouterr().err
+
+
 def test_an_error_in_the_background_is_raised_in_the_run(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     saver = checkpoint.Saver(tmp_path / "file", keep_last=1, keep_every=None)
@@ -148,6 +165,7 @@ def test_a_pickle_in_any_file_runs_no_code(tmp_path: Path) -> None:
 def test_find_accepts_a_run_its_checkpoints_folder_or_a_checkpoint(tmp_path: Path) -> None:
     path = save(tmp_path / "checkpoints", 8)
     save(tmp_path / "checkpoints", 3)
+    save(tmp_path / "checkpoints", 5)
     assert checkpoint.find(tmp_path) == checkpoint.find(tmp_path / "checkpoints") == checkpoint.find(path) == path
     with pytest.raises(UserError, match="holds no checkpoint"):
         checkpoint.find(tmp_path / "elsewhere")

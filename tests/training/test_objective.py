@@ -99,3 +99,12 @@ def test_weights_follow_the_step() -> None:
     assert [objective.weights_at(step)["dispersion"] for step in (1, 2, 4, 7)] == pytest.approx([0.1, 0.2, 0.4, 0.4])
     objective.begin(2)
     assert objective.weights["dispersion"] == pytest.approx(0.2)
+
+
+def test_without_dispersion_no_tokens_are_drawn_for_it() -> None:
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=4, vocab_size=20))
+    for lambda_disp in (0.0, 0.1):
+        config = DispersionConfig(lambda_disp=lambda_disp, max_tokens=2)
+        objective = Objective(model, config, InterventionConfig(), seed=0, total_steps=2)
+        objective.begin(0)
+        assert (objective.positions is None) == (lambda_disp == 0)
