@@ -71,6 +71,7 @@ def main(task: Callable[[Config], float | None]) -> None:
             print(*help_lines(), sep="\n")
             return
         refuse_dashes(sys.argv[1:])
+        check_groups(sys.argv[1:])
         entry()
     except AlreadyReported:
         sys.exit(2)
@@ -248,6 +249,22 @@ def refuse_dashes(arguments: Sequence[str]) -> None:
             raise UserError(f"{argument}: keys have no dashes: {meant[0]}={value if equals else '…'}")
     if {"-m", "--multirun"} & set(arguments) and {"-c", "--cfg"} & set(arguments):
         raise UserError("-m and --cfg exclude each other: --cfg shows one configuration")
+
+
+def check_groups(arguments: Sequence[str]) -> None:
+    """UserError where a group such as dispersion is removed, or is given anything but the name of a choice."""
+    for override in parse(
+        [argument for argument in arguments if argument[:1] != "-" and (argument[:1] == "~" or "=" in argument)]
+    ):
+        folder, line = CONF / override.key_or_group, str(override.input_line)
+        if not folder.is_dir():
+            continue
+        choices = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+        several = override.is_sweep_override()
+        if override.is_delete() or not (several or isinstance(override.value(), (str, dict))):
+            raise UserError(f"{line}: give {override.key_or_group}= one of {choices}")
+        if several and override.key_or_group == "experiment":
+            raise UserError(f"{line}: an experiment is a sweep of its own; give one in each command")
 
 
 def check(composed: DictConfig) -> Config:

@@ -329,3 +329,24 @@ def test_a_teacher_has_the_same_defaults_by_key_and_by_file() -> None:
 
 def test_the_arm_with_dispersion_is_the_run_with_dispersion() -> None:
     assert compose("dispersion=off", "intervention=dispersion") == compose("dispersion=angular")
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("~dispersion", ["~dispersion", "give dispersion= one of", "off"]),
+        ("~optim", ["give optim= one of adamw, muon"]),
+        ("dispersion=null", ["dispersion=null", "off"]),
+        ("dispersion=false", ["dispersion=false", "off"]),
+        ("model=0", ["model=0", "nano"]),
+        ("experiment=lambda,seeds", ["one in each command"]),
+    ],
+)
+def test_a_group_is_given_as_the_name_of_a_choice(argument: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        launch.check_groups([argument, "-m", "--cfg", "job"])
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_choices_and_sweeps_of_them_are_accepted() -> None:
+    launch.check_groups(["dispersion=off", "model=nano,micro", "hydra/launcher=local", "train.steps=3", "-m"])
