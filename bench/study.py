@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 
 from bench.measure import device_name
 from bench.study_plan import Losses, Size, jobs
+from nanodisp.runs.metrics import METRICS, read_records
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "docs" / "study" / "records"
@@ -31,17 +32,6 @@ EXITED_EARLY = 75  # train.py was asked to stop and has saved
 
 
 # --- running ---------------------------------------------------------------------------------
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run's metrics.jsonl; a last line that is cut off is left out."""
-    file, records = folder / "metrics.jsonl", []
-    for line in file.read_text().splitlines() if file.is_file() else ():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
 
 
 def final_loss(folder: Path) -> float | None:
@@ -53,7 +43,7 @@ def final_loss(folder: Path) -> float | None:
         return None
     config = OmegaConf.load(folder / "config.yaml")
     total = math.ceil(config.train.tokens / (config.train.batch_size * config.model.block_size))
-    last = [r for r in read_metrics(folder) if r["split"] == "val" and r["step"] >= total]
+    last = [r for r in read_records(folder / METRICS) if r["split"] == "val" and r["step"] >= total]
     saved = (folder / "checkpoints" / f"step_{total:08d}").is_dir()
     return (math.inf if last[-1]["loss"] is None else last[-1]["loss"]) if last and saved else None
 
@@ -123,7 +113,7 @@ def record_of(folder: Path) -> dict[str, Any]:
     config["data"]["tokenizer"] = Path(config["data"]["tokenizer"]).name
     for section, key in ((config, "init_from"), (config["intervention"], "teacher")):
         section[key] = section[key] and Path(section[key]).name
-    metrics = read_metrics(folder)
+    metrics = read_records(folder / METRICS)
     validations = [r for r in metrics if r["split"] == "val"]
     model = config["model"]
     size = Size(model["n_layer"], model["n_embd"], model["n_head"])

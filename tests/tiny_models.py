@@ -52,6 +52,15 @@ def export(run: Path, to: Path) -> Path:
     return to
 
 
+def decided_model() -> GPT:
+    """A model in eval mode whose large random weights make some tokens much likelier than others."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=50))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
 def loglikelihood(model: GPT, context: list[int], continuation: list[int]) -> tuple[float, bool]:
     """One token at a time, within the window that ends the pair; and whether every token was the likeliest."""
     row = [*context, *continuation][-(model.config.block_size + 1) :]

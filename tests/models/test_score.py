@@ -6,30 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import decided_model, loglikelihood
 
-from nanodisp.models.gpt import GPT, GPTConfig
+from nanodisp.models.gpt import GPT
 from nanodisp.models.score import loglikelihoods
 
 
 @pytest.fixture(scope="module")
 def model() -> GPT:
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=50))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model.eval()
-
-
-def naive(model: GPT, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-    """One token at a time, each in its own forward pass, within the window at the end of the pair."""
-    row = [*context, *continuation][-(model.config.block_size + 1) :]
-    total, greedy = 0.0, True
-    for end in range(len(row) - min(len(continuation), len(row) - 1), len(row)):
-        with torch.no_grad():
-            logits = model(torch.tensor([row[:end]])).logits[0, -1]
-        total += logits.double().log_softmax(0)[row[end]].item()
-        greedy &= int(logits.argmax()) == row[end]
-    return total, greedy
+    return decided_model()
 
 
 short = st.lists(st.integers(0, 49), min_size=1, max_size=9)
@@ -46,7 +31,7 @@ def test_loglikelihoods_equal_those_of_one_token_at_a_time(
     parts = [
         loglikelihoods(model, pairs, tokens_at_once=at_once, rank=rank, n_ranks=n_ranks) for rank in range(n_ranks)
     ]
-    expected = [naive(model, context, continuation) for context, continuation in pairs]
+    expected = [loglikelihood(model, context, continuation) for context, continuation in pairs]
     totals, greedy = sum(part[0] for part in parts), sum(part[1].int() for part in parts)
     assert isinstance(totals, torch.Tensor)
     assert isinstance(greedy, torch.Tensor)

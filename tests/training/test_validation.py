@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY, command, compose, records
+from tiny_models import decided_model
 
 from nanodisp.condensation.cosine import mean_cosine
 from nanodisp.config import name_of
@@ -26,11 +27,7 @@ Run = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def model() -> GPT:
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=50))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model.eval()
+    return decided_model()
 
 
 @pytest.fixture
