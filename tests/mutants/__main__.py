@@ -35,7 +35,7 @@ TESTS = {
     "nanodisp/dispersion/formulas.py": ["tests/dispersion/test_loss.py"],
     "nanodisp/dispersion/loss.py": ["tests/dispersion/test_loss.py", "tests/dispersion/test_kernels.py"],
     "nanodisp/dispersion/placement.py": ["tests/dispersion/test_loss.py", "tests/test_config.py"],
-    "nanodisp/dispersion/kernels/pairwise.py": ["tests/dispersion/test_kernels.py"],
+    "nanodisp/dispersion/kernels/pairwise.py": ["tests/dispersion/test_kernels.py", "tests/dispersion/test_loss.py"],
     "nanodisp/dispersion/kernels/cpu.py": ["tests/dispersion/test_kernels.py"],
     "nanodisp/data/batches.py": ["tests/data/test_batches.py"],
     "nanodisp/training/optim.py": ["tests/training/test_optim.py", "tests/training/test_objective.py"],

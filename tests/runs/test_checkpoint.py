@@ -41,6 +41,21 @@ def test_saving_leaves_only_complete_checkpoints_and_replaces_one_of_the_same_st
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000007"]
 
 
+def test_every_file_is_on_disk_before_the_checkpoint_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[tuple[str, bool]] = []
+
+    def flush(path: Path) -> None:
+        flushed.append((path.name, checkpoint.path_of(tmp_path, 7).exists()))
+
+    monkeypatch.setattr(checkpoint, "flush", flush)
+    save(tmp_path)
+    before = {name for name, named in flushed if not named}
+    assert before == {"model.safetensors", "optimizer.safetensors", "state.json", ".step_00000007.tmp"}
+    assert flushed[-1] == (tmp_path.name, True), "then the rename itself"
+
+
 def test_prune_keeps_the_newest(tmp_path: Path) -> None:
     for step in (5, 100, 20):
         save(tmp_path, step)
