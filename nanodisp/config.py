@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from nanodisp.data.prepare import DataConfig
 from nanodisp.dispersion.placement import DispersionConfig, select_layers
 from nanodisp.distributed.layout import PARALLEL
-from nanodisp.models.gpt import GPTConfig
+from nanodisp.models.blocks import SWITCHES, GPTConfig
 from nanodisp.training.interventions import InterventionConfig
 from nanodisp.training.optim import OptimConfig
 
@@ -207,6 +207,8 @@ NOT_IDENTITY = {
         *("parallel", "activation_checkpointing", "timeout_minutes", "eval_task"),
     ),
 }
+# Keys that version 0.1.0 did not have, whose default is what it did: at the default they are left out of the identity.
+ADDED = {f"model.{key}": getattr(GPTConfig(), key) for key in SWITCHES} | {"data.encoding": "utf-8"}
 BUDGET = ("train.steps", "train.tokens", "train.tokens_per_param")  # may grow when a run is resumed
 
 
@@ -254,6 +256,7 @@ UNUSED = [
     ),
     Unused(("dispersion.tau",), "dispersion.variant", one_of(*WITHOUT_TAU), f"the formula has no tau; {LEAVE}"),
     Unused(("dispersion.warmup_fraction",), "dispersion.schedule", no("warmup"), "add dispersion.schedule=warmup"),
+    Unused(("model.rope_theta",), "model.position", no("rotary", None), "add model.position=rotary"),
     Unused(("optim.muon_lr", "optim.muon_momentum"), "optim.name", no("muon"), "add optim=muon"),
     Unused(("optim.warmup_steps",), "optim.warmup_fraction", given, "optim.warmup_fraction=null removes that one"),
     Unused(("optim.decay_fraction", "optim.min_lr_fraction"), "optim.schedule", one_of("constant"), LEAVE),
@@ -285,8 +288,7 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
         flat["dispersion.schedule"] = "warmup"
     left_out = {f"{section}.{key}" if section else key for section, keys in NOT_IDENTITY.items() for key in keys}
     left_out |= unused(flat).keys()
-    if flat.get("data.encoding") == "utf-8":  # version 0.1.0 did not have the key
-        left_out.add("data.encoding")
+    left_out |= {key for key, default in ADDED.items() if flat.get(key) == default}
     return {key: value for key, value in flat.items() if key not in left_out and not key.startswith("wandb.")}
 
 

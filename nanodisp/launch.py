@@ -13,6 +13,7 @@ import re
 import shlex
 import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
@@ -331,7 +332,8 @@ def help_lines() -> Iterator[str]:
     for folder in sorted(path for path in CONF.iterdir() if path.is_dir()):
         for group in [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]:
             if choices := sorted(file.stem for file in group.glob("*.yaml")):
-                yield f"  {group.relative_to(CONF)}=".ljust(18) + " ".join(choices)
+                name = f"  {group.relative_to(CONF)}=".ljust(18)
+                yield textwrap.fill(" ".join(choices), 120, initial_indent=name, subsequent_indent=" " * 18)
     yield "\nKeys, key=value, with the defaults of the command without arguments:"
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         defaults: Any = OmegaConf.to_container(hydra.compose("config"))

@@ -245,7 +245,10 @@ def test_the_command_prints_only_that_line_and_writes_nothing(tmp_path: Path) ->
     arguments = [f"out_dir={tmp_path}", f"data.folder={tmp_path}", "model.n_head=5"]
     result = subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True, text=True)
     assert result.returncode == 2
-    assert result.stderr == "error: model.n_embd=128 is not divisible by model.n_head=5\n"
+    assert (
+        result.stderr
+        == "error: model.n_embd=128 is not divisible by model.n_head=5: change one, or give model.head_dim\n"
+    )
     assert result.stdout == ""
     assert list(tmp_path.iterdir()) == []
 

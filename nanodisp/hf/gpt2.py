@@ -132,4 +132,4 @@ def checked(path: Path, source: Weights) -> Weights:
 
 def cropped(tensors: dict[str, Tensor], block_size: int) -> dict[str, Tensor]:
     """The tensors with the context cut to `block_size` tokens."""
-    return {**tensors, "wpe.weight": tensors["wpe.weight"][:block_size]}
+    return {name: tensor[:block_size] if name == "wpe.weight" else tensor for name, tensor in tensors.items()}

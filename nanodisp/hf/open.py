@@ -11,7 +11,6 @@ config.json as Hugging Face writes it, or hf:<folder or id on the hub>.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -169,18 +168,15 @@ def open_source(name: str) -> Source:
 def initial_weights(config: Config) -> dict[str, Tensor]:
     """The state dict that a run with `init_from` starts from.
 
-    The source must have the run's shape; the run's context may be shorter and its dropout may differ. If both
-    tokenizers are available, they must agree.
+    The source must have the run's shape; the run's context may be shorter, without learned positions also longer. If
+    both tokenizers are available, they must agree.
 
     Raises UserError if there is no such source, or it has another shape or tokenizer.
     """
     name = str(config.init_from)
     source = open_source(name)
-    theirs, ours = (
-        {**dataclasses.asdict(c), "d_ff": c.d_ff or 4 * c.n_embd, "dropout": None}
-        for c in (source.weights.config, config.model)
-    )
-    if config.model.block_size < theirs["block_size"]:
+    theirs, ours = source.weights.config.shape(), config.model.shape()
+    if config.model.block_size < theirs["block_size"] or config.model.position != "learned":
         theirs["block_size"] = config.model.block_size
     if changes := [f"model.{key}={str(value).lower()}" for key, value in theirs.items() if ours[key] != value]:
         hint = "; another vocabulary is another data.tokenizer" if ours["vocab_size"] != theirs["vocab_size"] else ""

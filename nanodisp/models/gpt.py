@@ -1,7 +1,8 @@
-"""GPT-2, as published: learned positions, pre-LayerNorm, tanh-approximated GELU, tied embeddings.
+"""One decoder with switches: GPT-2 by default, LLaMA, Qwen3 or a bidirectional encoder by other values of its config.
 
-Radford et al., "Language Models are Unsupervised Multitask Learners" (2019). Modules have
-GPT-2's own names (wte, wpe, h, ln_1, c_attn, ...), so a released checkpoint maps name by name.
+`blocks.py` has the config and the parts. GPT-2 is the model of Radford et al., "Language Models are Unsupervised
+Multitask Learners" (2019), whose modules have their own names here (wte, wpe, h, ln_1, c_attn, ...), so a released
+checkpoint maps name by name.
 
 Three things differ from the simplest implementation:
 
@@ -18,54 +19,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanodisp.models.cache import KVCache, Past
+from nanodisp.models.blocks import Block, GPTConfig, Linear, build_norm, linear, rotations
+from nanodisp.models.cache import KVCache
 from nanodisp.models.head import linear_cross_entropy, linear_kl_divergence
 
 VOCAB_MULTIPLE = 64
-INIT_STD = 0.02
-HAS_AMX = torch.cpu._is_amx_tile_supported()
-AMX_FROM = 512  # tokens: attention over shorter sequences is slower in bfloat16 than in float32 even with AMX
-
-
-@dataclass
-class GPTConfig:
-    """The shape of a model.
-
-    n_layer, n_head, n_embd: blocks, attention heads, width (a multiple of n_head).
-    block_size: maximum context length in tokens.
-    d_ff: width of the MLP's hidden layer; null means 4 * n_embd.
-    vocab_size: null means the tokenizer's.
-    bias: whether linear layers and LayerNorms have biases, as in GPT-2.
-    dropout: probability, for embeddings, attention weights and residual branches.
-    """
-
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    block_size: int = 1024
-    d_ff: int | None = None
-    vocab_size: int | None = None
-    bias: bool = True
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("n_layer", "n_head", "n_embd", "block_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
-        for name in ("d_ff", "vocab_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1, or null")
-        if self.n_embd % self.n_head != 0:
-            raise ValueError(f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout={self.dropout} must be in [0, 1)")
 
 
 class GPTOutput(NamedTuple):
@@ -101,7 +65,7 @@ class ParameterGroups(NamedTuple):
     """A model's trained parameters, grouped for the optimizer.
 
     block_matrices: weight matrices of the blocks; with weight decay, and updated by Muon if it is used.
-    other_matrices: embeddings; with weight decay.
+    other_matrices: embeddings and output head; with weight decay.
     vectors: biases and norms; without weight decay.
     """
 
@@ -127,77 +91,14 @@ class TakeTokens(torch.autograd.Function):
         return grad_x.index_add(1, positions, grad_taken), None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear, but as matrix times vector for a single bfloat16 row on a CPU, which is faster."""
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() == x.size(-1):
-        y = weight @ x.flatten() if bias is None else torch.addmv(bias, weight, x.flatten())
-        return y.view(*x.shape[:-1], -1)
-    return F.linear(x, weight, bias)
-
-
-class Linear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-class Attention(nn.Module):
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
-
-    def forward(self, x: Tensor, past: Past | None) -> Tensor:
-        B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x [B, n_head, T, head_dim]
-        dropout = self.dropout if self.training else 0.0
-        dtype, mask = q.dtype, None
-        if past is not None:
-            q, mask = q.to(past.keys.dtype), past.mask
-            k = past.keys.index_copy_(2, past.positions, k.to(q.dtype))
-            v = past.values.index_copy_(2, past.positions, v.to(q.dtype))
-        elif q.device.type == "cpu" and q.dtype == torch.bfloat16 and not (HAS_AMX and T >= AMX_FROM):
-            q, k, v = q.float(), k.float(), v.float()  # backward in bfloat16 is several times slower on a CPU
-        with torch.autocast("cpu", enabled=False):
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
-        y = y.transpose(1, 2).reshape(B, T, C).to(dtype)
-        return F.dropout(self.c_proj(y), self.dropout, self.training)
-
-
-class MLP(nn.Module):
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        d_ff = config.d_ff or 4 * config.n_embd
-        self.dropout = config.dropout
-        self.c_fc = Linear(config.n_embd, d_ff, bias=config.bias)
-        self.c_proj = Linear(d_ff, config.n_embd, bias=config.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
-        return F.dropout(x, self.dropout, self.training)
-
-
-class Block(nn.Module):
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = MLP(config)
-
-    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), past)
-        return x + self.mlp(self.ln_2(x))
-
-
 class GPT(nn.Module):
-    """The model. Its output head is the transposed token embedding.
+    """The model.
 
     Raises ValueError if `config.vocab_size` is not set.
     """
 
     never_predicted: Tensor  # [V padded], added to the logits
+    rotation: Tensor | None  # [2, block_size, head_dim], see `rotations`; None without rotary positions
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -207,24 +108,28 @@ class GPT(nn.Module):
         self.vocab_size = config.vocab_size
         padded = math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self.wte = nn.Embedding(padded, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_f = build_norm(config)
+        self.lm_head = None if config.tie_embeddings else Linear(config.n_embd, padded, bias=False)
         never_predicted = torch.zeros(padded)
         never_predicted[self.vocab_size :] = -math.inf
         self.register_buffer("never_predicted", never_predicted, persistent=False)
+        rotation = rotations(config) if config.position == "rotary" else None
+        self.register_buffer("rotation", rotation, persistent=False)
         self.one_token: Callable[..., Tensor] = Block.__call__
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """GPT-2's initialisation: N(0, 0.02), zero biases; projections into the residual stream times 1/sqrt(2L)."""
+        """N(0, init_std), zero biases; projections into the residual stream times 1/sqrt(2L), as in GPT-2."""
+        std = self.config.init_std
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 residual = name.endswith("c_proj.weight")
-                nn.init.normal_(parameter, std=INIT_STD / math.sqrt(2 * self.config.n_layer) if residual else INIT_STD)
+                nn.init.normal_(parameter, std=std / math.sqrt(2 * self.config.n_layer) if residual else std)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
-            else:  # a LayerNorm's weight
+            else:  # a norm's weight
                 nn.init.ones_(parameter)
 
     def compile_one_token(self) -> None:
@@ -281,12 +186,15 @@ class GPT(nn.Module):
                 hidden.append(taken)
             return x
 
-        x = self.wte(idx) + self.wpe.weight[start : start + T]  # [B, T, C]
+        x = self.wte(idx)  # [B, T, C]
+        if self.wpe is not None:
+            x = x + self.wpe.weight[start : start + T]
+        rotation = self.rotation[:, start : start + T] if self.rotation is not None else None
         x = visit(0, F.dropout(x, self.config.dropout, self.training))
         call = self.one_token if cache is not None and T == 1 else Block.__call__
         pasts = cache.append(T) if cache is not None else [None] * self.config.n_layer
         for layer, (block, past) in enumerate(zip(self.h, pasts, strict=True), start=1):
-            x = call(block, x, past)
+            x = call(block, x, past, rotation)
             if layer < self.config.n_layer:
                 x = visit(layer, x)
         x = visit(self.config.n_layer, self.ln_f(x))
@@ -296,9 +204,9 @@ class GPT(nn.Module):
             return GPTOutput(None, None, collected)
         if targets is None:
             x = x[:, -1:] if cache is not None else x
-            logits = linear(x, self.wte.weight, self.never_predicted.to(x.dtype))  # [B, T or 1, V padded]
+            logits = linear(x, self.head_weight, self.never_predicted.to(x.dtype))  # [B, T or 1, V padded]
             return GPTOutput(logits, None, collected)
-        x, weight, bias = x.flatten(0, 1), self.wte.weight, self.never_predicted
+        x, weight, bias = x.flatten(0, 1), self.head_weight, self.never_predicted
         loss, divergence = linear_cross_entropy(x, weight, bias, targets.flatten()), None
         if soft_targets is not None:
             teacher_x = soft_targets.hidden.flatten(0, 1)
@@ -310,14 +218,19 @@ class GPT(nn.Module):
         return self(idx, return_hidden=True, head=False).hidden
 
     def new_cache(self, batch_size: int) -> KVCache:
-        """An empty cache for `batch_size` sequences, with the device and dtype of the weights."""
+        """An empty cache for `batch_size` sequences, with the device and dtype of the weights.
+
+        Raises ValueError if the model is not causal: its hidden states depend on tokens that are still to come.
+        """
         c = self.config
+        if not c.causal:
+            raise ValueError("a bidirectional model (model.causal=false) cannot use a key-value cache")
         return KVCache(
             n_layer=c.n_layer,
             batch_size=batch_size,
-            n_head=c.n_head,
+            n_head=c.kv_heads,
             block_size=c.block_size,
-            head_dim=c.n_embd // c.n_head,
+            head_dim=c.head_width,
             device=self.device,
             dtype=self.embedding.weight.dtype,
         )
@@ -329,8 +242,13 @@ class GPT(nn.Module):
 
     @property
     def embedding(self) -> nn.Embedding:
-        """The token embedding; its transpose is the output head."""
+        """The token embedding."""
         return self.wte
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The weight of the output head, [V padded, C]: the token embedding's, unless they are not tied."""
+        return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
     @property
     def device(self) -> torch.device:
@@ -350,14 +268,19 @@ class GPT(nn.Module):
     def num_parameters(self) -> int:
         """The number of parameters, without the vocabulary's padding."""
         padding = self.wte.num_embeddings - self.vocab_size
-        return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
+        n_tables = 1 if self.config.tie_embeddings else 2
+        return sum(p.numel() for p in self.parameters()) - n_tables * padding * self.config.n_embd
 
     def flops_per_token(self) -> int:
         """FLOPs per token of a training step (forward and backward) at full context.
 
-        6 per parameter used in a matrix product, and 12 L C T for attention's two products,
+        6 per parameter used in a matrix product, and 12 L C T for attention's two products (C: the width of all heads),
         not halved for causality: PaLM, arXiv 2204.02311, appendix B.
         """
         c = self.config
-        in_matmuls = self.num_parameters() - self.wpe.weight.numel()
-        return 6 * in_matmuls + 12 * c.n_layer * c.n_embd * c.block_size
+        in_matmuls = self.num_parameters()
+        if self.wpe is not None:
+            in_matmuls -= self.wpe.weight.numel()
+        if not c.tie_embeddings:  # a tied one is the output head
+            in_matmuls -= self.vocab_size * c.n_embd
+        return 6 * in_matmuls + 12 * c.n_layer * c.n_head * c.head_width * c.block_size

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nanodisp.distributed import layout
-from nanodisp.models.gpt import GPT, INIT_STD, SoftTargets
+from nanodisp.models.gpt import GPT, SoftTargets
 
 
 @dataclass
@@ -95,12 +95,12 @@ def add_noise(model: GPT, alpha: float) -> None:
 def forget(model: GPT, optimizers: list[torch.optim.Optimizer], seed: int) -> None:
     """Reinitialise the token embeddings from `seed` and drop their optimizer state.
 
-    The output head is tied to them, so it is reset too. All ranks call it.
+    An output head that is tied to them is reset with them. All ranks call it.
     """
     state = model.state_dict()  # shards again what an evaluation has gathered
     name = next(name for name, parameter in model.named_parameters() if parameter is model.embedding.weight)
     fresh = torch.empty(state[name].shape)
-    nn.init.normal_(fresh, std=INIT_STD, generator=torch.Generator().manual_seed(seed))
+    nn.init.normal_(fresh, std=model.config.init_std, generator=torch.Generator().manual_seed(seed))
     state[name].copy_(layout.scatter({name: fresh}, model)[name])
     for optimizer in optimizers:
         optimizer.state.pop(model.embedding.weight, None)
@@ -111,4 +111,4 @@ def soft_targets(teacher: GPT, x: Tensor, temperature: float) -> SoftTargets:
     """The teacher's predictions for int64 [B, T], as hidden states and head instead of logits."""
     last, everywhere = [teacher.config.n_layer], torch.arange(x.size(1), device=x.device)[None]
     hidden = teacher(x, take=(last, everywhere), head=False).hidden
-    return SoftTargets(hidden[0], teacher.embedding.weight, temperature)
+    return SoftTargets(hidden[0], teacher.head_weight, temperature)

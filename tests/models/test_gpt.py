@@ -9,7 +9,7 @@ import torch
 from conftest import compose
 from torch import nn
 
-from nanodisp.models import gpt
+from nanodisp.models import blocks
 from nanodisp.models.gpt import GPT, GPTConfig, TakeTokens
 
 SMALL = GPTConfig(n_layer=3, n_head=2, n_embd=16, block_size=12, vocab_size=70)
@@ -144,7 +144,7 @@ def test_dropout_acts_only_in_training() -> None:
 
 
 def test_dropout_acts_on_attention_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpt.F, "dropout", lambda x, p, training: x)  # leaves only the one inside attention
+    monkeypatch.setattr(blocks.F, "dropout", lambda x, p, training: x)  # leaves only the one inside attention
     model = small_model(dropout=0.5)
     assert differs_between_calls(model)
     assert not differs_between_calls(model.eval())
@@ -153,7 +153,7 @@ def test_dropout_acts_on_attention_weights(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_dropout_acts_on_embeddings_and_on_both_branches_of_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[torch.Tensor, float, bool]] = []
-    monkeypatch.setattr(gpt.F, "dropout", lambda *args: calls.append(args) or args[0])
+    monkeypatch.setattr(blocks.F, "dropout", lambda *args: calls.append(args) or args[0])
     model, idx = small_model(dropout=0.5), tokens(2, 12)
     model(idx)
     assert [(x.shape, p, training) for x, p, training in calls] == [((2, 12, 16), 0.5, True)] * (1 + 2 * 3)
@@ -163,7 +163,14 @@ def test_dropout_acts_on_embeddings_and_on_both_branches_of_every_block(monkeypa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_embd": 15}, "n_embd=15 is not divisible by model.n_head=2"),
+        ({"n_embd": 15}, "n_embd=15 is not divisible by model.n_head=2: change one, or give model.head_dim"),
+        ({"n_head": 3, "head_dim": 8, "n_kv_head": 2}, "n_head=3 is not divisible by model.n_kv_head=2"),
+        ({"n_kv_head": 0}, "n_kv_head=0 must be at least 1, or null"),
+        ({"head_dim": 5, "position": "rotary"}, "position=rotary rotates pairs, but a head has 5 features"),
+        ({"position": "alibi"}, "position=alibi is unknown; choose one of learned, rotary, none"),
+        ({"norm": "batchnorm"}, "norm=batchnorm is unknown; choose one of layernorm, rmsnorm"),
+        ({"mlp": "relu"}, "mlp=relu is unknown; choose one of gelu, swiglu, relu2"),
+        ({"norm_eps": 0.0}, "norm_eps=0.0 must be positive"),
         ({"n_layer": 0}, "n_layer=0"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"d_ff": 0}, "d_ff=0"),

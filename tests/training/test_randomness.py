@@ -56,8 +56,8 @@ def test_dropout_acts_on_attention_weights_as_well_as_on_outputs() -> None:
     p, T = 0.5, 12
     attention = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=T, vocab_size=20, dropout=p)).blocks[0].attn
     x = torch.randn(2, T, 16)
-    plain = attention.eval()(x, None)
-    dropped = attention.train()(x, None)
+    plain = attention.eval()(x, None, None)
+    dropped = attention.train()(x, None, None)
     kept = dropped != 0
     assert 0.3 < kept.float().mean() < 0.7, "of the outputs"
     ratio = (1 - p) * dropped[kept] / plain[kept]  # 1 everywhere if only outputs were dropped
