@@ -126,6 +126,25 @@ class GPTConfig:
         return max(1, round(self.n_embd / 6)) * 16 if self.mlp == "swiglu" else 4 * self.n_embd
 
 
+GPT2: dict[str, Any] = {
+    **{"norm": "layernorm", "position": "learned", "mlp": "gelu", "qk_norm": False, "bias": True, "n_kv_head": None},
+    **{"tie_embeddings": True, "causal": True},
+}
+LLAMA = {**GPT2, "norm": "rmsnorm", "position": "rotary", "mlp": "swiglu", "bias": False}
+QWEN3 = {**LLAMA, "qk_norm": True, "n_kv_head": "fewer"}
+FAMILIES = {"GPT-2": GPT2, "Qwen3": QWEN3, "LLaMA": LLAMA}
+
+
+def architecture(config: GPTConfig) -> str:
+    """The nearest family, and the switches that differ from it: "GPT-2", "Qwen3, norm=layernorm"."""
+    ours = {key: getattr(config, key) for key in GPT2}
+    ours["n_kv_head"] = "fewer" if config.kv_heads < config.n_head else None
+    differing = {name: [key for key in GPT2 if ours[key] != family[key]] for name, family in FAMILIES.items()}
+    nearest = min(differing, key=lambda name: len(differing[name]))
+    values = {**ours, "n_kv_head": config.kv_heads}
+    return ", ".join([nearest, *(f"{key}={str(values[key]).lower()}" for key in differing[nearest])])
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear, but as matrix times vector for a single bfloat16 row on a CPU, which is faster."""
     if x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() == x.size(-1):

@@ -41,7 +41,7 @@ from nanodisp.report.tables import (
 )
 from nanodisp.runs.read import RunSummary, as_text, differences, read_runs
 
-MOST_LINES = 12  # in one figure
+MOST_LINES = 16  # in one figure
 
 
 def main(argv: Sequence[str]) -> None:
@@ -190,8 +190,9 @@ def draw(
 
 
 def _lines(rows: Sequence[Row]) -> list[dict[str, list[RunSummary]]]:
-    """Seeds with the same validations, by label: all in one figure if they fit, else a figure per row."""
+    """Seeds with the same validations, by label: all in one figure if they fit, else a figure per row or per lambda."""
     per_row: list[dict[str, list[RunSummary]]] = []
+    per_lambda: dict[float, dict[str, list[RunSummary]]] = {}
     known: set[tuple[Path, ...]] = set()  # a baseline that rows share is drawn once
     for row in rows:
         lines = {}
@@ -203,10 +204,14 @@ def _lines(rows: Sequence[Row]) -> list[dict[str, list[RunSummary]]]:
             name = f"lambda {disp:g}" if len(rows) == 1 else f"{row.label}, lambda {disp:g}"
             if (who := tuple(run.folder for run in alike)) not in known and first.cosines.size:
                 known.add(who)
-                lines[name] = alike
+                lines[name] = per_lambda.setdefault(disp, {})[name] = alike
         per_row.append(lines)
     together = {label: seeds for lines in per_row for label, seeds in lines.items()}
-    return [lines for lines in ([together] if len(together) <= MOST_LINES else per_row) if lines]
+    by_lambda = [per_lambda[disp] for disp in sorted(per_lambda)]
+    figures = min(
+        per_row, by_lambda, key=lambda figures: (max(map(len, figures), default=0) > MOST_LINES, len(figures))
+    )
+    return [lines for lines in ([together] if len(together) <= MOST_LINES else figures) if lines]
 
 
 def _histograms(runs: Sequence[RunSummary]) -> Iterator[tuple[str, np.ndarray]]:

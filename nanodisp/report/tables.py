@@ -19,10 +19,12 @@ from typing import Any
 import numpy as np
 
 from nanodisp.condensation.figures import standard_error
+from nanodisp.models.blocks import GPT2
 from nanodisp.runs.evaluation import main_metric
 from nanodisp.runs.read import LAMBDA, RunSummary, as_text, differences
 
 SHAPE = ("model.n_layer", "model.n_embd", "model.n_head", "model.block_size")  # part of a row's size
+SWITCHES = tuple(f"model.{key}" for key in GPT2)  # given by the name of the architecture
 NOTHING = "\N{EN DASH}"  # in place of a missing number
 
 
@@ -83,7 +85,10 @@ def make_rows(runs: Sequence[RunSummary]) -> list[Row]:
     """Group finished runs; of two with the same configuration and seed, the one with the later name is used."""
     finished = [run for run in runs if run.status == "finished"]
     differing = {key: by_run for key, by_run in differences(finished).items() if key not in (LAMBDA, "seed", *SHAPE)}
-    varied = [key for key, by_run in differing.items() if not _follows_from_a_teacher(key, by_run)]
+    several = any(key in SWITCHES for key in differing)  # architectures
+    varied = [
+        key for key, by_run in differing.items() if key not in SWITCHES and not _follows_from_a_teacher(key, by_run)
+    ]
     kinds: dict[Any, dict[float, dict[int, RunSummary]]] = defaultdict(lambda: defaultdict(dict))
     baselines: dict[Any, dict[int, RunSummary]] = defaultdict(dict)
 
@@ -97,7 +102,8 @@ def make_rows(runs: Sequence[RunSummary]) -> list[Row]:
         )
 
     for run in finished:
-        base = (run.n_parameters, run.size, parts(run, of_dispersion=False))
+        kind_of_model = run.architecture if several else ""
+        base = (run.n_parameters, f"{run.size}, {kind_of_model}".strip(", "), parts(run, of_dispersion=False))
         disp, seed = float(run.config[LAMBDA]), int(run.config["seed"])
         if disp == 0:
             baselines[base][seed] = run

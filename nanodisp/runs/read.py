@@ -24,7 +24,7 @@ from yaml import YAMLError
 from nanodisp.condensation.cosine import trend
 from nanodisp.config import CONFIG, NOT_IDENTITY, TrainConfig, count_steps, flatten
 from nanodisp.errors import UserError
-from nanodisp.models.gpt import GPTConfig
+from nanodisp.models.blocks import GPTConfig, architecture
 from nanodisp.plan import size_of
 from nanodisp.runs import checkpoint
 from nanodisp.runs.evaluation import EVALUATION, read_evaluation
@@ -44,6 +44,7 @@ class RunSummary:
     status: "finished", "unfinished", or "failed" for a run with an `error.txt`, a loss that is not a number, or files
         that cannot be read; `problem` says which.
     config: keys with dots -> values; empty when it cannot be read.
+    architecture: see `blocks.architecture`.
     numbers: at the end of the run, by the names that `read_metrics` gives them.
     layers: figures of the last validation by name, one value per layer.
     losses: "train" and "val" -> steps [S] and losses [S], NaN where a loss is not a number.
@@ -57,6 +58,7 @@ class RunSummary:
     problem: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     n_parameters: int = 0
+    architecture: str = ""
     step: int = 0
     total_steps: int = 0
     numbers: dict[str, float | None] = field(default_factory=dict)
@@ -98,6 +100,7 @@ def read_run(folder: Path) -> RunSummary:
         if run.config.get("dispersion.schedule") == "linear":  # the name of warmup in older runs
             run.config["dispersion.schedule"] = "warmup"
         model = {key[6:]: value for key, value in run.config.items() if key.startswith("model.")}
+        run.architecture = architecture(GPTConfig(**model))
         run.n_parameters = count_parameters(GPTConfig(**model))
         budget = TrainConfig(**{key[6:]: value for key, value in run.config.items() if key.startswith("train.")})
         run.total_steps = count_steps(budget, run.n_parameters, budget.batch_size * run.config["model.block_size"])
