@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import compose
+from omegaconf import OmegaConf
 from test_generate import greedy, without_cache
 from test_gpt import SMALL, small_model, tokens
 from torch import nn
 
-from nanodisp.models.blocks import SWITCHES, rotate, rotations
+from nanodisp.launch import CONF
+from nanodisp.models.blocks import SWITCHES, architecture, rotate, rotations
 from nanodisp.models.gpt import GPT, GPTConfig, SoftTargets
 from nanodisp.training.optim import OptimConfig, build_optimizers
 
@@ -252,3 +254,34 @@ def test_the_shape_ignores_what_does_not_change_a_trained_model() -> None:
     spelled = dataclasses.replace(SMALL, d_ff=64, n_kv_head=2, head_dim=8, dropout=0.3, init_std=0.1)
     assert spelled.shape() == SMALL.shape()
     assert dataclasses.replace(SMALL, norm="rmsnorm").shape() != SMALL.shape()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "name"),
+    [
+        ("gpt2", {"dropout": 0.1, "n_kv_head": 2}, "GPT-2"),
+        ("gpt2", {"n_kv_head": 1}, "GPT-2, n_kv_head=1"),
+        ("gpt2", {"position": "rotary", "bias": False}, "GPT-2, position=rotary, bias=false"),
+        ("llama", {}, "LLaMA"),
+        ("qwen3", {}, "Qwen3, tie_embeddings=false"),
+        ("qwen3", {"tie_embeddings": True, "norm": "layernorm"}, "Qwen3, norm=layernorm"),
+        ("qwen3", {"tie_embeddings": True, "qk_norm": False}, "Qwen3, qk_norm=false"),
+        ("encoder", {}, "GPT-2, causal=false"),
+    ],
+)
+def test_an_architecture_is_named_by_its_nearest_family(family: str, changes: dict[str, object], name: str) -> None:
+    assert architecture(model_of(family, **changes).config) == name
+
+
+def test_the_architecture_sweep_turns_one_switch_at_a_time() -> None:
+    sweep = OmegaConf.load(CONF / "experiment" / "architecture.yaml").hydra.sweeper.params
+    assert {file.stem for file in (CONF / "switch").glob("*.yaml")} == set(sweep.switch.split(","))
+    models: dict[tuple[str, str], GPTConfig] = {}
+    for base in sweep.model.split(","):
+        for switch in sweep.switch.split(","):
+            model = compose("experiment=architecture", f"model={base}", f"switch={switch}").model
+            models[base, architecture(model)] = model
+    assert len(models) == 14
+    for (base, _), model in models.items():
+        unchanged = models[base, "GPT-2" if base == "nano" else "Qwen3"]
+        assert sum(value != vars(unchanged)[key] for key, value in vars(model).items()) == (model != unchanged)

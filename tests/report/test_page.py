@@ -93,6 +93,25 @@ def test_variants_are_rows_that_share_the_baseline(tmp_path: Path) -> None:
     }
 
 
+def test_architectures_are_rows_under_their_names_and_a_figure_per_lambda(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "MOST_LINES", 3)
+    switches = {"GPT-2": "none", "GPT-2, position=rotary": "rotary", "GPT-2, norm=rmsnorm": "rmsnorm"}
+    for disp in (0, 0.1):
+        for switch in switches.values():
+            run = tmp_path / f"{switch}-{disp}"
+            write_run(run, "experiment=architecture", f"switch={switch}", f"dispersion.lambda_disp={disp}")
+    drawn: list[list[str]] = []
+    mean_by_layer = figures.mean_by_layer
+    monkeypatch.setattr(figures, "mean_by_layer", lambda lines: drawn.append(list(lines)) or mean_by_layer(lines))
+    report.main([str(tmp_path)])
+    rows = make_rows(read_runs(tmp_path))
+    assert {row.label.split("), ")[1] for row in rows} == set(switches)
+    assert all(list(row.cells) == [0.0, 0.1] for row in rows)
+    assert drawn == [[f"{row.label}, lambda {disp}" for row in rows] for disp in ("0", "0.1")]
+
+
 def test_layers_are_averaged_over_the_seeds_of_the_last_validation(tmp_path: Path) -> None:
     for seed in (1, 2):
         write_run(tmp_path / f"s{seed}", f"seed={seed}", "dispersion=off")
@@ -376,6 +395,7 @@ def test_a_runs_own_folder_is_told_from_the_folder_of_a_sweep(tmp_path: Path) ->
 def test_losses_over_steps_have_a_line_per_run_named_by_what_differs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(report, "MOST_LINES", 12)
     for seed in range(13):
         write_run(tmp_path / f"s{seed}", f"seed={seed}", loss=2.0 + seed, steps=20 if seed == 12 else 40)
     (write_run(tmp_path / "damaged") / "config.yaml").unlink()
