@@ -20,6 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextPath
 
 from nanodisp.errors import UserError
 
@@ -126,14 +128,14 @@ def losses(runs: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]]) -> F
     """
     with matplotlib.rc_context(STYLE):
         figure, axes = _panels(["training", "validation"], "step", "loss, nats per token")
-        figure.set_size_inches(2 * PANEL[0] + 1 + 0.07 * max(map(len, runs)), 1.2 * PANEL[1])  # the legend beside
+        figure.set_size_inches(2 * PANEL[0] + 1, 1.2 * PANEL[1])
         for ax, split in zip(axes, ("train", "val"), strict=True):
             for index, (label, curves) in enumerate(runs.items()):
                 steps, values = (_thinned(each) for each in curves[split])
                 look = _look(index, len(runs)) | ({"marker": "", "linewidth": 1} if len(steps) > MOST_MARKERS else {})
                 ax.plot(steps, values, label=label, **look)
             ax.locator_params(axis="x", nbins=4, integer=True)
-        _legend(figure, axes[1])
+        _legend(figure, axes[1], room=2 * PANEL[0])
     return figure
 
 
@@ -266,7 +268,10 @@ def _band(ax: Axes, x: np.ndarray, values: np.ndarray, colour: object) -> None:
         ax.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
 
 
-def _legend(figure: Figure, ax: Axes) -> None:
-    """A legend beside the axes, where it hides no line."""
+def _legend(figure: Figure, ax: Axes, room: float = PANEL[0]) -> None:
+    """A legend beside the axes, where it hides no line; long labels widen the figure, so that axes have `room`."""
     handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", ncols=1 + (len(labels) - 1) // 16)
+    columns, font = 1 + (len(labels) - 1) // 16, FontProperties(size=STYLE["legend.fontsize"])
+    points = max(TextPath((0, 0), label, prop=font).get_extents().width for label in labels)
+    figure.set_figwidth(max(figure.get_figwidth(), room + columns * (0.7 + points / 72)))
+    figure.legend(handles, labels, loc="outside right upper", ncols=columns)

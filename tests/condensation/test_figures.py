@@ -102,6 +102,19 @@ def test_losses_have_a_panel_for_each_split_and_long_lines_are_averaged() -> Non
     assert len(figures.losses({"a": {"train": empty, "val": VAL}}).axes[0].get_lines()[0].get_xdata()) == 0
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("label", ["W" * 200, "x" * 100])
+def test_long_labels_leave_room_for_the_axes(label: str, tmp_path: Path) -> None:
+    for figure in (
+        figures.against_lambda({label: {0.0: [1.0]}}, "loss"),
+        figures.mean_by_layer({label: np.ones((1, 3))}),
+        figures.losses({label: {"train": VAL, "val": VAL}}),
+    ):
+        figures.save(figure, tmp_path / "figure")
+        width = sum(ax.get_position().width for ax in figure.axes) * figure.get_figwidth()
+        assert width > 2, "inches"
+
+
 def test_lambdas_are_equally_spaced_and_a_size_may_lack_some() -> None:
     ax = figures.against_lambda({"small": {0.0: [3.0, 5.0], 1.0: [2.0]}, "large": {0.1: [1.0]}}, "loss").axes[0]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "0.1", "1"]
