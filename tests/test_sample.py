@@ -17,6 +17,7 @@ from tiny_models import export, write_checkpointed_run, write_ranks_file
 import sample
 from nanodisp.distributed import hardware
 from nanodisp.errors import UserError
+from nanodisp.runs import checkpoint
 
 
 @pytest.fixture
@@ -90,7 +91,6 @@ def test_any_prompt_is_accepted_even_an_empty_one(trained: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("checkpoint=nowhere", "holds no checkpoint"),
         ("top_kk=3", "top_kk=3"),
         ("top_k=0", "top_k=0 must be at least 1"),
         ("top_p=2", "top_p=2.0"),
@@ -170,3 +170,12 @@ def test_a_missing_tokenizer_can_be_given_if_it_fits(tmp_path: Path, capsys: pyt
 def test_a_checkpoint_is_required() -> None:
     with pytest.raises(UserError, match="checkpoint"):
         sample.main([])
+    with pytest.raises(UserError, match="nowhere holds no checkpoint"):
+        sample.main(["checkpoint=nowhere"])
+
+
+@pytest.mark.parametrize("prefix", ["", "hf:"])
+def test_a_file_of_a_checkpoint_is_answered_with_its_folder(trained: Path, prefix: str) -> None:
+    folder = checkpoint.find(trained)
+    with pytest.raises(UserError, match=rf"model\.safetensors is a file: give the folder that it is in, {folder}$"):
+        sample.main([f"checkpoint={prefix}{folder / 'model.safetensors'}"])

@@ -14,6 +14,8 @@ from __future__ import annotations
 import nanodisp.process  # noqa: F401 - first: for what is loaded after it
 
 # isort: split
+import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,9 +73,6 @@ class CondensationConfig:
             raise ValueError(f"block={self.block}: a pair needs 2 tokens; null is the model's context")
         if self.data is not None and self.text is not None:
             raise ValueError("data and text are both given: give one of them")
-        for name in ("data", "text", "out"):
-            if getattr(self, name) == "":
-                raise ValueError(f"{name}= is empty: give a path, or leave it out")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -89,6 +88,7 @@ def main(argv: Sequence[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)  # before the measurement, which may take long
     except OSError as error:
         raise UserError(f"out={folder} cannot be created: {error.strerror}; give another folder") from error
+    refuse_another(folder, subject.name)
     result = measure(model, batches, include_diagonal=config.include_diagonal)
     result.save(folder, subject.name)
     print(f"{subject.name}: windows={result.windows} block={result.block}", result, sep="\n")
@@ -102,6 +102,15 @@ def main(argv: Sequence[str]) -> None:
         *figures.save(figures.projection(tokens, config.projection), folder / "figures" / "tokens"),
     ]
     print("wrote", *(folder / f"condensation{end}" for end in (".json", ".npz")), *drawn)
+
+
+def refuse_another(folder: Path, name: str) -> None:
+    """UserError if the folder holds the results of another model or step."""
+    file = folder / "condensation.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none, or nothing of ours
+        earlier = json.loads(file.read_text())["source"]
+        if earlier != name:
+            raise UserError(f"{file} is of {earlier}, this is {name}: give another folder with out=…, or delete it")
 
 
 def open_windows(config: CondensationConfig, subject: Measurable) -> Iterator[Tensor]:

@@ -338,6 +338,8 @@ def download(name: str) -> Path:
     """A folder as it is; of an id on the hub, its config, tokenizer and weights, downloaded or from the cache."""
     if Path(name).is_dir():
         return Path(name)
+    if Path(name).is_file():
+        raise UserError(f"{name} is a file: give the folder that it is in, {Path(name).parent}")
     hub = optional("huggingface_hub")
     try:
         return Path(

@@ -234,6 +234,8 @@ def find(path: Path) -> Path:
     """
     if (path / "state.json").is_file():
         return path
+    if path.is_file():
+        raise UserError(f"{path} is a file: give the folder that it is in, {path.parent}")
     run, at, which = str(path).rpartition("@")
     if not at or path.exists():
         run, at = str(path), ""

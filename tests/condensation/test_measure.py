@@ -368,6 +368,19 @@ def test_weights_that_are_not_finite_are_reported(run: Callable[..., Path]) -> N
     assert json.loads((folder / "condensation.json").read_text())["source"] == "run at step 1"
 
 
+def test_results_of_another_checkpoint_are_kept(run: Callable[..., Path], tmp_path: Path) -> None:
+    folder = run("train.steps=2", "train.checkpoint_interval=1", "train.sample_tokens=0")
+    for windows in ("windows=3", "windows=4"):
+        condensation.main([f"checkpoint={folder}", windows])
+    with pytest.raises(UserError, match=r"condensation.json is of run at step 2, this is run at step 1: .*out=…"):
+        condensation.main([f"checkpoint={folder}@1"])
+    assert json.loads((folder / "condensation.json").read_text())["windows"] == 4
+    condensation.main([f"checkpoint={folder}@1", f"out={tmp_path / 'first'}"])
+    (folder / "condensation.json").write_text("damaged")
+    condensation.main([f"checkpoint={folder}@1"])
+    assert json.loads((folder / "condensation.json").read_text())["source"] == "run at step 1"
+
+
 def test_hidden_states_that_are_not_finite_are_reported_by_layer() -> None:
     model = lookup()
     with torch.no_grad():
