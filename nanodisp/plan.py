@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from nanodisp.config import CONFIG, Config, count_steps
 from nanodisp.data.corpus import Corpus, count_vocabulary
 from nanodisp.distributed import hardware
 from nanodisp.distributed.world import World
+from nanodisp.errors import UserError
 from nanodisp.models.gpt import GPT, GPTConfig
 from nanodisp.training.optim import lr_for_width
 
@@ -93,7 +95,8 @@ class Plan:
 def resolve(config: Config, corpus: Corpus, world: World) -> Plan:
     """Decide what `config` leaves open, for this corpus, these ranks and this machine.
 
-    Raises UserError for a token outside the vocabulary, or a batch that the ranks cannot share equally.
+    Raises UserError for a token outside the vocabulary, a batch that the ranks cannot share equally, or a key that
+    asks for what never happens in so many steps.
     """
     vocab_size = config.model.vocab_size or count_vocabulary(corpus)
     corpus.train.check_range(vocab_size)
@@ -101,6 +104,7 @@ def resolve(config: Config, corpus: Corpus, world: World) -> Plan:
     n_parameters, flops_per_token = size_of(model)
     tokens_per_step = config.train.batch_size * model.block_size
     total_steps = count_steps(config.train, n_parameters, tokens_per_step)
+    check_happens(config, total_steps)
     dtype = choose_dtype(config, world)
     compiled = config.train.compile
     if compiled == "auto":
@@ -125,6 +129,22 @@ def resolve(config: Config, corpus: Corpus, world: World) -> Plan:
         n_micro=n_micro,
         rows=rows_of_rank // n_micro,
     )
+
+
+def check_happens(config: Config, total_steps: int) -> None:
+    """UserError for embeddings that are never reset, and multiples of `keep_every` of which no checkpoint is saved."""
+    forget, keep = config.intervention.forget_interval, config.train.keep_every
+    if forget is not None and forget >= total_steps:
+        raise UserError(
+            f"intervention.forget_interval={forget} never resets the embeddings in a run of {total_steps} steps: "
+            "give a shorter interval, or null"
+        )
+    interval = config.train.checkpoint_interval
+    if keep is not None and keep <= total_steps < math.lcm(keep, interval) and total_steps % keep != 0:
+        raise UserError(
+            f"train.keep_every={keep} keeps nothing: of a run of {total_steps} steps, checkpoints are saved every "
+            f"{interval} steps (train.checkpoint_interval), and none of these is a multiple of {keep}"
+        )
 
 
 def choose_dtype(config: Config, world: World) -> torch.dtype:

@@ -104,6 +104,14 @@ def test_nothing_is_reset_before_the_first_interval(run: Run) -> None:
     assert forgetful[4] > plain[4] + 0.01
 
 
+def test_an_interval_without_a_reset_is_an_error(run: Run) -> None:
+    with pytest.raises(UserError, match=r"forget_interval=4 never resets the embeddings in a run of 4 steps"):
+        run("train.steps=4", FORGET)
+    with pytest.raises(UserError, match=r"forget_interval=4 never resets the embeddings in a run of 3 steps"):
+        run("train.tokens=192", FORGET)
+    run("train.steps=5", FORGET)
+
+
 # --- distillation ----------------------------------------------------------------------------
 
 
