@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from nanodisp.data.prepare import DataConfig
-from nanodisp.dispersion.placement import DispersionConfig, select_layers
+from nanodisp.dispersion.placement import DispersionConfig, name_layers, select_layers
 from nanodisp.distributed.layout import PARALLEL
 from nanodisp.models.blocks import SWITCHES, GPTConfig
 from nanodisp.training.interventions import InterventionConfig
@@ -289,6 +289,8 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     left_out = {f"{section}.{key}" if section else key for section, keys in NOT_IDENTITY.items() for key in keys}
     left_out |= unused(flat).keys()
     left_out |= {key for key, default in ADDED.items() if flat.get(key) == default}
+    if {"dispersion.layers", "model.n_layer"} <= flat.keys():
+        flat["dispersion.layers"] = name_layers(flat["dispersion.layers"], flat["model.n_layer"])
     return {key: value for key, value in flat.items() if key not in left_out and not key.startswith("wandb.")}
 
 

@@ -65,14 +65,9 @@ def select_layers(layers: str | Sequence[int], n_layer: int) -> list[int]:
 
     Raises ValueError for an unknown name or an index out of range.
     """
-    named = {
-        "all": range(1, n_layer + 1),
-        "last": range(n_layer, n_layer + 1),
-        "first_half": range(1, n_layer // 2 + 1),
-        "last_half": range(n_layer // 2 + 1, n_layer + 1),
-    }
+    named = _named_layers(n_layer)
     if isinstance(layers, str) and layers in named:
-        chosen = list(named[layers])
+        chosen = named[layers]
     elif isinstance(layers, str) or not isinstance(layers, Sequence):
         raise ValueError(f"dispersion.layers={layers} is unknown; choose {', '.join(named)} or a list of indices")
     else:
@@ -83,6 +78,21 @@ def select_layers(layers: str | Sequence[int], n_layer: int) -> list[int]:
     if not chosen:
         raise ValueError(f"dispersion.layers={layers} selects no layer of a model with n_layer={n_layer}")
     return chosen
+
+
+def name_layers(layers: str | Sequence[int], n_layer: int) -> str | list[int]:
+    """The one name of what `select_layers` selects: "all", "last", … if it is one of these, else the indices."""
+    chosen = select_layers(layers, n_layer)
+    return next((name for name, each in _named_layers(n_layer).items() if each == chosen), chosen)
+
+
+def _named_layers(n_layer: int) -> dict[str, list[int]]:
+    return {
+        "all": [*range(1, n_layer + 1)],
+        "last": [n_layer],
+        "first_half": [*range(1, n_layer // 2 + 1)],
+        "last_half": [*range(n_layer // 2 + 1, n_layer + 1)],
+    }
 
 
 def sample_positions(seed: int, step: int, layers: Sequence[int], n_tokens: int, max_tokens: int | None) -> Tensor:
