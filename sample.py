@@ -14,7 +14,6 @@ import nanodisp.process  # noqa: F401 - first: for what is loaded after it
 # isort: split
 import codecs
 import itertools
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -147,7 +146,4 @@ def write(prompt: str, tokens: Iterable[Tensor | int], tokenizer: Tokenizer) -> 
 
 
 if __name__ == "__main__":
-    try:
-        cli.run(main, SampleConfig)
-    except BrokenPipeError:  # the reader, such as head, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    cli.run(main, SampleConfig)

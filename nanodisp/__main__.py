@@ -15,4 +15,6 @@ Everywhere:
 `from nanodisp import DispersionLoss` is the loss for your own training loop. README.md has examples of all of these.
 """
 
-print((__doc__ or "").strip())
+from nanodisp import cli
+
+cli.attempt(lambda: print((__doc__ or "").strip()))

@@ -6,14 +6,17 @@ docstrings of the dataclasses.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import io
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields
-from typing import Any, TypeVar, cast, get_args, get_type_hints
+from pathlib import Path
+from typing import Any, TextIO, TypeVar, cast, get_args, get_type_hints
 
 from nanodisp.errors import UserError
 
@@ -26,19 +29,23 @@ def parse(schema: type[T], arguments: Sequence[str]) -> T:
     """Build a `schema` (a dataclass) from key=value strings.
 
     A field is a str (taken literally), an int, a float, a bool (true, false), or one of these
-    or None (null). A field whose default is `MISSING` is required.
+    or None (null). A field whose default is `MISSING` is required. Text is empty only where that is its default.
 
-    Raises UserError for an unknown key, a wrong type, a missing or an invalid value.
+    Raises UserError for an unknown key, one given twice, a wrong type, a missing or an invalid value.
     """
     types = get_type_hints(schema)
-    known = [field.name for field in fields(cast(Any, schema))]
-    values = {}
+    known = {field.name: field.default for field in fields(cast(Any, schema))}
+    values: dict[str, Any] = {}
     for argument in arguments:
         key, separator, text = argument.partition("=")
         if not separator or key not in known:
             raise UserError(f"{argument!r} is not valid: give key=value, with one of the keys {', '.join(known)}")
+        if key in values:
+            raise UserError(f"{key} is given twice: {', '.join(a for a in arguments if a.startswith(f'{key}='))}")
         values[key] = _convert(argument, text, types[key])
-    missing = [f.name for f in fields(cast(Any, schema)) if f.default == MISSING and f.name not in values]
+        if values[key] == "" != known[key]:
+            raise UserError(f"{key}= is empty: give a value" + (", or leave it out" if known[key] != MISSING else ""))
+    missing = [key for key, default in known.items() if default == MISSING and key not in values]
     if missing:
         raise UserError(f"{missing[0]} is required: give {missing[0]}=…")
     try:
@@ -63,14 +70,23 @@ def run(main: Callable[[Sequence[str]], None], *schemas: type) -> None:
 
     `--help` prints the docstring of the program, and the keys of `schemas`.
     """
+
+    def show_help() -> None:
+        print(*filter(None, (sys.modules["__main__"].__doc__, main.__doc__)), sep="\n")
+        for schema in schemas:
+            print("", *describe_keys(schema), sep="\n")
+
+    attempt(show_help if asks_for_help(sys.argv[1:]) else lambda: main(sys.argv[1:]))
+
+
+def attempt(action: Callable[[], None]) -> None:
+    """Call `action`, which prints its results; what ends it early becomes at most one line and an exit code."""
     try:
-        show_any_text()
-        if asks_for_help(sys.argv[1:]):
-            print(*filter(None, (sys.modules["__main__"].__doc__, main.__doc__)), sep="\n")
-            for schema in schemas:
-                print("", *describe_keys(schema), sep="\n")
-            return
-        main(sys.argv[1:])
+        guard_output()
+        action()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe
+        pass
     except UserError as error:
         sys.exit(fail(error))
     except KeyboardInterrupt:
@@ -79,14 +95,52 @@ def run(main: Callable[[Sequence[str]], None], *schemas: type) -> None:
 
 def fail(error: Exception) -> int:
     """Print an error on stderr; return the exit code."""
-    print(f"error: {error}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # a full disk: there is no place left to report it
+        print(f"error: {error}", file=sys.stderr)
     return 2
 
 
-def show_any_text() -> None:
-    """Let standard output replace the characters that its encoding lacks, instead of failing."""
+class Output:
+    """Standard output that may fail: on a full disk, or when its reader has gone.
+
+    Nothing more is written to it then. With `consequence`, which stderr gets as part of one line, the program
+    continues; without it, BrokenPipeError is raised if the reader has gone, else UserError.
+    """
+
+    def __init__(self, stream: TextIO, consequence: str | None) -> None:
+        self.stream, self.consequence = stream, consequence
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        return self._try(self.stream.write, text) or 0
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, action: Callable[..., Any], *text: str) -> Any:
+        try:
+            return action(*text)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # also for what is buffered
+            line = f"standard output cannot be written: {error.strerror}"
+            if self.consequence is not None:
+                with contextlib.suppress(OSError):
+                    print(f"{line}; {self.consequence}", file=sys.stderr, flush=True)
+            elif isinstance(error, BrokenPipeError):
+                raise
+            else:
+                raise UserError(line) from error
+
+
+def guard_output(consequence: str | None = None) -> None:
+    """Let standard output replace the characters that its encoding lacks, and fail as `Output` does."""
+    if sys.stdout is None:  # closed by the shell, with >&-
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - for as long as the process lives
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+        sys.stdout = cast(TextIO, Output(sys.stdout, consequence))
 
 
 # --- help

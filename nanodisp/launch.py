@@ -8,16 +8,18 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
+import json
 import os
 import re
 import shlex
 import shutil
 import sys
+import tempfile
 import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +27,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -40,10 +42,13 @@ from nanodisp.errors import InUse, UserError, first_line
 CONF = Path(__file__).resolve().parents[1] / "conf"
 OFF = Unused(("dispersion.lambda_disp",), "dispersion", lambda value: value == "off", "leave one of them out")
 EXTRAS = {"joblib": "joblib", "submitit_slurm": "slurm"}  # of Hydra's launchers
-
-
-class AlreadyReported(UserError):
-    """What a worker of a parallel launcher raises after it has printed its error."""
+NOT_TYPED = {  # keys that are set elsewhere -> what to do
+    "command": "train.py sets it; leave it out",
+    "hydra.run.dir": "out_dir= and run_name= name the folder",
+    "hydra.sweep.dir": "out_dir= is the folder of a sweep",
+    "hydra.sweep.subdir": "run_name= names the folder",
+}
+WITHOUT_OUTPUT = "the command continues, and a run's figures are in its metrics.jsonl"
 
 
 def main(task: Callable[[Config], float | None]) -> None:
@@ -65,17 +70,15 @@ def main(task: Callable[[Config], float | None]) -> None:
         jobs.run(composed)
 
     try:
-        cli.show_any_text()
         if not CONF.is_dir():
             raise UserError(f"training needs a clone of nanodisp, with its conf/ and data/: {CONF} does not exist")
         if cli.asks_for_help(sys.argv[1:]):
-            print(*help_lines(), sep="\n")
-            return
+            return cli.attempt(lambda: print(*help_lines(), sep="\n"))
+        cli.guard_output(WITHOUT_OUTPUT)
         refuse_dashes(sys.argv[1:])
-        check_groups(sys.argv[1:])
-        entry()
-    except AlreadyReported:
-        sys.exit(2)
+        check_typed(sys.argv[1:])
+        with jobs.ledger_of_workers():
+            entry()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         jobs.failures.append(explain(error))
     except KeyboardInterrupt:
@@ -99,13 +102,14 @@ class Jobs:
     def __init__(self, task: Callable[[Config], float | None], arguments: Sequence[str]) -> None:
         self.task, self.arguments = task, arguments
         self.failures: list[str] = []
-        self.seconds: list[float] = []  # of the jobs of a dry run
+        self.seconds: dict[str, float] = {}  # of the runs of a dry run
         self.began: dict[tuple[str, ...], str] = {}  # runs by what identifies them -> the job that trains it
         self.main_process = os.getpid()
+        self.ledger: Path | None = None  # where workers of a parallel launcher leave seconds and failures
 
     def run(self, composed: DictConfig) -> None:
         """One job. In a sweep an error is kept for the end, and noted in the sweep's folder for the report."""
-        cli.show_any_text()
+        cli.guard_output(WITHOUT_OUTPUT)
         runtime = HydraConfig.get()
         in_sweep = runtime.mode == RunMode.MULTIRUN
         several = swept(self.arguments) if in_sweep else frozenset()
@@ -120,10 +124,9 @@ class Jobs:
                 if lost := [each for each in overrides if each not in shlex.split(str(config.command))]:
                     say(f"{job}: runs without {' '.join(lost)}, which has no effect here")
                 seconds = self.task(config)
-                self.seconds += [seconds] if seconds is not None else []
+                self.seconds |= {str(config.run_name): seconds} if seconds is not None else {}
         except Exception as error:
-            in_worker = os.getpid() != self.main_process  # of a parallel launcher
-            if in_worker and isinstance(error, InUse):
+            if self.is_worker() and isinstance(error, InUse):
                 say(f"{job}: skipped, {error}")
                 return
             mistake = isinstance(error, UserError)
@@ -137,9 +140,34 @@ class Jobs:
                 leave_note(note, config, f"{command}\n{self.failures[-1]}\n")
             if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # the other ranks may be unaware: torchrun must end them
                 sys.exit(cli.fail(UserError(self.failures[-1])))
-            if in_worker:  # the launcher passes on one failure only
-                cli.fail(UserError(self.failures[-1]))
-                raise AlreadyReported(self.failures[-1]) from None
+        if self.is_worker():
+            self.write_ledger()
+
+    def is_worker(self) -> bool:
+        """Whether this is a process of a parallel launcher."""
+        return os.getpid() != self.main_process
+
+    def write_ledger(self) -> None:
+        """In a worker: hand over to the main process; from another machine only a failure, through the launcher."""
+        if self.ledger is not None and self.ledger.exists():
+            with self.ledger.open("a") as file:
+                file.write(json.dumps([self.seconds, self.failures]) + "\n")
+        elif self.failures:
+            raise UserError(self.failures[-1])
+        self.seconds, self.failures = {}, []  # a worker may have several jobs
+
+    @contextmanager
+    def ledger_of_workers(self) -> Iterator[None]:
+        if not any(argument.startswith("hydra/launcher=") for argument in self.arguments):
+            yield
+            return
+        with tempfile.NamedTemporaryFile() as file:
+            self.ledger = Path(file.name)
+            yield
+            for line in file.read().splitlines():
+                seconds, failures = json.loads(line)
+                self.seconds |= seconds
+                self.failures += failures
 
     def is_repeated(self, config: Config, job: str) -> bool:
         """Whether an earlier job of the sweep is the same run; says so."""
@@ -154,8 +182,8 @@ class Jobs:
     def total(self) -> None:
         """Print the total of a sweep's dry run."""
         if len(self.seconds) > 1:
-            duration = datetime.timedelta(seconds=round(sum(self.seconds)))
-            done = sum(seconds == 0 for seconds in self.seconds)
+            duration = datetime.timedelta(seconds=round(sum(self.seconds.values())))
+            done = sum(seconds == 0 for seconds in self.seconds.values())
             say(f"{len(self.seconds)} runs, {done} done already: about {duration} in all, one after the other")
 
 
@@ -200,12 +228,17 @@ def command_of(overrides: Sequence[str]) -> str:
 def swept(arguments: Sequence[str]) -> set[str]:
     """The keys and groups to which a sweep gives several values, by the command line or by its experiment."""
     params = HydraConfig.get().sweeper.params or {}
-    overrides = [*(f"{key}={value}" for key, value in params.items()), *filter(lambda a: a[:1] != "-", arguments)]
-    return {override.key_or_group for override in parse(overrides) if override.is_sweep_override()}
+    overrides = [*parse([f"{key}={value}" for key, value in params.items()]), *typed(arguments)]
+    return {override.key_or_group for override in overrides if override.is_sweep_override()}
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
     return OverridesParser.create().parse_overrides(list(overrides))
+
+
+def typed(arguments: Sequence[str]) -> list[Override]:
+    """The overrides among the arguments of a command line."""
+    return parse([each for each in arguments if each[:1] != "-" and (each[:1] == "~" or "=" in each)])
 
 
 def without_unused(config: Config, task: Sequence[str], swept: AbstractSet[str]) -> tuple[Config, list[str]]:
@@ -220,9 +253,8 @@ def without_unused(config: Config, task: Sequence[str], swept: AbstractSet[str])
     rules = {**unused(flat), **({OFF.keys[0]: OFF} if off else {})}
     kept = []
     for override in overrides:
-        key, value = override.key_or_group, override.value()
-        parts = flatten({key: value}) if isinstance(value, dict) else {key: value}
-        rule = next((rules[part] for part, each in parts.items() if part in rules and each is not None), None)
+        key = override.key_or_group
+        rule = rules.get(key) if override.value() is not None else None
         if rule is None:
             kept.append(str(override.input_line))
         elif swept.isdisjoint((key, rule.decider, rule.decider.partition(".")[0], "intervention", "experiment")):
@@ -252,20 +284,27 @@ def refuse_dashes(arguments: Sequence[str]) -> None:
         raise UserError("-m and --cfg exclude each other: --cfg shows one configuration")
 
 
-def check_groups(arguments: Sequence[str]) -> None:
-    """UserError where a group such as dispersion is removed, or is given anything but the name of a choice."""
-    for override in parse(
-        [argument for argument in arguments if argument[:1] != "-" and (argument[:1] == "~" or "=" in argument)]
-    ):
-        folder, line = CONF / override.key_or_group, str(override.input_line)
-        if not folder.is_dir():
+def check_typed(arguments: Sequence[str]) -> None:
+    """UserError for a key that is set elsewhere, and for a group such as dispersion that is not given by name."""
+    for override in typed(arguments):
+        key, line, folder = override.key_or_group, str(override.input_line), CONF / override.key_or_group
+        if key in NOT_TYPED:
+            raise UserError(f"{line}: {NOT_TYPED[key]}")
+        if not (key in SECTIONS or folder.is_dir()):
             continue
-        choices = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
-        several = override.is_sweep_override()
-        if override.is_delete() or not (several or isinstance(override.value(), (str, dict))):
-            raise UserError(f"{line}: give {override.key_or_group}= one of {choices}")
-        if several and override.key_or_group == "experiment":
+        value = None if override.is_delete() else override.value()
+        if override.is_sweep_override() and key == "experiment":
             raise UserError(f"{line}: an experiment is a sweep of its own; give one in each command")
+        for each in value.list if isinstance(value, ChoiceSweep) else [value]:
+            if isinstance(each, dict):
+                keys = " ".join(f"{part}=…" for part in flatten(each, f"{key}."))
+                raise UserError(f"{line}: give the keys of {key} one by one: {keys}")
+            if isinstance(each, list) and each and folder.is_dir():
+                sweep = f", or for a sweep -m {key}={','.join(map(str, each))}" if len(each) > 1 else ""
+                raise UserError(f"{line} is a list: give {key}={each[0]}{sweep}")
+        if folder.is_dir() and not (override.is_sweep_override() or isinstance(value, str)):
+            choices = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+            raise UserError(f"{line}: give {key}= one of {choices}")
 
 
 def check(composed: DictConfig) -> Config:
@@ -275,9 +314,13 @@ def check(composed: DictConfig) -> Config:
             if key not in keys_of(schema):
                 raise UserError(unknown(f"{name}.{key!s}".lstrip("."), schema))
     try:
-        return cast(Config, OmegaConf.to_object(composed))
+        config = cast(Config, OmegaConf.to_object(composed))
     except (ValueError, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from error
+    for key, value in flatten(dataclasses.asdict(config)).items():
+        if value == "":
+            raise UserError(f"{key}= is empty: give a value, or leave it out")
+    return config
 
 
 def keys_of(schema: Any) -> list[str]:

@@ -114,12 +114,15 @@ def run(corpus: Path, tmp_path: Path) -> Callable[..., Path]:
     return go
 
 
-def command(*arguments: str, ranks: int | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def command(
+    *arguments: str, ranks: int | None = None, stdout: int = subprocess.PIPE, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """`python train.py …`, or torchrun with that many ranks."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
     return subprocess.run(
         [sys.executable, *launcher, str(ROOT / "train.py"), *arguments],
-        capture_output=True,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         timeout=300,

@@ -26,6 +26,8 @@ class Options:
     limit: int | None = 5
     share: float = 0.5
     loud: bool = False
+    place: str | None = None
+    prompt: str = ""
 
     def __post_init__(self) -> None:
         if self.count < 0:
@@ -46,12 +48,14 @@ def test_null_is_text_where_a_value_is_required() -> None:
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("cuont=1", "path, count, limit, share, loud"),
+        ("cuont=1", "path, count, limit, share, loud, place, prompt"),
         ("count", "give key=value"),
         ("count=x", "'count=x': 'x' is not of type int"),
         ("count=1.5", "'1.5' is not of type int"),
         ("loud=True", "'True' is not of type bool"),
         ("count=-1", "count=-1 must not be negative"),
+        ("path=y", "path is given twice: path=x, path=y"),
+        ("place=", "place= is empty: give a value, or leave it out"),
     ],
 )
 def test_a_mistake_is_reported_in_one_line(argument: str, message: str) -> None:
@@ -63,6 +67,12 @@ def test_a_mistake_is_reported_in_one_line(argument: str, message: str) -> None:
 def test_a_required_value_is_asked_for() -> None:
     with pytest.raises(UserError, match=r"path is required: give path=…"):
         cli.parse(Options, [])
+    with pytest.raises(UserError, match=r"path= is empty: give a value$"):
+        cli.parse(Options, ["path="])
+
+
+def test_text_may_be_empty_where_that_is_its_default() -> None:
+    assert cli.parse(Options, ["path=x", "prompt="]).prompt == ""
 
 
 @dataclass
@@ -148,6 +158,41 @@ def test_an_interrupt_while_a_command_is_loaded_ends_it_without_a_traceback(
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     result = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "\ninterrupted\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["sample.py --help", "-m nanodisp", "train.py --help"])
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_full_disk_under_standard_output_is_one_line(command: str, buffered: bool) -> None:
+    environment = {**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"}
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, *command.split()],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+        )
+    line = "error: standard output cannot be written: No space left on device\n"
+    assert (result.returncode, result.stderr) == (2, line)
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_ends_a_command_quietly() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run(
+        [sys.executable, "sample.py", "--help"], stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    os.close(write)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_standard_output_that_is_closed_is_as_if_discarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)  # what Python makes of >&-
+    cli.guard_output()
+    assert sys.stdout.write("text") == 4
 
 
 def exit_code(error: BaseException) -> object:

@@ -74,6 +74,9 @@ def test_every_variant_has_its_file() -> None:
         ("train.steps", ["train.steps", "give key=value"]),
         ("train.steps=[1", ["train.steps=[1", "cannot be parsed"]),
         ("data.path=", ["data.path is empty", "data=text data.path=<file or folder>"]),
+        ("out_dir=", ["out_dir= is empty", "leave it out"]),
+        ("init_from=", ["init_from= is empty", "leave it out"]),
+        ("intervention.teacher=", ["intervention.teacher= is empty", "leave it out"]),
         ("data.path=~/text", ["~", "data.path=$HOME/text"]),
         ("hydra/launcher=slurm", ["pip install -e '.[slurm]'"]),
         ("train.steps=many", ["train.steps", "many", "Integer"]),
@@ -135,7 +138,6 @@ def test_a_value_that_hydra_cannot_parse_is_answered_with_its_quoted_form(text: 
         ("dispersion=variance dispersion.tau=2", ["dispersion.tau=2", "dispersion.variant=variance", "no tau"]),
         ("dispersion.warmup_fraction=0.2", ["dispersion.warmup_fraction=0.2", "dispersion.schedule=warmup"]),
         ("optim.muon_lr=1", ["optim.muon_lr=1", "optim=adamw", "optim=muon"]),
-        ("optim={muon_lr: 1}", ["muon_lr", "optim=adamw", "optim=muon"]),
         ("optim.warmup_steps=5 optim.warmup_fraction=0.1", ["optim.warmup_steps=5", "optim.warmup_fraction=null"]),
         ("optim.schedule=constant optim.min_lr_fraction=0", ["optim.min_lr_fraction=0", "optim.schedule=constant"]),
         ("train.steps=5 train.tokens=100", ["train.steps=5", "train.tokens=100", "train.tokens=null"]),
@@ -145,7 +147,7 @@ def test_a_value_that_hydra_cannot_parse_is_answered_with_its_quoted_form(text: 
     ],
 )
 def test_a_typed_key_without_effect_is_an_error_that_says_what_to_type(overrides: str, words: list[str]) -> None:
-    typed = [overrides] if "{" in overrides else overrides.split()
+    typed = overrides.split()
     with pytest.raises(UserError) as caught:
         launch.without_unused(compose(*typed), typed, frozenset())
     for word in words:
@@ -315,6 +317,20 @@ def test_unused_keys_do_not_change_a_name() -> None:
         assert name(*used, differs) != name(*used)
 
 
+def test_layers_have_one_name() -> None:
+    def name(layers: str) -> str:
+        return config.name_of(compose("model.n_layer=4", f"dispersion.layers={layers}"), "nano")
+
+    for same in (
+        ("all", "[1,2,3,4]", "[4,-2,3,1,2]"),
+        ("last", "[4]", "[-1]"),
+        ("first_half", "[1,2]", "[2,-4]"),
+        ("[1]", "[-4]", "[1,1]"),
+    ):
+        assert len(set(map(name, same))) == 1
+    assert len(set(map(name, ("all", "last", "first_half", "last_half", "[1]", "[0]", "[0,1]")))) == 7
+
+
 def test_absent_interventions_have_no_part_in_a_name() -> None:
     decides = config.identity(dataclasses.asdict(compose()))
     assert all(value is None for key, value in decides.items() if key.startswith("intervention."))
@@ -343,13 +359,34 @@ def test_the_arm_with_dispersion_is_the_run_with_dispersion() -> None:
         ("dispersion=false", ["dispersion=false", "off"]),
         ("model=0", ["model=0", "nano"]),
         ("experiment=lambda,seeds", ["one in each command"]),
+        ("model=[micro]", ["model=[micro] is a list: give model=micro"]),
+        ("model=[nano,micro]", ["give model=nano, or for a sweep -m model=nano,micro"]),
+        ("dispersion={lambda_disp: 0.3}", ["give the keys of dispersion one by one: dispersion.lambda_disp=…"]),
+        ("+optim={lr: 1, name: muon}", ["give the keys of optim one by one: optim.lr=… optim.name=…"]),
+        ("train={steps: 3}", ["give the keys of train one by one: train.steps=…"]),
+        ("dispersion={tau: 1},{tau: 2}", ["give the keys of dispersion one by one: dispersion.tau=…"]),
     ],
 )
 def test_a_group_is_given_as_the_name_of_a_choice(argument: str, words: list[str]) -> None:
     with pytest.raises(UserError) as caught:
-        launch.check_groups([argument, "-m", "--cfg", "job"])
+        launch.check_typed([argument, "-m", "--cfg", "job"])
+    assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("command=hello", ["command=hello", "leave it out"]),
+        ("hydra.run.dir=x", ["hydra.run.dir=x", "out_dir= and run_name="]),
+        ("hydra.sweep.dir=x", ["hydra.sweep.dir=x", "out_dir="]),
+    ],
+)
+def test_a_key_that_is_set_elsewhere_is_an_error(argument: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        launch.check_typed([argument])
     assert all(word in str(caught.value) for word in words)
 
 
 def test_choices_and_sweeps_of_them_are_accepted() -> None:
-    launch.check_groups(["dispersion=off", "model=nano,micro", "hydra/launcher=local", "train.steps=3", "-m"])
+    choices = ["dispersion=off", "model=nano,micro", "hydra/launcher=local", "train.steps=3", "dispersion.layers=[1,2]"]
+    launch.check_typed([*choices, "hydra.launcher.n_jobs=4", "-m"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -150,6 +151,34 @@ def test_a_terminal_without_utf_8_does_not_fail_a_run(corpus: Path, tmp_path: Pa
     assert (result.returncode, result.stderr) == (0, "")
     assert not (tmp_path / "run" / "error.txt").exists()
     assert "prompt='?'" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reason", ["No space left on device", "Broken pipe"])
+def test_a_standard_output_that_fails_does_not_end_a_run(corpus: Path, tmp_path: Path, reason: str) -> None:
+    settings = ("train.steps=2", "run_name=run", f"data.path={corpus}", f"out_dir={tmp_path}")
+    read, write = os.pipe() if reason == "Broken pipe" else (None, os.open("/dev/full", os.O_WRONLY))
+    if read is not None:
+        os.close(read)
+    result = command(*TINY, *settings, stdout=write)
+    os.close(write)
+    assert (result.returncode, result.stderr.count("\n")) == (0, 1)
+    assert result.stderr.startswith(f"standard output cannot be written: {reason}; the command continues")
+    assert [record["step"] for record in records(tmp_path / "run", "val")] == [0, 2]
+    assert not (tmp_path / "run" / "error.txt").exists()
+
+
+@pytest.mark.parametrize(("keep_every", "interval"), [(2, 3), (4, 10)])
+def test_multiples_of_keep_every_of_which_none_is_saved_are_an_error(run: Run, keep_every: int, interval: int) -> None:
+    settings = (f"train.keep_every={keep_every}", f"train.checkpoint_interval={interval}")
+    message = rf"train\.keep_every={keep_every} keeps nothing: of a run of 5 steps, .* every {interval} steps"
+    with pytest.raises(UserError, match=message):
+        run("train.steps=5", *settings)
+    run("train.steps=8", *settings)
+
+
+def test_a_run_that_is_too_short_for_keep_every_is_accepted(run: Run) -> None:
+    run("train.steps=2", "train.keep_every=3")
 
 
 def test_a_checkpoint_of_another_run_is_rejected_and_kept(run: Run) -> None:

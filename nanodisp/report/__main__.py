@@ -45,7 +45,7 @@ MOST_LINES = 16  # in one figure
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) != 1:
+    if len(argv) != 1 or not argv[0]:
         raise UserError("give one folder of runs: python -m nanodisp.report out/<sweep>")
     folder = Path(argv[0])
     target = folder / "report"
