@@ -124,7 +124,7 @@ class Jobs:
                 if lost := [each for each in overrides if each not in shlex.split(str(config.command))]:
                     say(f"{job}: runs without {' '.join(lost)}, which has no effect here")
                 seconds = self.task(config)
-                self.seconds |= {str(config.run_name): seconds} if seconds is not None else {}
+                self.seconds |= {f"{config.out_dir}/{config.run_name}": seconds} if seconds is not None else {}
         except Exception as error:
             if self.is_worker() and isinstance(error, InUse):
                 say(f"{job}: skipped, {error}")
