@@ -70,7 +70,7 @@ def test_jobs_that_fail_their_check_count_as_failed_until_they_succeed(corpus: P
     assert sweep(link).returncode == 2
     failed, finished = sorted(read_runs(tmp_path / "out"), key=lambda run: run.status)
     assert (failed.status, finished.status) == ("failed", "finished")
-    assert failed.problem == "model.n_head=3: model.n_embd=16 is not divisible by model.n_head=3"
+    assert failed.problem.startswith("model.n_head=3: model.n_embd=16 is not divisible by model.n_head=3")
 
 
 def test_a_dry_run_prints_the_size_of_every_job_and_writes_no_run(corpus: Path, tmp_path: Path) -> None:
@@ -101,8 +101,8 @@ def test_parallel_jobs_fail_and_finish_like_sequential_ones(corpus: Path, tmp_pa
     result = command("-m", *TINY, *settings, "model.n_head=2,2,3")
     assert result.returncode == 2
     assert "skipped, another process is training" in result.stdout or "the run is complete" in result.stdout
-    assert "model.n_embd=16 is not divisible by model.n_head=3" in result.stderr
-    assert result.stderr == "error: model.n_head=3: model.n_embd=16 is not divisible by model.n_head=3\n", "one line"
+    assert result.stderr.startswith("error: model.n_head=3: model.n_embd=16 is not divisible by model.n_head=3")
+    assert result.stderr.count("\n") == 1
     assert len(list(tmp_path.glob("*/checkpoints/step_00000002"))) == 1
 
 
