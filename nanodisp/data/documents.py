@@ -25,6 +25,18 @@ SNIFFED = 8192  # bytes at the beginning in which a binary file has a zero byte
 JSONL, PARQUET = (".jsonl", ".ndjson"), ".parquet"
 TABLES = "not read, because it is a table or one JSON value: convert it to jsonl, one object per line, or parquet"
 UNREAD = {".json": TABLES, ".csv": TABLES, ".tsv": TABLES, ".parquet.gz": "parquet in gzip: decompress it"}
+PACKED = "(decompress it, or compress it with gzip)"
+KINDS = {  # by the first bytes of a file that is no text, some of which have no zero byte
+    b"%PDF-": "a PDF (extract its text first, for example with pdftotext)",
+    b"PK\3\4": "a zip archive or an office document, such as docx, odt or epub (unpack it, or save it as text)",
+    b"\xd0\xcf\x11\xe0": "an office document, such as doc or xls (save it as text)",
+    b"{\\rtf": "rich text (save it as plain text)",
+    b"\x1f\x8b": "gzip (give it a name that ends in .gz)",
+    b"PAR1": "parquet (give it a name that ends in .parquet)",
+    b"BZh91AY": f"compressed with bzip2 {PACKED}",
+    b"\xfd7zXZ\0": f"compressed with xz {PACKED}",
+    b"(\xb5/\xfd": f"compressed with zstd {PACKED}",
+}
 
 
 class Piece(NamedTuple):
@@ -62,17 +74,15 @@ def find_files(path: Path, encoding: str) -> tuple[list[Path], list[Skipped]]:
             raise UserError(
                 f"data.path={path} does not exist; give a file of text, jsonl or parquet, or a folder of these"
             )
-    files: list[Path] = []
-    skipped: list[Skipped] = []
-    for found, reason in _walk(path):
-        reason = reason or _unreadable(found, encoding)
-        if reason is None:
-            files.append(found)
-        else:
-            skipped.append(Skipped(found.relative_to(path).as_posix(), reason))
+    reasons = {found: reason or _unreadable(found, encoding) for found, reason in _walk(path)}
+    for found in reasons:  # a.txt.gz beside a.txt
+        if found.suffix.lower() == ".gz" and reasons.get(found.with_suffix(""), "missing") is None:
+            reasons[found] = reasons[found] or "the same file is there without .gz"
+    files = [found for found, reason in reasons.items() if reason is None]
+    skipped = sorted(Skipped(each.relative_to(path).as_posix(), reason) for each, reason in reasons.items() if reason)
     if not files:
         raise UserError(f"data.path={path} holds no file of text, jsonl or parquet{_because(skipped)}")
-    return sorted(files, key=lambda file: file.relative_to(path)), sorted(skipped)
+    return sorted(files, key=lambda file: file.relative_to(path)), skipped
 
 
 def _walk(root: Path) -> Iterator[tuple[Path, str | None]]:
@@ -99,15 +109,16 @@ def _unreadable(path: Path, encoding: str) -> str | None:
     for ending, reason in UNREAD.items():
         if name.endswith((ending, f"{ending}.gz")):
             return reason
-    if is_jsonl(path) or name.endswith(PARQUET):
+    if is_jsonl(path) or is_parquet(path):
         return None
     try:
         with reported(path), open_bytes(path) as file:
             head = file.read(SNIFFED)
     except UserError as error:
         return f"not readable: {error.__cause__}"
-    wide = bool(byte_order_mark(head)) or encoding.startswith(("utf-16", "utf-32"))
-    if head.startswith(b"%PDF-") or (b"\0" in head and not wide):
+    if kind := next((kind for magic, kind in KINDS.items() if head.startswith(magic)), None):
+        return kind
+    if b"\0" in head and not byte_order_mark(head) and not encoding.startswith(("utf-16", "utf-32")):
         return "not text (binary, or UTF-16 without a byte order mark, which needs data.encoding=utf-16-le or -be)"
     return None
 
@@ -144,7 +155,11 @@ def read_as(path: Path) -> str:
 
 def is_text(path: Path) -> bool:
     """Whether a file of a corpus is plain text, one document."""
-    return not is_jsonl(path) and not path.name.lower().endswith(PARQUET)
+    return not is_jsonl(path) and not is_parquet(path)
+
+
+def is_parquet(path: Path) -> bool:
+    return path.name.lower().endswith(PARQUET)
 
 
 # --- documents ---------------------------------------------------------------------------
@@ -152,7 +167,7 @@ def is_text(path: Path) -> bool:
 
 def read_documents(file: Path, field: str, encoding: str, tally: Tally) -> Iterator[Iterable[str]]:
     """The documents of a file, each as chunks of its text: a text file that is not empty, a line, a row."""
-    if file.name.lower().endswith(PARQUET):
+    if is_parquet(file):
         yield from ((text,) for text in read_parquet(file, field, tally))
     elif is_jsonl(file):
         yield from ((text,) for text in read_jsonl(file, field, encoding, tally))

@@ -157,8 +157,10 @@ def prepare_files(
         skipped: what else was found, to be reported.
     """
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(lambda file: f"{digest(file, 'blake2b')}{read_as(file)}", files)
-        content = "\n".join(f"{f.relative_to(root).as_posix()} {d}" for f, d in zip(files, digests, strict=True))
+        digests = dict(zip(files, pool.map(lambda file: digest(file, "blake2b"), files), strict=True))
+        content = "\n".join(f"{f.relative_to(root).as_posix()} {d}{read_as(f)}" for f, d in digests.items())
+    if os.environ.get("RANK", "0") == "0":
+        _warn_of_same_text(digests, splits or {})
     # Known without reading: the folder, if it is complete, and made or checked by `_survey`.
     for key in ("by name",) if splits else (None, "by size"):
         folder = _folder(config, stem, content, key)
@@ -180,6 +182,14 @@ def prepare_files(
             write_whole(folder / SPLIT, rule)
         return folder
     return _prepare(config, folder, assign(documents, sizes, split.n_train), stem, sum(sizes), summary, rule)
+
+
+def _warn_of_same_text(digests: Mapping[Path, str], splits: Mapping[Path, str]) -> None:
+    train = {digests[file]: file for file, split in splits.items() if split == "train" and file.stat().st_size}
+    same = [file for file, split in splits.items() if split == "val" and digests[file] in train]
+    if same:
+        files = f"{train[digests[same[0]]]} and {same[0]}{f', and {len(same) - 1:,} more' if same[1:] else ''}"
+        print(f"warning: the same text is for training and for validation: {files}", file=sys.stderr)
 
 
 def _skipped(skipped: Sequence[Skipped]) -> list[str]:

@@ -161,7 +161,7 @@ def test_what_is_skipped_in_a_folder_is_said_at_every_start(tmp_path, capsys, mo
     skipped = (
         "skipped .git: hidden; b.json, c.csv.gz, d.tsv and 1 more: not read, because it is a table or one JSON value: "
         "convert it to jsonl, one object per line, or parquet; broken, pipe: no regular file or a broken link; "
-        "f.pdf: not text (binary, or UTF-16 without a byte order mark, which needs data.encoding=utf-16-le or -be); "
+        "f.pdf: a PDF (extract its text first, for example with pdftotext); "
         "g.gz: not readable: Not a gzipped file (b'no'); linked: a link to a folder"
     )
     assert said[1].endswith(f"; {skipped}")
@@ -193,6 +193,37 @@ def test_what_is_no_text_is_rejected_with_what_to_do(tmp_path, name):
     (tmp_path / "texts").mkdir()
     (tmp_path / name).rename(tmp_path / "texts" / name)
     assert_rejected(config(tmp_path, tmp_path / "texts"), f"holds no file of text, .*; skipped {name}: ")
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (b"%PDF-1.7 and so on", r"is a PDF \(extract its text first"),
+        (b"PK\3\4 and so on", r"is a zip archive or an office document, such as docx, odt or epub \(unpack it, or "),
+        (b"\xd0\xcf\x11\xe0\0", r"is an office document, such as doc or xls \(save it as text"),
+        (b"{\\rtf1 and so on", r"is rich text \(save it as plain text"),
+        (gzip.compress(b"some words"), r"is gzip \(give it a name that ends in \.gz"),
+        (b"PAR1 and so on", r"is parquet \(give it a name that ends in \.parquet"),
+        (b"(\xb5/\xfd and so on", r"is compressed with zstd \(decompress it"),
+        (b"\0\1\2", r"is not text \(binary, or UTF-16"),
+    ],
+    ids=["pdf", "docx", "doc", "rtf", "gzip", "parquet", "zstd", "binary"],
+)
+def test_the_kind_of_a_file_that_is_no_text_is_named(tmp_path, head, message):
+    (tmp_path / "a.txt").write_bytes(head)
+    assert_rejected(config(tmp_path, tmp_path / "a.txt"), rf"a\.txt {message}.*\); a corpus is text, jsonl, parquet or")
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(head))
+    assert_rejected(config(tmp_path, tmp_path / "a.txt.gz"), message)
+
+
+def test_a_text_and_its_gzip_are_one_text(tmp_path, capsys):
+    root = tmp_path / "texts"
+    root.mkdir()
+    (root / "a.txt").write_text("x" * 100)
+    for name in ("a.txt.gz", "A.txt.gz"):
+        (root / name).write_bytes(gzip.compress(b"x" * 100))
+    assert len(text_of(prepare(config(tmp_path, root, val_fraction=0.1)))) == 200
+    assert capsys.readouterr().err.endswith("; skipped a.txt.gz: the same file is there without .gz\n")
 
 
 def test_a_device_or_a_socket_is_rejected(tmp_path):

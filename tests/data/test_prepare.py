@@ -163,11 +163,30 @@ def test_the_same_content_elsewhere_is_the_same_folder(tmp_path):
     "change", [{"val_fraction": 0.2}, {"field": "body"}, {"shard_tokens": 1000}, {"tokenizer": "RANKS"}]
 )
 def test_another_setting_is_another_folder(tmp_path, change):
-    (tmp_path / "a.txt").write_text("some words " * 20)
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "some words " * 20, "body": "other words " * 20}])
     if "tokenizer" in change:
         change = {"tokenizer": str(write_ranks(tmp_path / "tiny.tiktoken"))}
-    first = prepare(config(tmp_path, tmp_path / "a.txt"))
-    assert prepare(config(tmp_path, tmp_path / "a.txt", **change)) != first
+    first = prepare(config(tmp_path, path))
+    assert prepare(config(tmp_path, path, **change)) != first
+
+
+def test_a_field_has_no_effect_on_plain_text(tmp_path):
+    (tmp_path / "a.txt").write_text("some words " * 20)
+    assert_rejected(
+        config(tmp_path, tmp_path / "a.txt", field="body"),
+        r"^data\.field=body has no effect: no file is jsonl or parquet; leave it out$",
+    )
+    write_jsonl(tmp_path / "b.jsonl", [{"body": "other words " * 20}])
+    prepare(config(tmp_path, tmp_path, field="body"))
+
+
+def test_an_encoding_has_no_effect_on_parquet(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table({"text": ["one", "two"]}), tmp_path / "a.parquet")
+    assert_rejected(
+        config(tmp_path, tmp_path / "a.parquet", encoding="cp1252"),
+        r"^data\.encoding=cp1252 has no effect: all files are parquet; leave it out$",
+    )
 
 
 def test_changed_content_is_another_folder(tmp_path):

@@ -11,6 +11,11 @@ from nanodisp.data.prepare import prepare
 from nanodisp.data.split import assign, n_bytes, split_by_size
 
 
+def named(tmp_path, root):
+    """The configuration of data=text without any other key: file names decide, so none may be given."""
+    return config(tmp_path, root, val_fraction=0.1)
+
+
 def write(root, **texts):
     for name, text in texts.items():
         path = root / name.replace("__", "/").replace("_txt", ".txt")
@@ -27,7 +32,7 @@ def test_file_names_decide(tmp_path, word, capsys):
     root = write(
         tmp_path / "texts", **{"train_txt": "for training", f"my-{word}.0_txt": "held out", "wiki.test": "test"}
     )
-    folder = prepare(config(tmp_path, root))
+    folder = prepare(named(tmp_path, root))
     assert documents_of(folder, "train") == ["for training"]
     assert documents_of(folder, "val") == ["held out"]
     line = capsys.readouterr().err.splitlines()[-1]
@@ -36,13 +41,13 @@ def test_file_names_decide(tmp_path, word, capsys):
 
 def test_dev_is_for_validation_beside_train(tmp_path):
     root = write(tmp_path / "texts", dev_txt="held out", train_txt="for training", test_txt="test")
-    folder = prepare(config(tmp_path, root))
+    folder = prepare(named(tmp_path, root))
     assert (documents_of(folder, "train"), documents_of(folder, "val")) == (["for training"], ["held out"])
 
 
 @pytest.mark.parametrize("others", [{"val_txt": "held out"}, {"train_txt": "t", "val_txt": "held out"}])
 def test_dev_is_a_folder_like_others_beside_val(tmp_path, others):
-    folder = prepare(config(tmp_path, write(tmp_path / "texts", dev__a_txt="code", **others)))
+    folder = prepare(named(tmp_path, write(tmp_path / "texts", dev__a_txt="code", **others)))
     assert documents_of(folder, "val") == ["held out"]
     assert "code" in documents_of(folder, "train")
 
@@ -58,7 +63,7 @@ def test_the_folders_of_a_file_count_and_the_last_word_decides(tmp_path):
         tmp_path / "texts", train__a_txt="a", test__b_txt="b", val__c_txt="c", val__train_d_txt="d", interval_txt="e"
     )
     (root / "val" / "train_d.txt").rename(root / "val" / "train-d.txt")
-    folder = prepare(config(tmp_path, root))
+    folder = prepare(named(tmp_path, root))
     assert (documents_of(folder, "train"), documents_of(folder, "val")) == (["e", "a", "d"], ["c"])
 
 
@@ -78,9 +83,35 @@ def test_a_folder_without_a_file_for_training_is_reported(tmp_path):
 def test_names_are_another_folder_than_0_1_0_made(tmp_path):
     """Which has the same content: it trained on val.txt."""
     root = write(tmp_path / "texts", train_txt="for training", val_txt="held out")
-    by_name = prepare(config(tmp_path, root))
-    assert by_name.name != "texts-byte-d3c30da8"
-    assert prepare(config(tmp_path, root)) == by_name
+    by_name = prepare(named(tmp_path, root))
+    assert by_name.name != "texts-byte-5fc68429"
+    assert prepare(named(tmp_path, root)) == by_name
+
+
+def test_a_share_has_no_effect_where_file_names_decide(tmp_path):
+    root = write(tmp_path / "texts", train_txt="for training", val_txt="held out")
+    for share in (0.05, 0.2):
+        assert_rejected(
+            config(tmp_path, root, val_fraction=share),
+            rf"^data\.val_fraction={share} has no effect: file names decide .*; leave it out$",
+        )
+    assert not (tmp_path / "prepared").exists()
+
+
+@pytest.mark.parametrize("names", [("train.txt", "val.txt"), ("train/a.txt", "train/b.txt", "val/b.txt")])
+def test_the_same_text_for_training_and_validation_is_said_at_every_start(tmp_path, names, capsys):
+    root = write(tmp_path / "texts", **{name.replace("/", "__").replace(".txt", "_txt"): "same" for name in names})
+    for _ in range(2):
+        folder = prepare(named(tmp_path, root))
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+        assert line.startswith("warning: the same text is for training and for validation: ")
+        assert line.endswith(f"{root / names[-2]} and {root / names[-1]}")
+    assert documents_of(folder, "val") == ["same"]
+
+
+def test_empty_files_are_not_the_same_text(tmp_path, capsys):
+    prepare(named(tmp_path, write(tmp_path / "texts", train_txt="a", a_txt="", val_txt="b", val2_txt="")))
+    assert "warning" not in capsys.readouterr().err
 
 
 # --- by size ---------------------------------------------------------------------------------
@@ -160,7 +191,7 @@ def test_text_that_cannot_be_split_leaves_no_folder(tmp_path, text):
 
 def test_the_line_after_preparation_counts_every_split(tmp_path, capsys):
     root = write(tmp_path / "texts", train_txt="abc", train2_txt="é", val_txt="de", empty_txt="", picture="\0")
-    folder = prepare(config(tmp_path, root))
+    folder = prepare(named(tmp_path, root))
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"{folder}: train 2 documents, 5 bytes (71.4%), 7 tokens; val 1 document, 2 bytes (28.6%), 3 tokens; "
         "4 files, 1 of them for validation by name; empty files: 1; skipped picture: not text (binary, or UTF-16 "
