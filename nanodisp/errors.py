@@ -13,6 +13,10 @@ class UserError(Exception):
     """
 
 
+class AlreadyReported(UserError):
+    """An error that another rank prints."""
+
+
 class InUse(UserError):
     """Another process is training the same run."""
 

@@ -37,7 +37,7 @@ from nanodisp import cli
 from nanodisp.config import SECTIONS, Config, Unused, flatten, name_of, unused
 from nanodisp.data.prepare import DataConfig
 from nanodisp.data.shards import MANIFEST, Manifest
-from nanodisp.errors import InUse, UserError, first_line
+from nanodisp.errors import AlreadyReported, InUse, UserError, first_line
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 OFF = Unused(("dispersion.lambda_disp",), "dispersion", lambda value: value == "off", "leave one of them out")
@@ -125,6 +125,8 @@ class Jobs:
                     say(f"{job}: runs without {' '.join(lost)}, which has no effect here")
                 seconds = self.task(config)
                 self.seconds |= {f"{config.out_dir}/{config.run_name}": seconds} if seconds is not None else {}
+        except AlreadyReported:
+            sys.exit(2)
         except Exception as error:
             if self.is_worker() and isinstance(error, InUse):
                 say(f"{job}: skipped, {error}")

@@ -12,6 +12,7 @@ printed by this script>` instead.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -37,14 +38,14 @@ def prepare(config: DataConfig) -> Path:
 
 def check_effects(config: DataConfig, files: Sequence[Path], by_name: bool) -> None:
     """UserError for a key that is given, by another value than its default, and has no effect on these files."""
-    defaults = OmegaConf.merge(DataConfig, OmegaConf.load(CONF / "text.yaml"))
+    defaults: Any = OmegaConf.load(CONF / "text.yaml")
     for key, unused, because in (
         ("val_fraction", by_name, "file names decide the split"),
         ("field", all(map(is_text, files)), "no file is jsonl or parquet"),
         ("encoding", all(map(is_parquet, files)), "all files are parquet"),
     ):
         value = getattr(config, key)
-        if unused and value != defaults[key]:
+        if unused and value != defaults.get(key, getattr(DataConfig, key)):
             raise UserError(f"data.{key}={value} has no effect: {because}; leave it out")
 
 

@@ -35,11 +35,10 @@ class Corpus:
 
 def open_for(config: DataConfig, world: World) -> Corpus:
     """The corpus of a run: rank 0 prepares it if necessary while the other ranks wait."""
-    if not world.is_main:
-        world.barrier()
-    corpus = open_corpus(prepare(config), config.tokenizer)
-    if world.is_main:
-        world.barrier()
+    for turn in (True, False):
+        with world.together():
+            if world.is_main == turn:
+                corpus = open_corpus(prepare(config), config.tokenizer)
     return corpus
 
 

@@ -13,13 +13,14 @@ import os
 import re
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanodisp.errors import UserError, first_line
+from nanodisp.errors import AlreadyReported, UserError, first_line
 
 DEVICES = ("auto", "cpu", "cuda")
 SECONDS_TO_ANSWER = 10.0  # grace period in which waiting ranks report, so that the silent one can be identified
@@ -56,6 +57,17 @@ class World:
             dist.all_reduce(count, group=_control_group)
             return bool(count)
         return flag
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """A UserError on any rank ends the block on all, which wait at its end: on the others as AlreadyReported."""
+        error: UserError | None = None
+        try:
+            yield
+        except UserError as mistake:
+            error = mistake
+        if self.any(error is not None):
+            raise error or AlreadyReported("another rank reports the error")
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -77,7 +77,8 @@ class Run:
         self.contexts = contextlib.ExitStack()
         with contextlib.ExitStack() as contexts:
             contexts.enter_context(self.stop)
-            self.metrics = contexts.enter_context(Metrics(self.folder if self.world.is_main else None))
+            with self.world.together():
+                self.metrics = contexts.enter_context(Metrics(self.folder if self.world.is_main else None))
             contexts.enter_context(self.saver)
             contexts.enter_context(self.world)
             self.contexts = contexts.pop_all()
@@ -98,7 +99,8 @@ class Run:
         if self.config.resume == "never" and (self.folder / CONFIG).exists():
             raise UserError(f"{self.folder} holds a run: resume=auto resumes it, run_name=<another> starts a new one")
         folder = self.folder / CHECKPOINTS
-        saved = checkpoint.load_newest(folder) if self.world.is_main else None
+        with self.world.together():
+            saved = checkpoint.load_newest(folder) if self.world.is_main else None
         found = torch.tensor(saved.step + 1 if saved else 0, device=self.world.device)
         step = int(self.world.sum(found)) - 1  # rank 0 tells the others
         if step < 0:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -19,6 +21,7 @@ from conftest import ROOT, TINY, command, losses, records
 from nanodisp.distributed import layout
 from nanodisp.models.gpt import GPT, GPTConfig
 from nanodisp.runs import checkpoint
+from nanodisp.runs.metrics import Metrics
 
 pytestmark = pytest.mark.slow
 
@@ -184,27 +187,52 @@ def test_a_rank_that_hangs_ends_the_run_and_is_named(corpus: Path, tmp_path: Pat
     assert checkpoint.find(tmp_path / "run").name == "step_00000002"
 
 
-def test_a_hanging_rank_0_that_keeps_the_store_is_named(corpus: Path, tmp_path: Path) -> None:
-    script = tmp_path / "hanging.py"
-    stop = "os.kill(os.getpid(), signal.SIGSTOP)"
-    script.write_text(HANGING.replace('"1"', '"0"').replace("time.sleep(100)", stop))
+def start_ranks(script: Path, *arguments: str) -> list[subprocess.Popen[str]]:
+    """Two ranks without torchrun, which would end one as soon as the other fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    settings = (f"data.path={corpus}", f"out_dir={tmp_path}", "run_name=run", "train.timeout_minutes=0.1")
-    processes = [
+    shared = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
         subprocess.Popen(
-            [sys.executable, str(script), *TINY, *settings, "train.steps=5"],
-            env={
-                **{**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"},
-                **{"MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
-            },
+            [sys.executable, str(script), *arguments],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in (0, 1)
     ]
+
+
+@pytest.mark.parametrize("mistake", ["text", "checkpoint", "lock"])
+def test_a_mistake_that_rank_0_finds_ends_all_ranks_with_one_line(mistake: str, corpus: Path, tmp_path: Path) -> None:
+    settings, data, message = (f"out_dir={tmp_path}", "run_name=run", "train.steps=5"), f"data.path={corpus}", ""
+    if mistake == "text":
+        (tmp_path / "empty.txt").touch()
+        data, message = f"data.path={tmp_path / 'empty.txt'}", "too little text"
+        settings += ("data=text", f"data.folder={tmp_path / 'prepared'}")
+    with contextlib.ExitStack() as stack:
+        if mistake == "checkpoint":
+            message = "no checkpoint in .* is intact"
+            (tmp_path / "run" / "checkpoints" / "step_00000002").mkdir(parents=True)
+            (tmp_path / "run" / "checkpoints" / "step_00000002" / "state.json").touch()
+        if mistake == "lock":
+            message = "another process is training into"
+            stack.enter_context(Metrics(tmp_path / "run"))
+        ranks = start_ranks(ROOT / "train.py", *TINY, data, *settings)
+        said = [rank.communicate(timeout=200)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    assert re.fullmatch(rf"error: .*{message}.*\n", said[0])
+    assert said[1] == ""
+
+
+def test_a_hanging_rank_0_that_keeps_the_store_is_named(corpus: Path, tmp_path: Path) -> None:
+    script = tmp_path / "hanging.py"
+    stop = "os.kill(os.getpid(), signal.SIGSTOP)"
+    script.write_text(HANGING.replace('"1"', '"0"').replace("time.sleep(100)", stop))
+    settings = (f"data.path={corpus}", f"out_dir={tmp_path}", "run_name=run", "train.timeout_minutes=0.1")
+    processes = start_ranks(script, *TINY, *settings, "train.steps=5")
     try:
         assert "error: rank 0, which keeps the store, hangs" in processes[1].communicate(timeout=200)[1]
         assert processes[1].returncode != 0
