@@ -156,8 +156,8 @@ def choose_dtype(config: Config, world: World) -> torch.dtype:
     if name != "auto":
         return hardware.matmul_dtype(name, world.device)
     if world.is_main:
-        with contextlib.suppress(OSError, YAMLError, OmegaConfBaseException, AttributeError):
-            name = OmegaConf.load(file).train.dtype
+        with contextlib.suppress(OSError, YAMLError, OmegaConfBaseException, AttributeError, ValueError):
+            name = OmegaConf.load(file).train.dtype or name
     candidates = [torch.float32, torch.bfloat16, torch.float16]
     chosen = candidates.index(hardware.matmul_dtype(name, world.device)) if world.is_main else 0
     return candidates[int(world.sum(torch.tensor(chosen, device=world.device)))]

@@ -26,6 +26,7 @@ from nanodisp.models.gpt import GPT, GPTConfig
 from nanodisp.plan import count_micro_batches
 from nanodisp.runs import checkpoint
 from nanodisp.runs.metrics import Metrics
+from nanodisp.runs.read import read_run
 from nanodisp.training.interventions import InterventionConfig
 from nanodisp.training.objective import Objective
 from nanodisp.training.signals import EXIT_CODE
@@ -134,6 +135,29 @@ def test_a_complete_run_whose_records_are_gone_says_so(run: Run, capsys: pytest.
     assert f"{folder / 'metrics.jsonl'} holds no validation: it was deleted" in printed
     assert f"delete {folder} and run the same command again" in printed
     assert "not finite" not in printed
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "deleted": Path.unlink,
+    "empty": lambda file: file.write_text(""),
+    "no yaml": lambda file: file.write_text("model: ["),
+    "cut": lambda file: file.write_text(file.read_text()[:200]),
+    "binary": lambda file: file.write_bytes(b"\xff\0\xff"),
+}
+
+
+@pytest.mark.parametrize("damage", list(DAMAGES))
+def test_the_configuration_of_a_complete_run_is_written_again_if_it_is_damaged(run: Run, damage: str) -> None:
+    settings = ("dispersion.layers=[1,2]", "train.dtype=auto")
+    folder = run("train.steps=2", *settings)
+    before = (folder / "config.yaml").read_text()
+    DAMAGES[damage](folder / "config.yaml")
+    assert read_run(folder).config["model.n_layer"] == 2, "the report reads it from the checkpoint"
+    assert (read_run(folder).status, read_run(folder).total_steps) == ("finished", 2)
+    with pytest.raises(UserError, match="resume=auto"):
+        run("train.steps=2", *settings, "resume=never")
+    run("train.steps=1", *settings)
+    assert (folder / "config.yaml").read_text() == before
 
 
 def test_the_command_of_a_sample_is_quoted_for_the_shell(

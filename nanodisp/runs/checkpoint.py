@@ -168,7 +168,7 @@ def load(path: Path) -> Checkpoint:
 
     Raises UserError for anything but an intact checkpoint of this format, `Damaged` for one that is no longer intact.
     """
-    state = _read_state(path)
+    state = read_state(path)
     tensors = []
     for name in TENSOR_FILES:
         try:
@@ -260,7 +260,7 @@ def best(checkpoints: Sequence[Path]) -> Path | None:
     losses: dict[Path, float] = {}
     for path in checkpoints:
         with contextlib.suppress(UserError):
-            loss = _read_state(path).get("val_loss")
+            loss = read_state(path).get("val_loss")
             if isinstance(loss, float) and math.isfinite(loss):
                 losses[path] = loss
     return min(losses, key=losses.__getitem__, default=None)
@@ -278,7 +278,8 @@ def prune(folder: Path, keep_last: int, keep_every: int | None = None) -> None:
             shutil.rmtree(path)
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint's state.json; raises UserError if it is damaged or of another format."""
     try:
         state = json.loads((path / "state.json").read_text())
     except (OSError, ValueError, RecursionError) as error:

@@ -96,9 +96,9 @@ class Run:
 
         Raises UserError for a checkpoint of another run, or one that this model cannot load.
         """
-        if self.config.resume == "never" and (self.folder / CONFIG).exists():
-            raise UserError(f"{self.folder} holds a run: resume=auto resumes it, run_name=<another> starts a new one")
         folder = self.folder / CHECKPOINTS
+        if self.config.resume == "never" and ((self.folder / CONFIG).exists() or checkpoint.all_checkpoints(folder)):
+            raise UserError(f"{self.folder} holds a run: resume=auto resumes it, run_name=<another> starts a new one")
         with self.world.together():
             saved = checkpoint.load_newest(folder) if self.world.is_main else None
         found = torch.tensor(saved.step + 1 if saved else 0, device=self.world.device)
@@ -108,6 +108,8 @@ class Run:
         saved = saved or checkpoint.load(checkpoint.path_of(folder, step))
         try:
             check_same_run(saved, self.config, self.corpus)
+            if self.world.is_main and self.plan.is_done(saved.step):
+                restore_config(self.folder, saved.state["config"])
             model.load_state_dict(layout.scatter(saved.model, model))
             optim.load_state_tensors(model, optimizers, layout.scatter(saved.optimizer, model))
             scaler.load_state_dict(saved.state["scaler"])
@@ -267,6 +269,13 @@ def check_same_run(saved: checkpoint.Checkpoint, config: Config, corpus: Corpus)
 def write_config(folder: Path, config: Config) -> None:
     """Write the resolved configuration into a run's folder."""
     write_whole(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
+
+
+def restore_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write the configuration of a complete run again if its file is missing or damaged."""
+    text = OmegaConf.to_yaml(OmegaConf.create(config)).encode()
+    if not (folder / CONFIG).is_file() or (folder / CONFIG).read_bytes() != text:
+        write_whole(folder / CONFIG, text)
 
 
 @contextlib.contextmanager

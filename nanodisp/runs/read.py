@@ -6,6 +6,7 @@ nanodisp: whatever is wrong with it is reported for that run, and no other run s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -31,6 +32,7 @@ from nanodisp.runs.evaluation import EVALUATION, read_evaluation
 from nanodisp.runs.metrics import METRICS, read_records
 
 LAMBDA = "dispersion.lambda_disp"
+UNREADABLE = (OSError, YAMLError, OmegaConfBaseException, ValueError, TypeError, KeyError, AttributeError)
 STANDARD = {  # keys of records that are read individually, or say nothing about the model
     *("step", "split", "loss", "bpb", "tokens", "seconds", "lambda_disp", "lr", "grad_norm", "bad_steps"),
     *("tokens_per_second", "mfu"),
@@ -96,17 +98,15 @@ def read_run(folder: Path) -> RunSummary:
     """One run; whatever is wrong with its files is reported in `problem`, never raised."""
     run = RunSummary(folder)
     try:
-        run.config = flatten(OmegaConf.to_container(OmegaConf.load(folder / CONFIG)))
-        if run.config.get("dispersion.schedule") == "linear":  # the name of warmup in older runs
-            run.config["dispersion.schedule"] = "warmup"
-        model = {key[6:]: value for key, value in run.config.items() if key.startswith("model.")}
-        run.architecture = architecture(GPTConfig(**model))
-        run.n_parameters = count_parameters(GPTConfig(**model))
-        budget = TrainConfig(**{key[6:]: value for key, value in run.config.items() if key.startswith("train.")})
-        run.total_steps = count_steps(budget, run.n_parameters, budget.batch_size * run.config["model.block_size"])
-        float(run.config[LAMBDA]), int(run.config["seed"])
+        try:
+            read_config(run, OmegaConf.to_container(OmegaConf.load(folder / CONFIG)))
+        except UNREADABLE:
+            kept = config_of_checkpoint(folder)
+            if kept is None:
+                raise
+            read_config(run, kept)
         read_metrics(run)
-    except (OSError, YAMLError, OmegaConfBaseException, ValueError, TypeError, KeyError, AttributeError) as error:
+    except UNREADABLE as error:
         run.status, run.problem = "failed", "cannot be read: " + str(error).strip().split("\n")[0]
     try:
         found = read_evaluation(folder / EVALUATION)
@@ -121,6 +121,27 @@ def read_run(folder: Path) -> RunSummary:
     if error_file.is_file():
         run.status, run.problem = "failed", error_file.read_text(errors="replace").strip().split("\n")[-1]
     return run
+
+
+def read_config(run: RunSummary, config: Any) -> None:
+    """The configuration, and what follows from it; raises one of `UNREADABLE` if it is not complete."""
+    run.config = flatten(config)
+    if run.config.get("dispersion.schedule") == "linear":  # the name of warmup in older runs
+        run.config["dispersion.schedule"] = "warmup"
+    model = {key[6:]: value for key, value in run.config.items() if key.startswith("model.")}
+    run.architecture = architecture(GPTConfig(**model))
+    run.n_parameters = count_parameters(GPTConfig(**model))
+    budget = TrainConfig(**{key[6:]: value for key, value in run.config.items() if key.startswith("train.")})
+    run.total_steps = count_steps(budget, run.n_parameters, budget.batch_size * run.config["model.block_size"])
+    float(run.config[LAMBDA]), int(run.config["seed"])
+
+
+def config_of_checkpoint(folder: Path) -> Any:
+    """What a run's newest intact checkpoint keeps of config.yaml; None without one."""
+    for path in reversed(checkpoint.all_checkpoints(folder / checkpoint.CHECKPOINTS)):
+        with contextlib.suppress(UserError):
+            return checkpoint.read_state(path).get("config")
+    return None
 
 
 def read_metrics(run: RunSummary) -> None:
