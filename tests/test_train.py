@@ -19,6 +19,7 @@ from conftest import ROOT, TINY, command, compose, losses, records, weights, wri
 
 import sample
 import train
+from nanodisp.condensation import __main__ as condensation
 from nanodisp.dispersion.placement import DispersionConfig
 from nanodisp.distributed import World, hardware
 from nanodisp.errors import UserError
@@ -338,6 +339,37 @@ def test_a_text_that_has_changed_under_the_same_command_is_rejected(run: Run, tm
         UserError, match=r"^the text has changed: .*step_00000001 was trained on a-byte-\w+, .*run_name="
     ):
         run(*own)
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["manifest", "nanoGPT"])
+def test_shards_that_have_changed_under_the_same_folder_are_rejected(run: Run, tmp_path: Path, named: bool) -> None:
+    folder = write_corpus(tmp_path / "own", n_train=3000)
+    if not named:
+        (folder / "manifest.json").unlink()
+    own = (f"data.path={folder}", *(() if named else ("data.tokenizer=none", "model.vocab_size=257")))
+    trained = run("train.steps=2", *own)
+    run("train.steps=2", *own)
+    shard = folder / "train_000000.bin"
+    before = shard.read_bytes()
+    shard.write_bytes(before[:-4] + b"a\0b\0")  # of the same size, and the manifest unchanged
+    message = rf"^the shards in {folder} have changed since .*step_00000002 was saved: .*run_name=<another>"
+    for steps in (2, 4):
+        with pytest.raises(UserError, match=message):
+            run(f"train.steps={steps}", *own)
+    with pytest.raises(UserError, match="own has changed since run at step 2 was trained on it: give text="):
+        condensation.main([f"checkpoint={trained}"])
+    shard.write_bytes(before)
+    run("train.steps=4", *own)
+
+
+def test_the_same_shards_for_training_and_validation_are_said(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_corpus(tmp_path / "own", n_train=3000)
+    (folder / "manifest.json").unlink()
+    shutil.copy(folder / "train_000000.bin", folder / "val_000000.bin")
+    run("train.steps=1", f"data.path={folder}", "data.tokenizer=byte")
+    assert f"warning: the same tokens are for training and for validation in {folder}\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("n_documents", [1, 2])

@@ -28,6 +28,7 @@ from nanodisp import cli
 from nanodisp.condensation import figures
 from nanodisp.condensation.measure import hidden_states, measure
 from nanodisp.data.batches import spread_windows
+from nanodisp.data.corpus import fingerprint, open_corpus
 from nanodisp.data.prepare import DataConfig, prepare
 from nanodisp.data.shards import Manifest, check_tokens, open_split
 from nanodisp.data.tokenizer import load_tokenizer
@@ -172,6 +173,8 @@ def open_data(config: CondensationConfig, subject: Measurable) -> Path:
         raise UserError(f"the data of {subject.name} cannot be read ({error}): {others}") from error
     if folder.name != subject.corpus:
         raise UserError(f"{folder} is not what {subject.name} was trained on, {subject.corpus}: {others}")
+    if subject.fingerprint not in (None, fingerprint(open_corpus(folder, "none"))):
+        raise UserError(f"{folder} has changed since {subject.name} was trained on it: {others}")
     return folder
 
 

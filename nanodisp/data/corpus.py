@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
+
+import numpy as np
 
 from nanodisp.data.prepare import DataConfig, prepare
 from nanodisp.data.shards import MANIFEST, Manifest, Tokens, open_split
@@ -13,6 +17,7 @@ from nanodisp.errors import UserError
 
 CHUNK = 1 << 20  # tokens per read when all of them are read
 LONGEST_DOCUMENT = 128  # chunks: a document that is longer counts as the only one
+SAMPLES, SAMPLE = 256, 4096  # parts of a split, and tokens of each, by which it is known
 CHARACTERS = "meta.pkl"  # nanoGPT writes it beside character-level shards
 
 
@@ -39,6 +44,8 @@ def open_for(config: DataConfig, world: World) -> Corpus:
         with world.together():
             if world.is_main == turn:
                 corpus = open_corpus(prepare(config), config.tokenizer)
+    if world.is_main and config.name == "shards" and is_same(corpus.train, corpus.val):
+        print(f"warning: the same tokens are for training and for validation in {corpus.folder}", file=sys.stderr)
     return corpus
 
 
@@ -71,6 +78,26 @@ def count_vocabulary(corpus: Corpus) -> int:
     splits = (corpus.train, corpus.val)
     chunks = (s.read(start, min(start + CHUNK, len(s))) for s in splits for start in range(0, len(s), CHUNK))
     return 1 + max(int(chunk.max()) for chunk in chunks)
+
+
+def is_same(a: Tokens, b: Tokens) -> bool:
+    """Whether two splits hold the same tokens; reads them only if they are equally long."""
+    chunks = ((start, min(start + CHUNK, len(a))) for start in range(0, len(a), CHUNK))
+    return len(a) == len(b) and all(np.array_equal(a.read(*chunk), b.read(*chunk)) for chunk in chunks)
+
+
+def fingerprint(corpus: Corpus) -> str:
+    """Identifies the tokens without reading all of them, which would take a second per gigabyte at every start.
+
+    From the length of both splits, the checksums of the manifest if there is one, and a million tokens spread evenly
+    over each split.
+    """
+    state = blake2b(digest_size=16)
+    for split in (corpus.train, corpus.val):
+        state.update(repr((len(split), [shard.sha256 for shard in split.recorded or ()])).encode())
+        for start in np.linspace(0, max(0, len(split) - SAMPLE), SAMPLES).astype(int).tolist():
+            state.update(split.read(start, min(start + SAMPLE, len(split))).tobytes())
+    return state.hexdigest()
 
 
 def sample_start(corpus: Corpus) -> int | None:

@@ -34,7 +34,7 @@ from nanodisp import cli
 from nanodisp.data.decode import Tally
 from nanodisp.data.documents import Piece, Skipped, counted, cut, describe, is_text, read_as, read_documents
 from nanodisp.data.shards import MANIFEST, MAX_TOKENS, PROGRESS, SPLITS, Manifest, open_split
-from nanodisp.data.split import Split, assign, every_kth_to_val, n_bytes, split_by_size
+from nanodisp.data.split import Split, assign, every_kth_is, n_bytes, split_by_size, split_stream
 from nanodisp.data.tokenizer import Tokenizer, load_tokenizer
 from nanodisp.data.writer import LOCK, Progress, locked, progress_bar, write_shards
 from nanodisp.errors import UserError
@@ -219,21 +219,25 @@ def _survey(
 def prepare_documents(config: DataConfig, documents: Iterable[str], stem: str, source: str) -> Path:
     """Prepare a stream of documents, identified by `source`; if it is prepared already, none is requested."""
     parts = (part for document in documents for part in cut(document))
-    return prepare_pieces(config, every_kth_to_val(parts, config.val_fraction), stem, source)
+    key = None if every_kth_is(config.val_fraction) else "by share"
+    return prepare_pieces(config, split_stream(parts, config.val_fraction), stem, source, key)
 
 
-def prepare_pieces(config: DataConfig, pieces: Iterable[Piece], stem: str, source: str) -> Path:
+def prepare_pieces(
+    config: DataConfig, pieces: Iterable[Piece], stem: str, source: str, split: str | None = None
+) -> Path:
     """Prepare a stream of pieces, unless it is prepared already, and return the folder.
 
     Args:
         pieces: the same in every call with the same `source`.
         stem: the beginning of the folder's name.
         source: where the text is from; identifies the corpus.
+        split: see `_folder`.
 
     Raises:
         UserError: no text for one of the splits, or the corpus, the tokenizer or the disk fails.
     """
-    folder = _folder(config, stem, source, None)
+    folder = _folder(config, stem, source, split)
     return folder if (folder / MANIFEST).exists() else _prepare(config, folder, pieces, source)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -124,9 +125,21 @@ def _cut_at(chunks: Iterable[str], position: int) -> Iterator[tuple[str, str]]:
         position -= size
 
 
-def every_kth_to_val(parts: Iterable[tuple[str, bool]], val_fraction: float) -> Iterator[Piece]:
-    """For a stream of documents: 0, k, 2k, … go to validation, k = round(1 / val_fraction); parts are (text, ends)."""
-    k, document = round(1 / val_fraction), 0
+# --- of a stream -----------------------------------------------------------------------------
+
+
+def split_stream(parts: Iterable[tuple[str, bool]], val_fraction: float) -> Iterator[Piece]:
+    """Hold out `val_fraction` of the documents of a stream, whose sizes are not known; parts are (text, ends).
+
+    Documents 0, k, 2k, … if `every_kth_is` about the share, else as many, spread evenly.
+    """
+    share = Fraction(1, round(1 / val_fraction)) if every_kth_is(val_fraction) else Fraction(str(val_fraction))
+    document = 0
     for text, ends in parts:
-        yield Piece("train" if document % k else "val", text, ends)
+        yield Piece("val" if document * share % 1 < share else "train", text, ends)
         document += ends
+
+
+def every_kth_is(val_fraction: float) -> bool:
+    """Whether every k-th document, k = round(1 / val_fraction), is this share of the documents, within a tenth."""
+    return abs(1 / round(1 / val_fraction) - val_fraction) <= val_fraction / 10

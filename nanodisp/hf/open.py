@@ -233,7 +233,8 @@ class Measurable:
     context: the longest window, in tokens.
     encode: text -> int64 [n]; the tokenizer is loaded when it is called, and UserError is raised without one.
     folder: where figures are written.
-    data, corpus: the run's data and the name of its folder of shards; None for a Hugging Face model.
+    data, corpus, fingerprint: the run's data, the name of its folder of shards and what identifies their tokens; None
+        for a Hugging Face model, the last also for a run of version 0.1.0.
     """
 
     name: str
@@ -244,6 +245,7 @@ class Measurable:
     folder: Path
     data: DataConfig | None = None
     corpus: str | None = None
+    fingerprint: str | None = None
 
 
 def open_for_measuring(name: str, spec: str | None = None) -> Measurable:
@@ -264,7 +266,8 @@ def open_for_measuring(name: str, spec: str | None = None) -> Measurable:
         return run.load_tokenizer(spec).encode(text).astype(np.int64)
 
     block_size, vocab_size = run.model.config.block_size, run.model.vocab_size
-    return Measurable(run.name, run.model, block_size, vocab_size, encode, run.folder, data, corpus)
+    known = run.saved.state.get("corpus_fingerprint")
+    return Measurable(run.name, run.model, block_size, vocab_size, encode, run.folder, data, corpus, known)
 
 
 def quiet_transformers() -> Any:

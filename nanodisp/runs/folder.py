@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from nanodisp.config import BUDGET, CONFIG, Config, identity
-from nanodisp.data.corpus import Corpus, sample_start
+from nanodisp.data.corpus import Corpus, fingerprint, sample_start
 from nanodisp.data.tokenizer import load_tokenizer
 from nanodisp.distributed import layout
 from nanodisp.distributed.world import World
@@ -67,6 +67,7 @@ class Run:
     def __init__(self, plan: Plan, corpus: Corpus, world: World) -> None:
         self.plan, self.config, self.corpus, self.world = plan, plan.config, corpus, world
         self.folder = Path(plan.config.out_dir) / str(plan.config.run_name)
+        self.fingerprint = fingerprint(corpus)
         self.sample_start = sample_start(corpus) if world.is_main else None
         self.began = time.perf_counter()
         self.stop = StopSignals()
@@ -107,7 +108,7 @@ class Run:
             return None
         saved = saved or checkpoint.load(checkpoint.path_of(folder, step))
         try:
-            check_same_run(saved, self.config, self.corpus)
+            check_same_run(saved, self.config, self.corpus, self.fingerprint)
             if self.world.is_main and self.plan.is_done(saved.step):
                 restore_config(self.folder, saved.state["config"])
             model.load_state_dict(layout.scatter(saved.model, model))
@@ -182,6 +183,7 @@ class Run:
                     "scaler": scaler.state_dict(),
                     "config": dataclasses.asdict(self.config),
                     "corpus": self.corpus.folder.name,
+                    "corpus_fingerprint": self.fingerprint,
                     "sample_start": self.sample_start,
                 },
             )
@@ -251,7 +253,7 @@ class Run:
         return text
 
 
-def check_same_run(saved: checkpoint.Checkpoint, config: Config, corpus: Corpus) -> None:
+def check_same_run(saved: checkpoint.Checkpoint, config: Config, corpus: Corpus, fingerprint: str) -> None:
     """UserError when the checkpoint's run differs in anything that decides the result; the budget may grow."""
     theirs = {**identity(saved.state["config"]), "corpus": saved.state["corpus"]}
     ours = {**identity(dataclasses.asdict(config)), "corpus": corpus.folder.name}
@@ -264,6 +266,11 @@ def check_same_run(saved: checkpoint.Checkpoint, config: Config, corpus: Corpus)
     if differing:
         changes = ", ".join(f"{key}={theirs.get(key)} (now {ours[key]})" for key in differing)
         raise UserError(f"{saved.path} is of another run: {changes}; give this one another run_name")
+    if saved.state.get("corpus_fingerprint", fingerprint) != fingerprint:  # older checkpoints have none
+        raise UserError(
+            f"the shards in {corpus.folder} have changed since {saved.path} was saved: put the old ones back, or give "
+            "run_name=<another> to train on the new ones"
+        )
 
 
 def write_config(folder: Path, config: Config) -> None:

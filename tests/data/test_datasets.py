@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 from test_prepare import config, documents_of, files_of, write_jsonl, write_ranks
 
-from nanodisp.data.prepare import CONF, DATA, DataConfig, prepare
+from nanodisp.data.prepare import CONF, DATA, DataConfig, prepare, prepare_documents
 from nanodisp.data.shards import open_split, verify
 from nanodisp.errors import UserError
 
@@ -89,6 +89,19 @@ def test_a_data_set_of_the_hub_is_streamed(tmp_path, offline_datasets, name):
     folder = script(name).prepare(config(tmp_path, val_fraction=0.34), **where)
     assert documents_of(folder, "val") == ["page 0", "page 3"]
     assert documents_of(folder, "train") == ["page 1", "page 2", "page 4", "page 5"]
+
+
+@pytest.mark.parametrize(("val_fraction", "n"), [(0.5, 10), (0.4, 8), (0.3, 6), (0.1, 2)])
+def test_of_a_stream_the_share_that_was_asked_for_is_held_out(tmp_path, val_fraction, n):
+    values = config(tmp_path, val_fraction=val_fraction)
+    folder = prepare_documents(values, (f"page {i}" for i in range(20)), "stream", "made by a test")
+    assert len(documents_of(folder, "val")) == n
+    assert len(documents_of(folder, "train")) == 20 - n
+
+
+def test_a_stream_that_0_1_0_prepared_is_found_if_its_split_is_still_right(tmp_path):
+    values = config(tmp_path, val_fraction=0.001)
+    assert prepare_documents(values, map(str, range(9)), "stream", "made by a test").name == "stream-byte-45ea7308"
 
 
 def test_wikitext_keeps_its_articles_and_splits(tmp_path, offline_datasets):
