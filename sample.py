@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from nanodisp import cli
+from nanodisp.data.decode import read_whole
 from nanodisp.data.tokenizer import Tokenizer
 from nanodisp.distributed import hardware, start
 from nanodisp.errors import UserError
@@ -40,7 +41,7 @@ class SampleConfig:
     checkpoint: a run's folder (its newest checkpoint), out/<run>@best (of the lowest validation loss) or @<step>, one
         checkpoint's folder, or a Hugging Face GPT-2: its folder or hf:<id>.
     prompt: the text to continue; "-" reads it from standard input, and an empty one begins a new document.
-    prompt_file: a file with the prompt, in UTF-8.
+    prompt_file: a file with the prompt, in UTF-8, also in gzip.
     tokenizer: byte, gpt2 or the path of a .tiktoken file, if the model's own is not available.
     max_new_tokens: tokens to generate.
     temperature: divides the logits; 0 is greedy.
@@ -124,15 +125,14 @@ def main(argv: Sequence[str]) -> None:
 
 def read_prompt(config: SampleConfig) -> str:
     """The prompt, from the command line, a file or standard input; raises UserError if it is not UTF-8."""
+    if config.prompt_file is not None:
+        return read_whole(Path(config.prompt_file), f"prompt_file={config.prompt_file}")
     try:
-        if config.prompt_file is not None:
-            return Path(config.prompt_file).read_bytes().decode()
         return sys.stdin.buffer.read().decode() if config.prompt == "-" else config.prompt
-    except OSError as error:
-        raise UserError(f"prompt_file={config.prompt_file} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        source = "standard input" if config.prompt_file is None else f"prompt_file={config.prompt_file}"
-        raise UserError(f"{source} is not UTF-8 (byte {error.start}): convert it, for example with iconv") from error
+        raise UserError(
+            f"standard input is not UTF-8 (byte {error.start}): convert it, for example with iconv"
+        ) from error
 
 
 def write(prompt: str, tokens: Iterable[Tensor | int], tokenizer: Tokenizer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import subprocess
 import sys
@@ -127,6 +128,8 @@ def test_a_prompt_comes_from_a_file_or_standard_input(
     expected = text(capsys, *base, "prompt=é = 1\r\n  ")
     (tmp_path / "prompt").write_bytes("é = 1\r\n  ".encode())
     assert text(capsys, *base, f"prompt_file={tmp_path / 'prompt'}") == expected
+    (tmp_path / "prompt.gz").write_bytes(gzip.compress("é = 1\r\n  ".encode("utf-8-sig")))
+    assert text(capsys, *base, f"prompt_file={tmp_path / 'prompt.gz'}") == expected
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO("é = 1\r\n  ".encode())))
     assert text(capsys, *base, "prompt=-") == expected
     with pytest.raises(UserError, match="give one of them"):

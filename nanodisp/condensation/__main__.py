@@ -29,6 +29,7 @@ from nanodisp.condensation import figures
 from nanodisp.condensation.measure import hidden_states, measure
 from nanodisp.data.batches import spread_windows
 from nanodisp.data.corpus import fingerprint, open_corpus
+from nanodisp.data.decode import read_whole
 from nanodisp.data.prepare import DataConfig, prepare
 from nanodisp.data.shards import Manifest, check_tokens, open_split
 from nanodisp.data.tokenizer import load_tokenizer
@@ -48,7 +49,8 @@ class CondensationConfig:
         checkpoint's folder, a Hugging Face folder, or hf:<id>.
     windows, block: number of windows and tokens per window, spread evenly over the text; block null is the
         model's context, at most 512.
-    data, text: a folder of shards (its validation split) or a text file in UTF-8; null is the run's own data.
+    data, text: a folder of shards (its validation split) or a text file in UTF-8, also in gzip; null is the
+        run's own data.
     tokenizer: byte, gpt2 or the path of a .tiktoken file, if the run's own is not available.
     include_diagonal: see `measure`.
     projection: how the tokens of a window are projected onto the plane: pca, tsne or umap (if installed).
@@ -120,7 +122,7 @@ def open_windows(config: CondensationConfig, subject: Measurable) -> Iterator[Te
     if block > subject.context:
         raise UserError(f"block={block} is longer than the model's context of {subject.context} tokens")
     if config.text is not None:
-        where, ids = f"text={config.text}", subject.encode(read_text(Path(config.text)))
+        where, ids = f"text={config.text}", subject.encode(read_whole(Path(config.text), f"text={config.text}"))
         if (highest := ids.max(initial=0)) >= subject.vocab_size:
             raise UserError(
                 f"the tokenizer of {subject.name} gives token {highest}, the model has {subject.vocab_size}"
@@ -144,18 +146,6 @@ def open_windows(config: CondensationConfig, subject: Measurable) -> Iterator[Te
         rows = np.stack([read(start, start + block) for start in starts])
         check_tokens(rows, subject.vocab_size, where)
         yield torch.from_numpy(rows.astype(np.int64))
-
-
-def read_text(path: Path) -> str:
-    """A text file in UTF-8; raises UserError for anything else."""
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"text={path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"text={path} is not UTF-8 (byte {error.start}): convert it, for example with iconv -t utf-8"
-        ) from error
 
 
 def open_data(config: CondensationConfig, subject: Measurable) -> Path:

@@ -26,6 +26,18 @@ BOMS = {  # UTF-32's first: UTF-16's begins like it
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
+PACKED = "(decompress it, or compress it with gzip)"
+KINDS = {  # by the first bytes of a file that is no text, some of which have no zero byte
+    b"%PDF-": "a PDF (extract its text first, for example with pdftotext)",
+    b"PK\3\4": "a zip archive or an office document, such as docx, odt or epub (unpack it, or save it as text)",
+    b"\xd0\xcf\x11\xe0": "an office document, such as doc or xls (save it as text)",
+    b"{\\rtf": "rich text (save it as plain text)",
+    b"\x1f\x8b": "gzip (give it a name that ends in .gz)",
+    b"PAR1": "parquet (give it a name that ends in .parquet)",
+    b"BZh91AY": f"compressed with bzip2 {PACKED}",
+    b"\xfd7zXZ\0": f"compressed with xz {PACKED}",
+    b"(\xb5/\xfd": f"compressed with zstd {PACKED}",
+}
 ALWAYS_REPLACED = 3  # undecodable bytes that even a short file may have
 WESTERN, OTHERS = ("cp1252", "latin-1"), ("shift_jis", "euc_jp", "gb18030", "big5", "euc_kr", "cp1251")
 
@@ -61,6 +73,26 @@ def open_bytes(path: Path) -> IO[bytes]:
 def byte_order_mark(head: bytes) -> bytes:
     """The mark that `head`, the beginning of a file, begins with; empty without one."""
     return next((mark for mark in BOMS if head.startswith(mark)), b"")
+
+
+def kind_of(head: bytes) -> str | None:
+    """What a file that begins with `head` is, and what to do about it, if it is a known kind that is no text."""
+    return next((kind for magic, kind in KINDS.items() if head.startswith(magic)), None)
+
+
+def read_whole(path: Path, name: str) -> str:
+    """The text of a file, strictly in UTF-8 or the encoding of its byte order mark; raises UserError that names it."""
+    try:
+        with open_bytes(path) as file:
+            raw = file.read()
+        if kind := kind_of(raw):
+            raise UserError(f"{name} is {kind}")
+        mark = byte_order_mark(raw)
+        return raw[len(mark) :].decode(BOMS.get(mark, "utf-8"))
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 (byte {error.start}): convert it, for example with iconv") from error
 
 
 def read_chunks(path: Path, encoding: str, tally: Tally) -> Iterator[str]:

@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nanodisp.data.decode import Tally, byte_order_mark, open_bytes, read_chunks, reported
+from nanodisp.data.decode import Tally, byte_order_mark, kind_of, open_bytes, read_chunks, reported
 from nanodisp.errors import UserError
 
 PIECE = 1 << 18  # characters: long enough to keep a core busy, short enough to keep many in memory
@@ -25,18 +25,6 @@ SNIFFED = 8192  # bytes at the beginning in which a binary file has a zero byte
 JSONL, PARQUET = (".jsonl", ".ndjson"), ".parquet"
 TABLES = "not read, because it is a table or one JSON value: convert it to jsonl, one object per line, or parquet"
 UNREAD = {".json": TABLES, ".csv": TABLES, ".tsv": TABLES, ".parquet.gz": "parquet in gzip: decompress it"}
-PACKED = "(decompress it, or compress it with gzip)"
-KINDS = {  # by the first bytes of a file that is no text, some of which have no zero byte
-    b"%PDF-": "a PDF (extract its text first, for example with pdftotext)",
-    b"PK\3\4": "a zip archive or an office document, such as docx, odt or epub (unpack it, or save it as text)",
-    b"\xd0\xcf\x11\xe0": "an office document, such as doc or xls (save it as text)",
-    b"{\\rtf": "rich text (save it as plain text)",
-    b"\x1f\x8b": "gzip (give it a name that ends in .gz)",
-    b"PAR1": "parquet (give it a name that ends in .parquet)",
-    b"BZh91AY": f"compressed with bzip2 {PACKED}",
-    b"\xfd7zXZ\0": f"compressed with xz {PACKED}",
-    b"(\xb5/\xfd": f"compressed with zstd {PACKED}",
-}
 
 
 class Piece(NamedTuple):
@@ -116,7 +104,7 @@ def _unreadable(path: Path, encoding: str) -> str | None:
             head = file.read(SNIFFED)
     except UserError as error:
         return f"not readable: {error.__cause__}"
-    if kind := next((kind for magic, kind in KINDS.items() if head.startswith(magic)), None):
+    if kind := kind_of(head):
         return kind
     if b"\0" in head and not byte_order_mark(head) and not encoding.startswith(("utf-16", "utf-32")):
         return "not text (binary, or UTF-16 without a byte order mark, which needs data.encoding=utf-16-le or -be)"

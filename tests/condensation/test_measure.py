@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import gc
+import gzip
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -354,6 +356,37 @@ def test_a_mark_of_utf_8_is_no_text(run: Callable[..., Path], tmp_path: Path) ->
     (tmp_path / "text.txt").write_text("\ufeff" + "word" * 3)
     with pytest.raises(UserError, match="has 12 tokens, a window 16"):
         condensation.main([f"checkpoint={folder}", f"text={tmp_path / 'text.txt'}"])
+
+
+@pytest.mark.parametrize(("name", "mark"), [("a.txt.gz", b""), ("A.TXT.GZ", codecs.BOM_UTF8), ("a.txt", "utf-16")])
+def test_a_text_is_read_as_data_are(run: Callable[..., Path], tmp_path: Path, name: str, mark: bytes | str) -> None:
+    """Gzip by its name, the encoding by a byte order mark."""
+    folder = run("train.steps=1", "train.sample_tokens=0")
+    text, path = "words and more words " * 20, tmp_path / name
+    raw = text.encode(mark) if isinstance(mark, str) else mark + text.encode()
+    path.write_bytes(gzip.compress(raw) if name.lower().endswith(".gz") else raw)
+    (tmp_path / "plain").write_text(text)
+    figures = []
+    for file in (path, tmp_path / "plain"):
+        condensation.main([f"checkpoint={folder}", f"text={file}"])
+        figures.append((folder / "condensation.json").read_text())
+    assert figures[0] == figures[1]
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"words", r"a\.txt\.gz cannot be read: Not a gzipped file"),
+        (gzip.compress(b"words " * 99)[:-9], r"a\.txt\.gz cannot be read: "),
+        (gzip.compress(b"%PDF-1.7"), r"a\.txt\.gz is a PDF \(extract its text first"),
+    ],
+    ids=["plain", "truncated", "pdf"],
+)
+def test_what_is_no_text_is_reported(run: Callable[..., Path], tmp_path: Path, raw: bytes, message: str) -> None:
+    folder = run("train.steps=1", "train.sample_tokens=0")
+    (tmp_path / "a.txt.gz").write_bytes(raw)
+    with pytest.raises(UserError, match=message):
+        condensation.main([f"checkpoint={folder}", f"text={tmp_path / 'a.txt.gz'}"])
 
 
 def test_weights_that_are_not_finite_are_reported(run: Callable[..., Path]) -> None:
