@@ -13,18 +13,22 @@ from lm_eval.models.huggingface import HFLM
 from nanodisp.errors import UserError
 from nanodisp.hf.open import check_complete
 
+DECODERS = "GPT-2, LLaMA, Qwen or OPT"
+
 
 class HuggingFaceModel(HFLM):
-    """Raises UserError for a model with incomplete weights, or one that sees what it should predict."""
+    """Raises UserError for an encoder-decoder, for incomplete weights, and for a model that sees what it predicts."""
 
     _model: Any
 
     def _create_model(self, pretrained: str, *arguments: Any, **options: Any) -> None:
+        if self.backend != "causal":
+            kind = f"an encoder-decoder ({self.config.model_type})"
+            raise UserError(f"{pretrained} is {kind}: give a decoder, such as {DECODERS}")
         super()._create_model(pretrained, *arguments, output_loading_info=True, **options)
         self._model, loaded = self._model
         check_complete(pretrained, self._model, loaded)
-        if self.backend == "causal":
-            check_causal(pretrained, self._model)
+        check_causal(pretrained, self._model)
 
 
 def check_causal(name: str, model: Any) -> None:
@@ -38,5 +42,5 @@ def check_causal(name: str, model: Any) -> None:
     if change[:2].max() > 1e-3 * change[2]:
         raise UserError(
             f"{name} ({type(model).__name__}) sees the tokens that it should predict, so it is an encoder: "
-            "give a decoder, such as GPT-2, LLaMA, Qwen or OPT"
+            f"give a decoder, such as {DECODERS}"
         )

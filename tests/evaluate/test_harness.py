@@ -288,6 +288,19 @@ def test_an_encoder_is_rejected(run: Path, tasks: Path, tmp_path: Path) -> None:
         go(folder, tasks, "tasks=letters")
 
 
+def test_an_encoder_decoder_is_rejected(run: Path, tasks: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    shape = {"num_layers": 1, "num_heads": 2, "d_model": 16, "d_ff": 16, "d_kv": 8}
+    folder = export(run, tmp_path / "exported")  # for its tokenizer
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**shape, vocab_size=257))
+    model.save_pretrained(folder)
+    with pytest.raises(
+        UserError, match=r"exported is an encoder-decoder \(t5\): give a decoder, such as GPT-2"
+    ) as error:
+        go(folder, tasks, "tasks=letters")
+    assert "\n" not in str(error.value)
+
+
 def test_a_missing_tokenizer_can_be_given_if_it_fits(tasks: Path, tmp_path: Path) -> None:
     ranks = write_ranks_file(tmp_path / "tiny.tiktoken")
     folder = write_checkpointed_run(tmp_path / "run", str(ranks))
