@@ -245,7 +245,10 @@ UNUSED = [
     Unused(("data.path",), "data.name", one_of(*PUBLISHED, "fineweb10B"), "add data=text, or data=shards for shards"),
     Unused(("data.tokenizer",), "data.name", one_of("fineweb10B"), f"its shards hold GPT-2's tokens; {LEAVE}"),
     Unused(("data.val_fraction",), "data.name", one_of("shards", "wikitext103", "fineweb10B"), f"it is split; {LEAVE}"),
-    Unused(("data.encoding",), "data.name", one_of("shards", *PUBLISHED, "fineweb10B"), f"it is UTF-8; {LEAVE}"),
+    Unused(
+        *(("data.encoding",), "data.name"),
+        *(one_of("shards", "english", *PUBLISHED, "fineweb10B"), f"it is UTF-8; {LEAVE}"),
+    ),
     Unused(("data.field",), "data.name", one_of("pystdlib", "shakespeare", "shards", "fineweb10B"), LEAVE),
     Unused(("data.shard_tokens",), "data.name", one_of("shards", "fineweb10B"), f"its shards exist; {LEAVE}"),
     Unused(("data.chunks",), "data.name", one_of("text", "shards", "english", *PUBLISHED), "add data=fineweb10B"),

@@ -135,6 +135,7 @@ def test_a_value_that_hydra_cannot_parse_is_answered_with_its_quoted_form(text: 
         ("data=fineweb10B data.val_fraction=0.2", ["data.val_fraction=0.2", "data=fineweb10B"]),
         ("data=fineweb10B data.tokenizer=byte", ["data.tokenizer=byte", "GPT-2"]),
         ("data=text data.path=a data.chunks=3", ["data.chunks=3", "data=fineweb10B"]),
+        ("data=english data.path=a data.encoding=cp1252", ["data.encoding=cp1252", "data=english", "UTF-8"]),
         ("data.field=body", ["data.field=body", "data=pystdlib"]),
         ("dispersion=off dispersion.lambda_disp=0.1", ["dispersion.lambda_disp=0.1", "dispersion=off", "one of them"]),
         ("dispersion=off dispersion.tau=2", ["dispersion.tau=2", "dispersion.lambda_disp=0"]),
