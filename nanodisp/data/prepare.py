@@ -131,9 +131,10 @@ def main(prepare_function: Callable[[DataConfig], Path]) -> None:
         values = OmegaConf.load(
             script.parents[2] / "conf" / "data" / f"{name}.yaml"
         )  # CONF, unless a wheel is imported
-        known = cast(dict, OmegaConf.to_container(values)).items()
-        defaults = [f"{key}={value}" for key, value in known if value != cli.MISSING]
-        folder = prepare_function(cli.parse(DataConfig, [f"folder={script.parent}", *defaults, *given]))
+        defaults = {"folder": script.parent, **cast(dict, OmegaConf.to_container(values))}
+        typed = [argument.partition("=")[0] for argument in given]
+        others = [f"{key}={value}" for key, value in defaults.items() if value != cli.MISSING and key not in typed]
+        folder = prepare_function(cli.parse(DataConfig, [*others, *given]))
         print(folder)
         for split in SPLITS:
             tokens = open_split(folder, split)

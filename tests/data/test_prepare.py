@@ -419,18 +419,19 @@ def test_the_script_prints_the_folder_and_its_contents(tmp_path):
     assert counts == ["train: 801 tokens, shards: 1", "val: 201 tokens, shards: 1"]
 
 
-def test_the_script_takes_its_defaults_from_its_own_clone(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("given", "n_val"), [([], 300), (["val_fraction=0.4"], 400)], ids=["defaults", "given"])
+def test_the_script_takes_its_defaults_from_its_own_clone(tmp_path, monkeypatch, capsys, given, n_val):
     """Even if another nanodisp is imported, such as an installed one."""
     clone = tmp_path / "clone"
     (clone / "conf" / "data").mkdir(parents=True)
     (clone / "conf" / "data" / "text.yaml").write_text("name: text\npath: ???\nval_fraction: 0.3\n")
     shutil.copytree(DATA / "text", clone / "data" / "text", ignore=lambda *_: ["__pycache__"])
     (tmp_path / "a.txt").write_text("x" * 1000)
-    monkeypatch.setattr(sys, "argv", ["prepare.py", f"path={tmp_path / 'a.txt'}"])
+    monkeypatch.setattr(sys, "argv", ["prepare.py", f"path={tmp_path / 'a.txt'}", *given])
     runpy.run_path(str(clone / "data" / "text" / "prepare.py"), run_name="__main__")
     folder, *counts = capsys.readouterr().out.splitlines()
     assert Path(folder).parent == clone / "data" / "text"
-    assert counts == ["train: 701 tokens, shards: 1", "val: 301 tokens, shards: 1"]
+    assert counts == [f"train: {1001 - n_val} tokens, shards: 1", f"val: {n_val + 1} tokens, shards: 1"]
 
 
 def test_the_script_reports_a_mistake_in_one_line(monkeypatch, capsys):

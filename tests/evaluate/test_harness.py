@@ -105,7 +105,9 @@ def quick(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 
 def go(checkpoint: Path, tasks: Path, *arguments: str) -> None:
-    evaluate.main([f"checkpoint={checkpoint}", f"task_folder={tasks}", "device=cpu", *arguments])
+    defaults = {"checkpoint": str(checkpoint), "task_folder": str(tasks), "device": "cpu"}
+    given = dict(argument.split("=", 1) for argument in arguments)
+    evaluate.main([f"{key}={value}" for key, value in {**defaults, **given}.items()])
 
 
 def tasks_in(path: Path) -> dict[str, Any]:
