@@ -218,6 +218,26 @@ def test_a_checkpoint_of_another_run_is_rejected_and_kept(run: Run) -> None:
     assert all(torch.equal(before[key], value) for key, value in weights(folder).items())
 
 
+@pytest.mark.parametrize(
+    ("switch", "words"),
+    [
+        ("model.mlp=relu2", r"model.mlp=relu2 \(now gelu\)"),  # tensors of the same names and shapes
+        ("model.norm_eps=1e-3", r"model.norm_eps=0.001 \(now 1e-05\)"),
+        ("model.n_kv_head=1", r"model.n_kv_head=1 \(now None\)"),
+    ],
+)
+def test_a_run_is_not_resumed_without_a_switch_that_it_began_with(run: Run, switch: str, words: str) -> None:
+    run("train.steps=2", switch)
+    with pytest.raises(UserError, match=f"another run: {words}"):
+        run("train.steps=4")
+
+
+def test_a_run_is_not_resumed_with_another_switch(run: Run) -> None:
+    run("train.steps=2")
+    with pytest.raises(UserError, match=r"another run: model.mlp=gelu \(now relu2\)"):
+        run("train.steps=4", "model.mlp=relu2")
+
+
 @pytest.mark.slow
 def test_two_ranks_have_the_loss_curve_of_one(run: Run, corpus: Path, tmp_path: Path) -> None:
     settings = ("train.steps=50", "train.log_interval=1")

@@ -15,7 +15,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from nanodisp.config import BUDGET, CONFIG, Config, identity
+from nanodisp.config import ADDED, BUDGET, CONFIG, Config, identity
 from nanodisp.data.corpus import Corpus, fingerprint, sample_start
 from nanodisp.data.tokenizer import load_tokenizer
 from nanodisp.distributed import layout
@@ -255,8 +255,8 @@ class Run:
 
 def check_same_run(saved: checkpoint.Checkpoint, config: Config, corpus: Corpus, fingerprint: str) -> None:
     """UserError when the checkpoint's run differs in anything that decides the result; the budget may grow."""
-    theirs = {**identity(saved.state["config"]), "corpus": saved.state["corpus"]}
-    ours = {**identity(dataclasses.asdict(config)), "corpus": corpus.folder.name}
+    theirs = {**ADDED, **identity(saved.state["config"]), "corpus": saved.state["corpus"]}
+    ours = {**ADDED, **identity(dataclasses.asdict(config)), "corpus": corpus.folder.name}
     differing = [key for key in ours if key not in BUDGET and theirs.get(key) != ours[key]]
     if differing == ["corpus"]:
         raise UserError(
