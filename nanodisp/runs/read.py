@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from nanodisp.condensation.cosine import trend
-from nanodisp.config import CONFIG, NOT_IDENTITY, TrainConfig, count_steps, flatten
+from nanodisp.config import ADDED, CONFIG, NOT_IDENTITY, TrainConfig, count_steps, flatten
 from nanodisp.errors import UserError
 from nanodisp.models.blocks import GPTConfig, architecture
 from nanodisp.plan import size_of
@@ -126,6 +126,7 @@ def read_run(folder: Path) -> RunSummary:
 def read_config(run: RunSummary, config: Any) -> None:
     """The configuration, and what follows from it; raises one of `UNREADABLE` if it is not complete."""
     run.config = flatten(config)
+    run.config |= {key: default for key, default in ADDED.items() if key not in run.config}  # older runs
     if run.config.get("dispersion.schedule") == "linear":  # the name of warmup in older runs
         run.config["dispersion.schedule"] = "warmup"
     model = {key[6:]: value for key, value in run.config.items() if key.startswith("model.")}

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from nanodisp.runs.read import read_run, read_runs
+from nanodisp.config import ADDED
+from nanodisp.runs.read import differences, read_run, read_runs
 
 
 def test_finished_unfinished_and_failed_runs_are_distinguished(sweep: Path) -> None:
@@ -43,6 +44,18 @@ def test_numbers_are_from_the_last_validation(sweep: Path) -> None:
     assert run.numbers["tokens_per_second"] == 4000, "the first record, which includes warm-up, does not count"
     np.testing.assert_array_equal(run.steps, [0, 20, 40])
     assert run.size == "10,960 (2 x 16)"
+
+
+def test_a_run_of_version_0_1_0_had_what_the_defaults_of_later_keys_are(tmp_path: Path) -> None:
+    old, new = write_run(tmp_path / "old"), write_run(tmp_path / "new", "dispersion.lambda_disp=0")
+    config = OmegaConf.load(old / "config.yaml")
+    for key in ADDED:
+        section, name = key.split(".")
+        del config[section][name]
+    OmegaConf.save(config, old / "config.yaml")
+    runs = [read_run(old), read_run(new)]
+    assert list(differences(runs)) == ["dispersion.lambda_disp"]
+    assert runs[0].architecture == "GPT-2"
 
 
 @pytest.mark.slow
