@@ -112,7 +112,7 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
     When a rank keeps the others waiting for `timeout_minutes`, they fail and torchrun ends all of them. Inside
     `with world:` their error names that rank.
 
-    Raises UserError for an unknown or missing device.
+    Raises UserError for an unknown or missing device, and for variables of torchrun that are incomplete.
     """
     if device not in DEVICES:
         raise UserError(f"device={device} is unknown; choose one of {', '.join(DEVICES)}")
@@ -122,6 +122,11 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
 
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if not 0 <= rank < size or (size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()):
+        raise UserError(
+            f"the environment says rank {rank} of {size}, but not as torchrun does: start several ranks with torchrun; "
+            "for a single process unset RANK and WORLD_SIZE"
+        )
     if use_cuda:
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"rank {rank} needs GPU {local_rank}, but torch sees only {torch.cuda.device_count()}")
