@@ -80,7 +80,7 @@ def count_windows(tokens: Tokens, block_size: int) -> int:
     if n_windows < 1:
         raise UserError(
             f"model.block_size={block_size} needs {block_size + 1} tokens, but a split of {tokens.paths[0].parent} "
-            f"has {len(tokens)}: use a smaller block_size, more text or another data.val_fraction"
+            f"has {len(tokens)} ({tokens.paths[0].name}): use a smaller block_size, more text, or another split of it"
         )
     return n_windows
 
