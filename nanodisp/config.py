@@ -289,6 +289,11 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     flat = flatten(config)
     if flat.get("dispersion.schedule") == "linear":  # its name in older checkpoints
         flat["dispersion.schedule"] = "warmup"
+    n_head, n_embd = flat.get("model.n_head"), flat.get("model.n_embd")
+    if n_head and flat.get("model.n_kv_head") == n_head:  # what null means
+        flat["model.n_kv_head"] = None
+    if n_head and n_embd == n_head * (flat.get("model.head_dim") or 0):
+        flat["model.head_dim"] = None
     left_out = {f"{section}.{key}" if section else key for section, keys in NOT_IDENTITY.items() for key in keys}
     left_out |= unused(flat).keys()
     left_out |= {key for key, default in ADDED.items() if flat.get(key) == default}

@@ -292,6 +292,8 @@ def check_typed(arguments: Sequence[str]) -> None:
         key, line, folder = override.key_or_group, str(override.input_line), CONF / override.key_or_group
         if key in NOT_TYPED:
             raise UserError(f"{line}: {NOT_TYPED[key]}")
+        if key == "switch" and "experiment=architecture" not in arguments and not override.is_add():
+            raise UserError(f"{line}: switch= is of experiment=architecture; give the key, such as model.norm=rmsnorm")
         if not (key in SECTIONS or folder.is_dir()):
             continue
         value = None if override.is_delete() else override.value()

@@ -303,6 +303,8 @@ def test_unused_keys_do_not_change_a_name() -> None:
 
     for used, unused in (
         ((), "optim.muon_lr=1"),
+        ((), "model.n_kv_head=4"),  # what null means
+        ((), "model.head_dim=32"),
         ((), "data.chunks=3"),
         ((), "data.path=a"),
         (("dispersion=variance",), "dispersion.tau=2"),
@@ -370,6 +372,7 @@ def test_the_arm_with_dispersion_is_the_run_with_dispersion() -> None:
         ("+optim={lr: 1, name: muon}", ["give the keys of optim one by one: optim.lr=… optim.name=…"]),
         ("train={steps: 3}", ["give the keys of train one by one: train.steps=…"]),
         ("dispersion={tau: 1},{tau: 2}", ["give the keys of dispersion one by one: dispersion.tau=…"]),
+        ("switch=rmsnorm", ["switch=rmsnorm", "experiment=architecture", "model.norm=rmsnorm"]),
     ],
 )
 def test_a_group_is_given_as_the_name_of_a_choice(argument: str, words: list[str]) -> None:
@@ -395,3 +398,4 @@ def test_a_key_that_is_set_elsewhere_is_an_error(argument: str, words: list[str]
 def test_choices_and_sweeps_of_them_are_accepted() -> None:
     choices = ["dispersion=off", "model=nano,micro", "hydra/launcher=local", "train.steps=3", "dispersion.layers=[1,2]"]
     launch.check_typed([*choices, "hydra.launcher.n_jobs=4", "-m"])
+    launch.check_typed(["experiment=architecture", "switch=none,rotary"])
