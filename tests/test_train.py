@@ -349,6 +349,13 @@ def test_other_text_makes_it_another_run(run: Run, tmp_path: Path) -> None:
         run("train.steps=2", f"data.path={other}")
 
 
+def test_a_run_is_resumed_on_the_same_tokens_in_another_place(run: Run, corpus: Path, tmp_path: Path) -> None:
+    folder = run("train.steps=2")
+    moved = shutil.copytree(corpus, tmp_path / "moved")
+    run("train.steps=4", f"data.path={moved}")
+    assert [record["step"] for record in records(folder, "train")] == [1, 2, 4]
+
+
 def test_a_text_that_has_changed_under_the_same_command_is_rejected(run: Run, tmp_path: Path) -> None:
     text = tmp_path / "a.txt"
     own = ("data=text", f"data.path={text}", f"data.folder={tmp_path / 'prepared'}", "train.steps=1")

@@ -257,7 +257,9 @@ def check_same_run(saved: checkpoint.Checkpoint, config: Config, corpus: Corpus,
     """UserError when the checkpoint's run differs in anything that decides the result; the budget may grow."""
     theirs = {**ADDED, **identity(saved.state["config"]), "corpus": saved.state["corpus"]}
     ours = {**ADDED, **identity(dataclasses.asdict(config)), "corpus": corpus.folder.name}
-    differing = [key for key in ours if key not in BUDGET and theirs.get(key) != ours[key]]
+    known = saved.state.get("corpus_fingerprint")  # older checkpoints have none
+    may_differ = (*BUDGET, "data.path", "corpus") if known == fingerprint else BUDGET  # the same tokens, moved
+    differing = [key for key in ours if key not in may_differ and theirs.get(key) != ours[key]]
     if differing == ["corpus"]:
         raise UserError(
             f"the text has changed: {saved.path} was trained on {theirs['corpus']}, now it is {ours['corpus']}; "
@@ -266,7 +268,7 @@ def check_same_run(saved: checkpoint.Checkpoint, config: Config, corpus: Corpus,
     if differing:
         changes = ", ".join(f"{key}={theirs.get(key)} (now {ours[key]})" for key in differing)
         raise UserError(f"{saved.path} is of another run: {changes}; give this one another run_name")
-    if saved.state.get("corpus_fingerprint", fingerprint) != fingerprint:  # older checkpoints have none
+    if known not in (None, fingerprint):
         raise UserError(
             f"the shards in {corpus.folder} have changed since {saved.path} was saved: put the old ones back, or give "
             "run_name=<another> to train on the new ones"
