@@ -48,6 +48,7 @@ NOT_TYPED = {  # keys that are set elsewhere -> what to do
     "hydra.sweep.dir": "out_dir= is the folder of a sweep",
     "hydra.sweep.subdir": "run_name= names the folder",
 }
+TEXTS = ("run_name", "out_dir", "init_from", "data.path", "data.folder")  # keys of names, which may look like numbers
 WITHOUT_OUTPUT = "the command continues, and a run's figures are in its metrics.jsonl"
 
 
@@ -59,7 +60,7 @@ def main(task: Callable[[Config], float | None]) -> None:
 
     In a dry run `task` returns the seconds that the run would take, which are added up for a sweep.
     """
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach the lines below instead of Hydra's printer
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach the lines below instead of Hydra's printer
     ConfigStore.instance().store(name="schema", node=Config)
     # Hydra's parser wants flags first; a stable sort keeps "--cfg job" together
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: "=" in argument and not argument.startswith("-"))
@@ -294,6 +295,10 @@ def check_typed(arguments: Sequence[str]) -> None:
             raise UserError(f"{line}: {NOT_TYPED[key]}")
         if key == "switch" and "experiment=architecture" not in arguments and not override.is_add():
             raise UserError(f"{line}: switch= is of experiment=architecture; give the key, such as model.norm=rmsnorm")
+        number, text = override.value() if key in TEXTS else None, line.partition("=")[2]
+        if isinstance(number, (int, float)) and str(number) != text:  # 1e3, 2026_01, true
+            quoted = shlex.quote(f'{key}="{text}"')
+            raise UserError(f"{line} would be {key}={number}; as text: {quoted}")
         if not (key in SECTIONS or folder.is_dir()):
             continue
         value = None if override.is_delete() else override.value()

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from nanodisp.config import CONFIG, Config, count_steps
+from nanodisp.config import CONFIG, DTYPES, Config, count_steps
 from nanodisp.data.corpus import Corpus, count_vocabulary
 from nanodisp.distributed import hardware
 from nanodisp.distributed.world import World
@@ -157,7 +157,8 @@ def choose_dtype(config: Config, world: World) -> torch.dtype:
         return hardware.matmul_dtype(name, world.device)
     if world.is_main:
         with contextlib.suppress(OSError, YAMLError, OmegaConfBaseException, AttributeError, ValueError):
-            name = OmegaConf.load(file).train.dtype or name
+            began = OmegaConf.load(file).train.dtype
+            name = began if began in DTYPES else name
     candidates = [torch.float32, torch.bfloat16, torch.float16]
     chosen = candidates.index(hardware.matmul_dtype(name, world.device)) if world.is_main else 0
     return candidates[int(world.sum(torch.tensor(chosen, device=world.device)))]

@@ -387,9 +387,14 @@ def test_a_group_is_given_as_the_name_of_a_choice(argument: str, words: list[str
         ("command=hello", ["command=hello", "leave it out"]),
         ("hydra.run.dir=x", ["hydra.run.dir=x", "out_dir= and run_name="]),
         ("hydra.sweep.dir=x", ["hydra.sweep.dir=x", "out_dir="]),
+        ("run_name=1e3", ["run_name=1000.0", """'run_name="1e3"'"""]),
+        ("run_name=true", ["run_name=True"]),
+        ("out_dir=2026_01", ["out_dir=202601"]),
     ],
 )
-def test_a_key_that_is_set_elsewhere_is_an_error(argument: str, words: list[str]) -> None:
+def test_a_key_that_is_set_elsewhere_or_a_name_that_is_read_as_a_number_is_an_error(
+    argument: str, words: list[str]
+) -> None:
     with pytest.raises(UserError) as caught:
         launch.check_typed([argument])
     assert all(word in str(caught.value) for word in words)
@@ -398,4 +403,6 @@ def test_a_key_that_is_set_elsewhere_is_an_error(argument: str, words: list[str]
 def test_choices_and_sweeps_of_them_are_accepted() -> None:
     choices = ["dispersion=off", "model=nano,micro", "hydra/launcher=local", "train.steps=3", "dispersion.layers=[1,2]"]
     launch.check_typed([*choices, "hydra.launcher.n_jobs=4", "-m"])
-    launch.check_typed(["experiment=architecture", "switch=none,rotary"])
+    launch.check_typed(
+        ["experiment=architecture", "switch=none,rotary", "run_name=7", 'out_dir="007"', "init_from=null"]
+    )

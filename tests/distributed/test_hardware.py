@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import compose
 from omegaconf import OmegaConf
 
-from nanodisp.distributed import hardware
+from nanodisp.distributed import hardware, start
+from nanodisp.plan import choose_dtype
 
 Run = Callable[..., Path]
 CPU = torch.device("cpu")
@@ -55,3 +57,10 @@ def test_a_run_keeps_its_dtype_where_the_machine_would_choose_another(
     run("train.steps=4", *settings)
     assert OmegaConf.load(folder / "config.yaml").train.dtype == "bfloat16"
     assert OmegaConf.load(run("train.steps=2", *settings, name="new") / "config.yaml").train.dtype == "float32"
+
+
+def test_a_dtype_that_does_not_exist_is_not_taken_from_a_runs_config(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("train: {dtype: float99}")
+    config = compose(f"out_dir={tmp_path}", "run_name=run", "device=cpu")
+    assert choose_dtype(config, start("cpu")) in (torch.float32, torch.bfloat16)
