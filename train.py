@@ -55,6 +55,7 @@ def train(config: Config) -> float | None:
         batch_size=config.train.batch_size,
         seed=config.seed,
         vocab_size=plan.vocab_size,
+        masked=not config.model.causal,
     )
     task = config.train.eval_task
     validation = Validation(
@@ -166,7 +167,7 @@ def validate(validation: Validation, model: GPT, run: Run, state: TrainState) ->
     """Record whatever is due after `state.step` updates: held-out loss, questions, the layers' figures."""
     if run.plan.validates_at(state.step):
         held_out = validation(model)
-        state.val_loss = held_out["loss"]
+        state.val_loss = held_out[model.config.loss_name]
         run.record("val", state, held_out)
         if validation.questions:
             run.record("task", state, validation.answer(model))
@@ -202,7 +203,9 @@ def estimate(objective: Objective, scaler: torch.amp.GradScaler, batches: Batche
         x, y = next(prefetch(batches, range(1), plan.device, world.rank, world.size))
         for _ in range(2):
             began = time.perf_counter()
-            forward_backward(objective, scaler, plan, world, 0, x, y)["loss"].item()  # waits for the device
+            forward_backward(objective, scaler, plan, world, 0, x, y)[
+                plan.config.model.loss_name
+            ].item()  # waits for the device
         seconds = (plan.total_steps - done) * (time.perf_counter() - began)
     if world.is_main:
         tokens = plan.total_steps * plan.tokens_per_step

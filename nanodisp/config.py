@@ -24,6 +24,7 @@ from nanodisp.training.optim import OptimConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 COMPILE = ("auto", True, False)
+OBJECTIVES = ("next_token", "masked_lm")  # of decoders, of encoders
 RESUME = ("auto", "never")
 WANDB_MODES = ("disabled", "offline", "online")
 CONFIG = "config.yaml"  # in a run's folder
@@ -141,6 +142,8 @@ class WandbConfig:
 class Config:
     """A run.
 
+    objective: "next_token" for a causal model; "masked_lm" for one with model.causal=false (BERT's: some tokens are
+        hidden, and predicted from all others). null is the one that fits the model.
     init_from: start from the weights of a run (its folder, or one of its checkpoints) or of a Hugging Face GPT-2
         (hf:<folder or id>). `model` must have its shape; only block_size may be smaller. null initialises randomly.
     seed: of initial weights, data order, dropout and the sampled tokens of the dispersion loss.
@@ -161,6 +164,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     tensorboard: bool = False
+    objective: str | None = None
     init_from: str | None = None
     seed: int = 1337
     device: str = "auto"
@@ -175,6 +179,20 @@ class Config:
             raise ValueError(f"seed={self.seed} must be between 0 and 2**63 - 1")
         if self.resume not in RESUME:
             raise ValueError(f"resume={self.resume} is unknown; choose one of {', '.join(RESUME)}")
+        if self.objective not in (None, *OBJECTIVES):
+            raise ValueError(f"objective={self.objective} is unknown; choose one of {', '.join(OBJECTIVES)}")
+        fitting = OBJECTIVES[not self.model.causal]
+        if self.objective not in (None, fitting):
+            raise ValueError(
+                f"objective={self.objective} needs model.causal={str(not self.model.causal).lower()}"
+                f"{', as in model=nano_encoder' * self.model.causal}; this model's is {fitting}"
+            )
+        self.objective = fitting
+        if self.train.eval_task is not None and not self.model.causal:
+            raise ValueError(
+                "train.eval_task needs a model that predicts the next token: leave it out with model.causal=false, "
+                "whose masked loss and mean cosine are recorded"
+            )
         select_layers(self.dispersion.layers, self.model.n_layer)
         if self.dispersion.lambda_disp > 0 and self.model.block_size < 2:
             raise ValueError(
@@ -196,9 +214,9 @@ SECTIONS: dict[str, Any] = {
     "wandb": WandbConfig,
 }
 
-# Keys that may change without making it another run.
+# Keys that may change without making it another run, or that follow from others.
 NOT_IDENTITY = {
-    "": ("device", "resume", "out_dir", "run_name", "dry_run", "tensorboard", "command"),
+    "": ("device", "resume", "out_dir", "run_name", "dry_run", "tensorboard", "command", "objective"),
     "data": ("folder",),
     "dispersion": ("backend",),
     "train": (
@@ -260,6 +278,7 @@ UNUSED = [
     Unused(("dispersion.tau",), "dispersion.variant", one_of(*WITHOUT_TAU), f"the formula has no tau; {LEAVE}"),
     Unused(("dispersion.warmup_fraction",), "dispersion.schedule", no("warmup"), "add dispersion.schedule=warmup"),
     Unused(("model.rope_theta",), "model.position", no("rotary", None), "add model.position=rotary"),
+    Unused(("train.sample_tokens",), "model.causal", one_of(False), f"a bidirectional model samples no text; {LEAVE}"),
     Unused(("optim.muon_lr", "optim.muon_momentum"), "optim.name", no("muon"), "add optim=muon"),
     Unused(("optim.warmup_steps",), "optim.warmup_fraction", given, "optim.warmup_fraction=null removes that one"),
     Unused(("optim.decay_fraction", "optim.min_lr_fraction"), "optim.schedule", one_of("constant"), LEAVE),

@@ -139,11 +139,13 @@ def write_run(folder: Path, *overrides: str, loss: float | None = 2.0, steps: in
     folder.mkdir(parents=True)
     OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
     records: list[dict[str, Any]] = []
+    name = config.model.loss_name
     for step in range(0, steps + 1, 20):
         if step:
-            records.append({"step": step, "split": "train", "loss": 3.0, "tokens_per_second": 100.0 * step})
+            records.append({"step": step, "split": "train", name: 3.0, "tokens_per_second": 100.0 * step})
         means = [0.1, 0.2, 0.3 + step / 1000]
-        records.append({"step": step, "split": "val", "loss": loss, "bpb": loss and loss * 2, "mean_cosine": means})
+        bpb = {"bpb": loss and loss * 2} if config.model.causal else {}
+        records.append({"step": step, "split": "val", name: loss, **bpb, "mean_cosine": means})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
 

@@ -148,6 +148,7 @@ def test_a_value_that_hydra_cannot_parse_is_answered_with_its_quoted_form(text: 
         ("train.steps=5 train.tokens=100", ["train.steps=5", "train.tokens=100", "train.tokens=null"]),
         ("train.steps=5 train.tokens_per_param=1", ["train.steps=5", "train.tokens_per_param=null"]),
         ("experiment=midtrain_gpt2 train.steps=5", ["train.steps=5", "train.tokens=null"]),
+        ("model=nano_encoder train.sample_tokens=9", ["train.sample_tokens=9", "model.causal=False", "leave it out"]),
         ("wandb.project=mine", ["wandb.project=mine", "wandb.mode=online"]),
     ],
 )

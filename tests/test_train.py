@@ -96,7 +96,11 @@ def test_micro_batches_do_not_change_the_run(run: Run) -> None:
     assert count_micro_batches(12, 5) == 3
 
 
-@pytest.mark.parametrize("options", [(), ("optim=muon",), ("model.dropout=0.1",), ("train.dtype=float16",)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [(), ("optim=muon",), ("model.dropout=0.1",), ("train.dtype=float16",), ("model.causal=false",)],
+    ids=str,
+)
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(run: Run, options: tuple[str, ...]) -> None:
     settings = ("train.steps=20", "train.checkpoint_interval=10", "train.eval_interval=5", "train.log_interval=3")
     folder = run(*settings, *options)

@@ -121,13 +121,15 @@ def over_training(runs: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
     return figure
 
 
-def losses(runs: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]]) -> Figure:
+def losses(
+    runs: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]], quantity: str = "loss, nats per token"
+) -> Figure:
     """Training and validation loss over steps: a panel each, a line per run.
 
     runs: label -> "train" and "val" -> (steps [S], losses [S]).
     """
     with matplotlib.rc_context(STYLE):
-        figure, axes = _panels(["training", "validation"], "step", "loss, nats per token")
+        figure, axes = _panels(["training", "validation"], "step", quantity)
         figure.set_size_inches(2 * PANEL[0] + 1, 1.2 * PANEL[1])
         for ax, split in zip(axes, ("train", "val"), strict=True):
             for index, (label, curves) in enumerate(runs.items()):

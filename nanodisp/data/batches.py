@@ -5,6 +5,8 @@ window exactly once, in an order determined by (seed, epoch); sequence i of the 
 is window i mod W of epoch i div W. So a resumed run needs no loader state, and any number
 of ranks or micro-batches sees the same global batch. Windows may span documents.
 
+An encoder's batches hide some of the tokens, which are its targets: `mask_tokens`.
+
 The order is a Feistel network on the window's number, not a shuffled list: constant
 memory for a corpus of any size, and the same order with every version of numpy.
 """
@@ -20,9 +22,11 @@ from torch import Tensor
 
 from nanodisp.data.shards import Tokens, check_tokens
 from nanodisp.errors import UserError
+from nanodisp.models.head import IGNORED
 
 FEISTEL_ROUNDS = 6
 AT_ONCE = 1024  # windows whose order is computed together: for a few at a time, the overhead of numpy's calls dominates
+MASKED, HIDDEN, REPLACED = 0.15, 0.8, 0.1  # shares: of tokens that an encoder predicts; of those
 
 
 class Batches:
@@ -32,15 +36,18 @@ class Batches:
         tokens: the split.
         block_size: tokens per window; its targets are the same window shifted by one token.
         batch_size: sequences per global batch.
-        seed: determines the order.
+        seed: determines the order, and the masks.
         vocab_size: every token id must be below it.
+        masked: whether batches are an encoder's, see `mask_tokens`.
 
     Raises UserError when the split is shorter than one window.
     """
 
-    def __init__(self, tokens: Tokens, *, block_size: int, batch_size: int, seed: int, vocab_size: int) -> None:
+    def __init__(
+        self, tokens: Tokens, *, block_size: int, batch_size: int, seed: int, vocab_size: int, masked: bool = False
+    ) -> None:
         self.tokens, self.block_size, self.batch_size = tokens, block_size, batch_size
-        self.seed, self.vocab_size = seed, vocab_size
+        self.seed, self.vocab_size, self.masked = seed, vocab_size, masked
         self.n_windows = count_windows(tokens, block_size)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))  # the last group of steps, and its windows
 
@@ -68,10 +75,10 @@ class Batches:
 
         Raises UserError for a token id outside the vocabulary.
         """
-        rows = self.batch_size // world_size
-        return read_windows(
-            self.tokens, self.windows(step)[rank * rows : (rank + 1) * rows], self.block_size, self.vocab_size
-        )
+        n_rows = self.batch_size // world_size
+        rows = np.arange(rank * n_rows, (rank + 1) * n_rows)
+        x, y = read_windows(self.tokens, self.windows(step)[rows], self.block_size, self.vocab_size)
+        return mask_tokens(x, rows, (self.seed, step), self.vocab_size) if self.masked else (x, y)
 
 
 def count_windows(tokens: Tokens, block_size: int) -> int:
@@ -92,6 +99,31 @@ def read_windows(tokens: Tokens, windows: np.ndarray, block_size: int, vocab_siz
         row[:] = tokens.read(window * block_size, (window + 1) * block_size + 1)
     check_tokens(rows, vocab_size, tokens.paths[0].parent)
     return torch.from_numpy(rows[:, :-1].astype(np.int64)), torch.from_numpy(rows[:, 1:].astype(np.int64))
+
+
+def count_masked(n_tokens: int) -> int:
+    """How many tokens of a sequence an encoder predicts: the same number in all, so that means of means are exact."""
+    return max(1, round(MASKED * n_tokens))
+
+
+def mask_tokens(x: Tensor, rows: np.ndarray, key: tuple[int, ...], vocab_size: int) -> tuple[Tensor, Tensor]:
+    """BERT's input and targets (arXiv 1810.04805), int64 [B, T], for the tokens x [B, T].
+
+    `count_masked(T)` tokens of each sequence are targets, the others `IGNORED`. Of these, 80% are hidden by the token
+    `vocab_size`, 10% are replaced by a random one, and 10% stay. Everything is drawn from `key` (non-negative integers)
+    and the sequence's number in `rows`, int64 [B].
+    """
+    idx = x.numpy()
+    n_draws = np.uint64(3 * idx.shape[1])
+    begin = np.random.SeedSequence(key).generate_state(1, np.uint64) + rows.astype(np.uint64) * n_draws
+    counter = begin[:, None] + np.arange(n_draws, dtype=np.uint64)
+    where, how, which = np.split(_mix(counter * np.uint64(0x9E3779B97F4A7C15)), 3, axis=1)  # SplitMix64: uint64 [B, T]
+    n = count_masked(idx.shape[1])
+    chosen = np.zeros(idx.shape, dtype=bool)
+    np.put_along_axis(chosen, np.argpartition(where, n - 1, axis=1)[:, :n], True, axis=1)
+    share, random = how / 2.0**64, (which % np.uint64(vocab_size)).astype(np.int64)
+    masked = np.where(chosen & (share < HIDDEN + REPLACED), np.where(share < HIDDEN, vocab_size, random), idx)
+    return torch.from_numpy(masked), torch.from_numpy(np.where(chosen, idx, IGNORED))
 
 
 def permute(index: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:

@@ -29,7 +29,7 @@ from nanodisp import cli
 from nanodisp.distributed import start
 from nanodisp.errors import UserError, first_line, optional
 from nanodisp.evaluate.results import entries, save, table
-from nanodisp.hf.open import folder_of, is_hugging_face, load_their_tokenizer, open_run
+from nanodisp.hf.open import folder_of, is_hugging_face, load_their_tokenizer, need_causal, open_run
 from nanodisp.runs.evaluation import EVALUATION, read_evaluation
 
 ZERO_SHOT = (
@@ -138,6 +138,7 @@ def open_model(config: EvaluateConfig, device: str) -> tuple[Any, str, Path]:
         from nanodisp.evaluate.harness import HarnessModel  # here, because it imports the harness
 
         run = open_run(config.checkpoint)
+        need_causal(config.checkpoint, run.model.config, "be evaluated on benchmarks")
         tokenizer = run.load_tokenizer(config.tokenizer)
         model = HarnessModel(run.model.to(device), tokenizer, config.batch_size)
         return model, run.name, run.folder.resolve()

@@ -28,7 +28,7 @@ from nanodisp.dispersion.placement import DispersionConfig
 from nanodisp.errors import UserError
 from nanodisp.hf.card import model_card
 from nanodisp.hf.gpt2 import config_to_hf, weights_to_hf
-from nanodisp.hf.open import is_hugging_face, load_fitting, open_gpt2, read_checkpoint, spec_of
+from nanodisp.hf.open import is_hugging_face, load_fitting, need_causal, open_gpt2, read_checkpoint, spec_of
 from nanodisp.hf.tokenizer import END_OF_TEXT, build_tokenizer
 from nanodisp.runs import checkpoint
 from nanodisp.runs.folder import TOKENIZER, write_config
@@ -89,6 +89,7 @@ def export_run(config: ExportConfig, folder: Path) -> None:
         raise UserError(f"checkpoint={config.checkpoint} is a Hugging Face model already: give a run to export")
     saved = checkpoint.load(checkpoint.find(Path(config.checkpoint)))
     source, spec = read_checkpoint(saved), config.tokenizer or spec_of(saved)
+    need_causal(config.checkpoint, source.config, "be exported")
     ours = load_fitting(spec, source.config) if spec != "none" else None
     tokenizer, card = build_tokenizer(ours) if ours is not None else None, model_card(saved)
     folder.mkdir(parents=True, exist_ok=True)

@@ -102,6 +102,15 @@ def load_fitting(spec: str, config: GPTConfig) -> Tokenizer:
     return tokenizer
 
 
+def need_causal(name: str, config: GPTConfig, cannot: str) -> None:
+    """Raises UserError for an encoder, which predicts hidden tokens and not the next one, with what it can not be."""
+    if not config.causal:
+        raise UserError(
+            f"{name} is a bidirectional model (model.causal=false), which cannot {cannot}; "
+            "python -m nanodisp.condensation measures its layers"
+        )
+
+
 def build(weights: Weights) -> GPT:
     """The model with these weights, on the CPU in eval mode."""
     model = GPT(weights.config)
@@ -121,6 +130,7 @@ def open_for_text(name: str, spec: str | None) -> tuple[GPT, Tokenizer, int]:
         weights, tokenizer = open_gpt2(name, spec)
         return build(weights), tokenizer, tokenizer.eot
     run = open_run(name)
+    need_causal(name, run.model.config, "generate text")
     tokenizer, start = run.load_tokenizer(spec), run.saved.state.get("sample_start")  # older checkpoints have none
     return run.model, tokenizer, tokenizer.eot if start is None else start
 
@@ -188,13 +198,20 @@ def initial_weights(config: Config) -> dict[str, Tensor]:
 def open_teacher(config: Config, device: torch.device) -> GPT | None:
     """The teacher of a run, frozen and in eval mode; None without `intervention.teacher`.
 
-    Raises UserError if there is no such source, or it has another vocabulary, a shorter context or another tokenizer.
+    Raises UserError if there is no such source, or it has another vocabulary, a shorter context or another tokenizer,
+    or is an encoder for a decoder, or the reverse.
     """
     name = config.intervention.teacher
     if name is None:
         return None
     source = open_source(name)
     vocab_size, context = source.weights.config.vocab_size, source.weights.config.block_size
+    if source.weights.config.causal != config.model.causal:
+        kinds = ("an encoder", "a decoder") if config.model.causal else ("a decoder", "an encoder")
+        raise UserError(
+            f"intervention.teacher={name} is {kinds[0]}, the run {kinds[1]}: they predict other tokens; choose a "
+            f"teacher with model.causal={str(config.model.causal).lower()}"
+        )
     if vocab_size != config.model.vocab_size:
         raise UserError(
             f"intervention.teacher={name} has a vocabulary of {vocab_size} tokens, the run {config.model.vocab_size}: "

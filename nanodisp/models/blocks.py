@@ -57,7 +57,8 @@ class GPTConfig:
     n_kv_head: heads of keys and values, a divisor of n_head (grouped-query attention); null means n_head.
     head_dim: width of a head; null means n_embd / n_head.
     tie_embeddings: whether the output head is the transposed token embedding.
-    causal: whether a token attends to earlier tokens and itself only; false makes an encoder.
+    causal: whether a token attends to earlier tokens and itself only; false makes an encoder, which has one more token
+        than the vocabulary, the mask.
     init_std: standard deviation of initial weights; projections into the residual stream have it / sqrt(2 n_layer).
     """
 
@@ -110,6 +111,11 @@ class GPTConfig:
         """What decides the names, shapes and use of the weights, with nulls resolved: not dropout, not init_std."""
         resolved = {"d_ff": self.mlp_width, "n_kv_head": self.kv_heads, "head_dim": self.head_width}
         return {k: v for k, v in {**vars(self), **resolved}.items() if k not in ("dropout", "init_std")}
+
+    @property
+    def loss_name(self) -> str:
+        """What its loss is called in records: losses of decoders and encoders cannot be compared."""
+        return "loss" if self.causal else "masked_loss"
 
     @property
     def kv_heads(self) -> int:

@@ -7,7 +7,8 @@ checkpoint maps name by name.
 Three things differ from the simplest implementation:
 
 - The vocabulary is padded to a multiple of 64, which matrix units need for full speed. The padding
-  is never predicted: its logits are -inf, so it gets neither probability nor gradient.
+  is never predicted: its logits are -inf, so it gets neither probability nor gradient. Its first row
+  is an encoder's mask, the token `vocab_size`.
 - A forward pass returns complete hidden states, or only a few tokens of a few layers. A plain
   gather of those would allocate a zero tensor as large as the layer in backward; `TakeTokens`
   adds their gradient to the one that flows through the layer anyway.
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from nanodisp.models.blocks import Block, GPTConfig, Linear, build_norm, linear, rotations
 from nanodisp.models.cache import KVCache
-from nanodisp.models.head import linear_cross_entropy, linear_kl_divergence
+from nanodisp.models.head import IGNORED, linear_cross_entropy, linear_kl_divergence
 
 VOCAB_MULTIPLE = 64
 
@@ -91,6 +92,11 @@ class TakeTokens(torch.autograd.Function):
         return grad_x.index_add(1, positions, grad_taken), None
 
 
+def take_along(x: Tensor, places: Tensor) -> Tensor:
+    """x [B, T, C], places [B, N], other ones in each sequence -> [B, N, C]."""
+    return x.gather(1, places[..., None].expand(-1, -1, x.size(-1)))
+
+
 class GPT(nn.Module):
     """The model.
 
@@ -106,7 +112,8 @@ class GPT(nn.Module):
             raise ValueError("model.vocab_size is not set: use the tokenizer's")
         self.config = config
         self.vocab_size = config.vocab_size
-        padded = math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        self.n_tokens = self.vocab_size + (not config.causal)  # with the mask of an encoder
+        padded = math.ceil(self.n_tokens / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self.wte = nn.Embedding(padded, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -145,17 +152,20 @@ class GPT(nn.Module):
         idx: Tensor,
         targets: Tensor | None = None,
         *,
+        n_targets: int | None = None,
         return_hidden: bool = False,
         take: tuple[Sequence[int], Tensor] | None = None,
         head: bool = True,
         soft_targets: SoftTargets | None = None,
         cache: KVCache | None = None,
     ) -> GPTOutput:
-        """Predict the token after each of `idx`.
+        """Predict the token after each of `idx`; of an encoder, the token at each place.
 
         Args:
             idx: int64 [B, T], T at most block_size (with `cache`: including the cached tokens).
-            targets: int64 [B, T], the next tokens (-100 to ignore one): returns `loss`, else `logits`.
+            targets: int64 [B, T], the tokens to predict (-100 to ignore one): returns `loss`, else `logits`.
+            n_targets: with `targets`: each sequence has exactly so many that are not ignored, and the head is computed
+                for these alone.
             return_hidden: returns `hidden`, a tuple of n_layer + 1 tensors [B, T, C]: hidden[0] the
                 embedding output, hidden[l] after block l, hidden[-1] after ln_f.
             take: (layers, positions), indices into those hidden states in ascending order, and int64
@@ -206,6 +216,11 @@ class GPT(nn.Module):
             x = x[:, -1:] if cache is not None else x
             logits = linear(x, self.head_weight, self.never_predicted.to(x.dtype))  # [B, T or 1, V padded]
             return GPTOutput(logits, None, collected)
+        if n_targets is not None:
+            places = (targets == IGNORED).byte().argsort(dim=1, stable=True)[:, :n_targets]  # [B, n_targets]
+            x, targets = take_along(x, places), targets.gather(1, places)
+            if soft_targets is not None:
+                soft_targets = soft_targets._replace(hidden=take_along(soft_targets.hidden, places))
         x, weight, bias = x.flatten(0, 1), self.head_weight, self.never_predicted
         loss, divergence = linear_cross_entropy(x, weight, bias, targets.flatten()), None
         if soft_targets is not None:
@@ -267,9 +282,9 @@ class GPT(nn.Module):
 
     def num_parameters(self) -> int:
         """The number of parameters, without the vocabulary's padding."""
-        padding = self.wte.num_embeddings - self.vocab_size
-        n_tables = 1 if self.config.tie_embeddings else 2
-        return sum(p.numel() for p in self.parameters()) - n_tables * padding * self.config.n_embd
+        padded = self.wte.num_embeddings
+        padding = padded - self.n_tokens + (0 if self.lm_head is None else padded - self.vocab_size)
+        return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
 
     def flops_per_token(self) -> int:
         """FLOPs per token of a training step (forward and backward) at full context.
@@ -278,9 +293,6 @@ class GPT(nn.Module):
         not halved for causality: PaLM, arXiv 2204.02311, appendix B.
         """
         c = self.config
-        in_matmuls = self.num_parameters()
-        if self.wpe is not None:
-            in_matmuls -= self.wpe.weight.numel()
-        if not c.tie_embeddings:  # a tied one is the output head
-            in_matmuls -= self.vocab_size * c.n_embd
+        in_matmuls = sum(p.numel() for part in (self.h, self.ln_f) for p in part.parameters())
+        in_matmuls += self.vocab_size * c.n_embd  # the output head
         return 6 * in_matmuls + 12 * c.n_layer * c.n_head * c.head_width * c.block_size

@@ -69,12 +69,12 @@ def gather(folder: Path, target: Path) -> Report:
     rows = make_rows(runs)
     lambdas = sorted({disp for row in rows for disp in row.cells})
     head = ["lambda", *(f"{disp:g}" for disp in lambdas)]
-    labels = [row.label for row in rows]
     quantities = quantities_of(rows)
-    tables = {
-        quantity.name: (head, dict(zip(labels, make_table(rows, key, quantity, lambdas), strict=True)))
-        for key, quantity in quantities.items()
-    }
+    tables = {}
+    for key, quantity in quantities.items():
+        if having := [row for row in rows if any(row.values(disp, key) for disp in lambdas)]:
+            cells = make_table(having, key, quantity, lambdas)
+            tables[quantity.name] = (head, dict(zip([row.label for row in having], cells, strict=True)))
     for name, layers in make_layer_tables(rows).items():
         tables[f"{name.replace('_', ' ')} by layer"] = (
             ["layer", *map(str, range(len(next(iter(layers.values())))))],
@@ -154,20 +154,27 @@ def draw(
     def keep(figure: figures.Figure, name: str, caption: str) -> None:
         drawn.append((caption, figures.save(figure, folder / name)[1]))
 
-    for key, name in (("loss", "loss"), ("tokens_per_second", "cost")):
+    for key, name in (("loss", "loss"), ("masked_loss", "masked_loss"), ("tokens_per_second", "cost")):
         series = {row.label: {disp: [*row.values(disp, key).values()] for disp in row.cells} for row in rows}
         series = {label: {disp: values for disp, values in line.items() if values} for label, line in series.items()}
-        if any(series.values()):
+        if series := {label: line for label, line in series.items() if line}:
             quantity = QUANTITIES[key].name
             keep(
                 figures.against_lambda(series, quantity),
                 name,
                 f"{quantity.capitalize()} against lambda, ± standard error",
             )
-    curves = {names[run.folder]: run.losses for run in runs if any(len(steps) for steps, _ in run.losses.values())}
-    for first in range(0, len(curves), MOST_LINES):
-        drawn_now = dict(list(curves.items())[first : first + MOST_LINES])
-        keep(figures.losses(drawn_now), f"steps_{1 + first // MOST_LINES}", "Training and validation loss over steps")
+    with_losses = [run for run in runs if any(len(steps) for steps, _ in run.losses.values())]
+    for key, name, unit in (
+        ("loss", "steps", "nats per token"),
+        ("masked_loss", "steps_masked", "nats per masked token"),
+    ):
+        curves = {names[run.folder]: run.losses for run in with_losses if run.loss_name == key}
+        loss = key.replace("_", " ")
+        for first in range(0, len(curves), MOST_LINES):
+            drawn_now = dict(list(curves.items())[first : first + MOST_LINES])
+            figure = figures.losses(drawn_now, f"{loss}, {unit}")
+            keep(figure, f"{name}_{1 + first // MOST_LINES}", f"Training and validation {loss} over steps")
     for number, lines in enumerate(_lines(rows), start=1):
         last = {label: np.stack([run.cosines[-1] for run in seeds]) for label, seeds in lines.items()}
         keep(

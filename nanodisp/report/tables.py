@@ -2,8 +2,9 @@
 
 Runs that differ only in their seed share a cell. Rows are model sizes (and whatever else the sweep varied), columns are
 lambda; for benchmarks the rows are both of these, the columns are tasks. At lambda 0 the other settings of dispersion
-have no effect, so these runs are the baseline of all rows that share the remaining settings. Every number that is shown
-goes through `Quantity.show`.
+have no effect, so these runs are the baseline of all rows that share the remaining settings. The loss of decoders
+and the masked loss of encoders are two quantities with a table each. Every number that is shown goes through
+`Quantity.show`.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Quantity:
 
 QUANTITIES = {
     "loss": Quantity("validation loss, nats per token", ".4f"),
+    "masked_loss": Quantity("masked validation loss, nats per masked token", ".4f"),
     "bpb": Quantity("bits per byte", ".4f"),
     "mean_cosine": Quantity("mean cosine, last layer", ".4f"),
     "rho": Quantity("rho, mean cosine against depth", ".3f"),

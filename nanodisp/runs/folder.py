@@ -41,7 +41,7 @@ class TrainState:
     step: updates done.
     seconds: wall-clock time before the last resume.
     bad_steps, bad_in_a_row: int64 scalars on the device: updates skipped because their gradient was not finite.
-    val_loss: of the validation after this step; None without one.
+    val_loss: of the validation after this step, an encoder's masked loss; None without one.
     """
 
     step: int
@@ -205,15 +205,20 @@ class Run:
     def conclude(self, model: GPT) -> None:
         """Report the loss, condensation before and after, a sample, and where the files are."""
         self.saver.wait()
-        if self.config.train.sample_tokens > 0:
+        if self.samples:
             layout.unshard(model)  # rank 0 writes the sample alone
         if self.metrics.enabled:
             self._report(model)
         if self.is_asked_to_stop():  # this run is complete, but a sweep ends here
             raise SystemExit(EXIT_CODE)
 
+    @property
+    def samples(self) -> bool:
+        """Whether the run ends with a sample."""
+        return self.config.train.sample_tokens > 0 and self.config.model.causal
+
     def _report(self, model: GPT) -> None:
-        say, folder = self.metrics.say, self.folder
+        say, folder, loss = self.metrics.say, self.folder, self.config.model.loss_name
         validations = read_records(folder / METRICS, "val")
         for when, record in (("before", validations[0]), ("after", validations[-1])) if validations else ():
             cosines = " ".join("nan" if value is None else f"{value:.3f}" for value in record["mean_cosine"])
@@ -223,17 +228,20 @@ class Run:
                 f"{folder / METRICS} holds no validation: it was deleted or damaged after training. The model is "
                 f"intact; for the figures, delete {folder} and run the same command again"
             )
-        elif validations[-1]["loss"] is None:
+        elif validations[-1][loss] is None:
             say(f"the loss is not finite: a lower optim.lr or optim.grad_clip may help; see {folder}")
             return
-        if self.config.train.sample_tokens > 0:
+        if self.samples:
             say(f"--- sample\n{self._sample(model)}\n---")
         if validations:
             last = validations[-1]
-            bpb = f", {last['bpb']:.4f} bits per byte" if last["bpb"] else ""
-            say(f"validation loss {last['loss']:.4f} nats per token{bpb} after {last['step']} steps")
-        say(f"{CONFIG}, {METRICS}, {SAMPLES} and {CHECKPOINTS}/ are in {folder}")
-        say(f"more text: python sample.py {shlex.quote(f'checkpoint={folder}')} prompt='…'")
+            bpb = f", {last['bpb']:.4f} bits per byte" if last.get("bpb") else ""
+            what, unit = ("loss", "token") if self.config.model.causal else ("masked loss", "masked token")
+            say(f"validation {what} {last[loss]:.4f} nats per {unit}{bpb} after {last['step']} steps")
+        say(f"{CONFIG}, {METRICS}{f', {SAMPLES}' * self.samples} and {CHECKPOINTS}/ are in {folder}")
+        named = shlex.quote(f"checkpoint={folder}")
+        more = f"more text: python sample.py {named} prompt='…'"
+        say(more if self.config.model.causal else f"its layers: python -m nanodisp.condensation {named}")
 
     def _sample(self, model: GPT) -> str:
         """Text generated without a prompt; also written to samples.txt."""

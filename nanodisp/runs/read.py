@@ -34,8 +34,8 @@ from nanodisp.runs.metrics import METRICS, read_records
 LAMBDA = "dispersion.lambda_disp"
 UNREADABLE = (OSError, YAMLError, OmegaConfBaseException, ValueError, TypeError, KeyError, AttributeError)
 STANDARD = {  # keys of records that are read individually, or say nothing about the model
-    *("step", "split", "loss", "bpb", "tokens", "seconds", "lambda_disp", "lr", "grad_norm", "bad_steps"),
-    *("tokens_per_second", "mfu"),
+    *("step", "split", "loss", "masked_loss", "bpb", "tokens", "seconds", "lambda_disp", "lr", "grad_norm"),
+    *("bad_steps", "tokens_per_second", "mfu"),
 }
 
 
@@ -49,7 +49,7 @@ class RunSummary:
     architecture: see `blocks.architecture`.
     numbers: at the end of the run, by the names that `read_metrics` gives them.
     layers: figures of the last validation by name, one value per layer.
-    losses: "train" and "val" -> steps [S] and losses [S], NaN where a loss is not a number.
+    losses: "train" and "val" -> steps [S] and losses [S] of the name `loss_name`, NaN where one is not a number.
     steps, cosines: [S] and [S, L + 1], the mean cosine by layer of every validation.
     trajectory_steps, trajectory: the same from the more frequent "condensation" records; from validations without them.
     tasks: from its evaluation.json, if that is of the run's last step.
@@ -71,6 +71,11 @@ class RunSummary:
     trajectory_steps: np.ndarray = field(default_factory=lambda: np.empty(0))
     trajectory: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
     tasks: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def loss_name(self) -> str:
+        """As in `GPTConfig`, also if the configuration cannot be read."""
+        return GPTConfig(causal=self.config.get("model.causal") is not False).loss_name
 
     @property
     def is_imported(self) -> bool:
@@ -153,12 +158,12 @@ def read_metrics(run: RunSummary) -> None:
     """
     records = [(record["split"], record["step"], record) for record in read_records(run.folder / METRICS)]
     for split in ("train", "val"):
-        of_split = [(step, number_of(record.get("loss"))) for s, step, record in records if s == split]
+        of_split = [(step, number_of(record.get(run.loss_name))) for s, step, record in records if s == split]
         run.losses[split] = np.array([step for step, _ in of_split]), np.array([loss for _, loss in of_split])
     saved = [int(path.name[5:]) for path in checkpoint.all_checkpoints(run.folder / checkpoint.CHECKPOINTS)]
     run.step = max([*saved, *(step for _, step, _ in records)], default=0)
     all_validations = [(step, record) for split, step, record in records if split == "val"]
-    bad = [step for step, record in all_validations if not isinstance(record.get("loss"), (int, float))]
+    bad = [step for step, record in all_validations if not isinstance(record.get(run.loss_name), (int, float))]
     validations = [(step, record) for step, record in all_validations if step not in bad]
     if bad and bad[-1] == all_validations[-1][0]:  # one that recovered has not failed
         run.status, run.problem = "failed", f"the loss is not a number at step {bad[0]}"
@@ -182,8 +187,8 @@ def read_metrics(run: RunSummary) -> None:
     trained = [record for split, _, record in records if split == "train"]
     terms = trained[-1] if trained else {}
     run.numbers = {
-        "loss": last["loss"],
-        "bpb": last["bpb"],
+        run.loss_name: last[run.loss_name],
+        "bpb": last.get("bpb"),
         "mean_cosine": last["mean_cosine"][-1],
         "rho": rho,
         "tau": tau,

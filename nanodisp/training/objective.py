@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from nanodisp.data.batches import count_masked
 from nanodisp.dispersion import DispersionLoss
 from nanodisp.dispersion.placement import DispersionConfig, lambda_at, sample_positions, select_layers
 from nanodisp.distributed import World, layout
@@ -29,18 +30,23 @@ class Terms(nn.Module):
         """The terms, scalars by name.
 
         Args:
-            x, y: int64 [B, T], tokens and their targets.
+            x, y: int64 [B, T], tokens and their targets; an encoder's from `mask_tokens`.
             positions: int64 [len(layers), N], the tokens to disperse; None for no dispersion.
             taught: a teacher's predictions for x; None for no distillation.
         """
         take = (self.layers, positions) if positions is not None else None
-        out = self.model(x, y, take=take, soft_targets=taught)
-        terms = {"loss": out.loss}
+        out = self.model(x, y, n_targets=n_targets(self.model, x), take=take, soft_targets=taught)
+        terms = {self.model.config.loss_name: out.loss}
         if positions is not None:
             terms["dispersion"] = self.dispersion(out.hidden.flatten(0, 1))  # [layers, B, N, C] -> [layers * B, N, C]
         if taught is not None:
             terms["distillation"] = out.divergence
         return terms
+
+
+def n_targets(model: GPT, x: Tensor) -> int | None:
+    """Of each sequence of x [B, T], for `GPT.forward`: an encoder's masked tokens, None (all) of a decoder."""
+    return None if model.config.causal else count_masked(x.size(1))
 
 
 class Objective:
@@ -88,7 +94,8 @@ class Objective:
         """The weight of each term at `step` (from 0)."""
         cross_entropy, distillation = self.intervention.loss_weights()
         dispersion = lambda_at(self.dispersion, step, self.total_steps)
-        return {"loss": cross_entropy, "dispersion": dispersion, "distillation": distillation}
+        name = self.model.config.loss_name
+        return {name: cross_entropy, "dispersion": dispersion, "distillation": distillation}
 
     def begin(self, step: int) -> None:
         """Set the weights of a step and draw the tokens to disperse, the same for all micro-batches and ranks."""

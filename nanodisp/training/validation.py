@@ -12,16 +12,18 @@ import torch
 from torch import Tensor
 
 from nanodisp.condensation.layers import LAYER_FIGURES, figures_of
-from nanodisp.data.batches import count_windows, read_windows, spread_windows
+from nanodisp.data.batches import count_windows, mask_tokens, read_windows, spread_windows
 from nanodisp.data.corpus import Corpus
 from nanodisp.data.questions import Question
 from nanodisp.data.shards import Tokens
 from nanodisp.distributed.world import World
 from nanodisp.models.gpt import GPT
 from nanodisp.models.score import loglikelihoods
+from nanodisp.training.objective import n_targets
 
 TRAIN_SHARE = 4  # one training window for so many validation windows
 FOLLOWED_WINDOWS = 4  # of the validation windows, for the figures between validations
+MASKS = (0,)  # the key of an encoder's masks, the same for all runs
 
 
 class Validation:
@@ -63,26 +65,31 @@ class Validation:
 
         And "train_loss", the loss on training windows, also without dropout and noise: the gap to "loss" is what the
         model has memorised. It costs at most a quarter of the rest.
+
+        Of an encoder "masked_loss" and "train_masked_loss" in nats per masked token, no bits per byte, and the figures
+        of its layers for the text without masks. A window has the same masks at every validation of every run.
         """
         model.eval()
         loss, *by_layer = self._mean(self.look, model, self.corpus.val, self.windows)
         (train_loss,) = self._mean(loss_alone, model, self.corpus.train, self.train_windows)
         model.train()
-        ratio = self.corpus.bytes_per_token
-        bpb = loss / math.log(2) / ratio if ratio else None
-        return {"loss": loss, "bpb": bpb, "train_loss": train_loss, **named(by_layer)}
+        name, ratio = model.config.loss_name, self.corpus.bytes_per_token
+        bpb = {"bpb": loss / math.log(2) / ratio if ratio else None} if model.config.causal else {}
+        return {name: loss, **bpb, f"train_{name}": train_loss, **named(by_layer)}
 
     @torch.no_grad()
     def _mean(self, look: Callable[..., Tensor], model: GPT, tokens: Tokens, windows: np.ndarray) -> list[float]:
-        """The mean over windows of a split of `look(model, x, y)`, a vector."""
+        """The mean over windows of a split of `look(model, text, x, y)`, a vector."""
         world, n_windows = self.world, len(windows)
         sums: Any = 0.0
         mine = windows[world.rank :: world.size]
         for start in range(0, math.ceil(n_windows / world.size), self.rows):
-            chunk = mine[start : start + self.rows]  # may be empty at the end, but FSDP needs every rank at every call
-            x, y = read_windows(tokens, chunk if len(chunk) else windows[:1], self.block_size, model.vocab_size)
+            chunk = mine[start : start + self.rows]
+            read = chunk if len(chunk) else windows[:1]  # none at the end, but FSDP needs every rank at every call
+            text, y = read_windows(tokens, read, self.block_size, model.vocab_size)
+            x, y = (text, y) if model.config.causal else mask_tokens(text, read, MASKS, model.vocab_size)
             with self.autocast():
-                figures = look(model, x.to(world.device), y.to(world.device))
+                figures = look(model, *(each.to(world.device) for each in (text, x, y)))
             sums = sums + len(chunk) * figures.double()
         return (world.sum(sums) / n_windows).tolist()
 
@@ -113,15 +120,16 @@ class Validation:
         return {"accuracy": right / len(self.questions), "examples": len(self.questions)}
 
 
-def loss_alone(model: GPT, x: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy: [1]."""
-    return model(x, y).loss[None]
+def loss_alone(model: GPT, text: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of the targets y for the input x, which is `text` or has masks: [1]."""
+    return model(x, y, n_targets=n_targets(model, x)).loss[None]
 
 
-def loss_and_figures(model: GPT, x: Tensor, y: Tensor) -> Tensor:
+def loss_and_figures(model: GPT, text: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy, then every figure of every layer: [1 + len(LAYER_FIGURES) * (L + 1)]."""
-    out = model(x, y, return_hidden=True)
-    return torch.cat([out.loss[None], figures_of(out.hidden).flatten()])
+    out = model(x, y, n_targets=n_targets(model, x), return_hidden=model.config.causal)
+    hidden = out.hidden if model.config.causal else model.hidden_states(text)
+    return torch.cat([out.loss[None], figures_of(hidden).flatten()])
 
 
 def named(values: Sequence[float]) -> dict[str, list[float]]:

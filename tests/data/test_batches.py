@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanodisp.data import shards
-from nanodisp.data.batches import Batches, permute, prefetch, spread_windows
+from nanodisp.data.batches import Batches, mask_tokens, permute, prefetch, spread_windows
 from nanodisp.data.corpus import open_corpus
 from nanodisp.errors import UserError
 
@@ -27,8 +27,10 @@ def counting(tmp_path_factory: pytest.TempPathFactory) -> shards.Tokens:
     return shards.open_split(folder, "train")
 
 
-def batches_of(tokens: shards.Tokens, block_size: int = 7, batch_size: int = 12, seed: int = 0) -> Batches:
-    return Batches(tokens, block_size=block_size, batch_size=batch_size, seed=seed, vocab_size=1000)
+def batches_of(
+    tokens: shards.Tokens, block_size: int = 7, batch_size: int = 12, seed: int = 0, masked: bool = False
+) -> Batches:
+    return Batches(tokens, block_size=block_size, batch_size=batch_size, seed=seed, vocab_size=1000, masked=masked)
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**40), st.integers(0, 100))
@@ -96,12 +98,56 @@ def test_windows_computed_together_equal_those_computed_one_by_one(
             assert window == permute(np.array([index]), batches.n_windows, (3, epoch))[0]
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 12])
-def test_any_number_of_ranks_sees_the_same_global_batch(counting: shards.Tokens, world_size: int) -> None:
-    batches = batches_of(counting)
-    parts = [batches.batch(3, rank, world_size)[0] for rank in range(world_size)]
-    assert [len(part) for part in parts] == [12 // world_size] * world_size
-    assert torch.equal(torch.cat(parts), batches.batch(3)[0])
+def test_any_number_of_ranks_sees_the_same_global_batch(counting: shards.Tokens, world_size: int, masked: bool) -> None:
+    batches = batches_of(counting, masked=masked)
+    parts = [batches.batch(3, rank, world_size) for rank in range(world_size)]
+    for ours, whole in zip(zip(*parts, strict=True), batches.batch(3), strict=True):
+        assert [len(part) for part in ours] == [12 // world_size] * world_size
+        assert torch.equal(torch.cat(ours), whole)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 300), st.integers(0, 2**63 - 1), st.integers(0, 2**40))
+def test_every_masked_sequence_has_as_many_targets_and_the_other_tokens_are_as_they_were(
+    n_tokens: int, vocab_size: int, seed: int, row: int
+) -> None:
+    text = torch.arange(3 * n_tokens).view(3, n_tokens) % vocab_size
+    x, y = mask_tokens(text, np.arange(row, row + 3), (seed, 5), vocab_size)
+    assert x.dtype == y.dtype == torch.int64
+    chosen = y != -100
+    assert chosen.sum(dim=1).tolist() == [max(1, round(0.15 * n_tokens))] * 3
+    assert torch.equal(y[chosen], text[chosen]) and torch.equal(x[~chosen], text[~chosen])
+    assert x.min() >= 0 and x.max() <= vocab_size
+
+
+def test_targets_are_hidden_replaced_or_kept_in_berts_proportions_and_spread_evenly() -> None:
+    text = torch.full((2000, 40), 7)
+    x, y = mask_tokens(text, np.arange(2000), (1, 2), 50)
+    chosen = y != -100
+    assert chosen.float().mean(dim=0) == pytest.approx(torch.full((40,), 0.15), abs=0.035), "every place"
+    hidden, kept = (x[chosen] == 50).float().mean().item(), (x[chosen] == 7).float().mean().item()
+    assert (hidden, kept) == pytest.approx((0.8, 0.1 + 0.1 / 50), abs=0.01)
+    counts = torch.bincount(x[chosen][(x[chosen] != 50) & (x[chosen] != 7)], minlength=50)
+    assert (counts == 0).nonzero().tolist() == [[7]], "any token of the vocabulary"
+    assert counts.max() < 3 * counts.sum() / 49
+
+
+def test_masks_are_a_function_of_seed_step_and_row(counting: shards.Tokens) -> None:
+    batch = lambda step, seed=0: batches_of(counting, 40, seed=seed, masked=True).batch(step)[1]  # noqa: E731
+    assert torch.equal(batch(3), batch(3))
+    text = torch.zeros(1, 400, dtype=torch.int64)
+    masks = [mask_tokens(text, np.array([row]), key, 50)[1] for row in (0, 1) for key in ((1, 2), (1, 3), (2, 2))]
+    both = [((a == 0) & (b == 0)).sum().item() for i, a in enumerate(masks) for b in masks[:i]]
+    assert max(both) < 25, "9 of 60 by chance"
+
+
+def test_masks_are_the_same_in_every_version() -> None:
+    """Otherwise a run resumed with another version would have other masks."""
+    x, y = mask_tokens(torch.arange(40)[None], np.array([3]), (1337, 2), 50)
+    places = (y[0] != -100).nonzero()[:, 0].tolist()
+    assert (places, x[0, places].tolist()) == ([12, 22, 23, 25, 28, 35], [50, 50, 13, 25, 50, 50])
 
 
 def test_prefetch_yields_the_batches_of_its_steps(counting: shards.Tokens) -> None:

@@ -288,6 +288,9 @@ def test_an_encoder_is_rejected(run: Path, tasks: Path, tmp_path: Path) -> None:
     model.save_pretrained(folder)
     with pytest.raises(UserError, match="sees the tokens that it should predict, so it is an encoder"):
         go(folder, tasks, "tasks=letters")
+    ours = write_checkpointed_run(tmp_path / "encoder", "byte", causal=False)
+    with pytest.raises(UserError, match=r"bidirectional model .* cannot be evaluated on benchmarks; .*condensation"):
+        go(ours, tasks, "tasks=letters")
 
 
 def test_an_encoder_decoder_is_rejected(run: Path, tasks: Path, tmp_path: Path) -> None:

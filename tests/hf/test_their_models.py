@@ -146,6 +146,22 @@ def test_a_folder_with_its_tokenizer_is_measured_on_text(text: str, tmp_path: Pa
     assert "tokenizer=… is for runs" in rejected(save("gpt2", tmp_path / "gpt2"), text, "tokenizer=byte")
 
 
+def test_a_bert_with_its_word_pieces_is_measured_on_text_without_special_tokens(text: str, tmp_path: Path) -> None:
+    """As MiniLM's folder is."""
+    folder = save("bert", tmp_path / "bert")
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "first", "and", "sec", "##ond"]
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces))
+    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(folder)
+    found = measure(folder, text, "windows=2", "block=10")
+    ids = torch.tensor([5, 6, 7, 5, 8, 9] * 20)  # the first and the sec ##ond
+    with torch.no_grad():
+        states = transformers.AutoModel.from_pretrained(folder).eval()(
+            torch.stack([ids[:10], ids[60:70]]), output_hidden_states=True
+        )
+    expected = [mean_cosine(z).item() for z in states.hidden_states]
+    assert [layer["mean"] for layer in found["layers"]] == pytest.approx(expected, abs=1e-6)
+
+
 def test_shards_of_another_tokenizer_are_rejected(corpus: Path, tmp_path: Path) -> None:
     ranks = write_ranks_file(tmp_path / "tiny.tiktoken")
     run = write_checkpointed_run(tmp_path / "run", str(ranks))

@@ -107,6 +107,16 @@ def test_the_model_compiles_without_a_graph_break_to_the_same_loss_and_gradients
     torch.testing.assert_close(gradients(model), eager)
 
 
+@pytest.mark.slow
+def test_the_head_of_masked_tokens_compiles_without_a_graph_break() -> None:
+    model, (idx, targets) = model_of("encoder"), masked_case()
+    soft = SoftTargets(model.hidden_states(idx)[-1].detach(), model.head_weight.detach() * 2, 2.0)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    plain, fast = (m(idx, targets, n_targets=3, soft_targets=soft) for m in (model, compiled))
+    torch.testing.assert_close((fast.loss, fast.divergence), (plain.loss, plain.divergence))
+
+
 @ALL
 def test_every_parameter_gets_a_gradient_and_is_updated_by_one_optimizer(family: str) -> None:
     model, idx = model_of(family), tokens(4, 12)
@@ -120,12 +130,54 @@ def test_every_parameter_gets_a_gradient_and_is_updated_by_one_optimizer(family:
 @ALL
 def test_parameters_and_flops_are_those_of_the_tensors(family: str) -> None:
     model = model_of(family)
-    padding = 58 * 16 * (1 if model.config.tie_embeddings else 2)
+    padding = 58 * 16 * (1 if model.config.tie_embeddings else 2) - 16 * (family == "encoder")  # its mask is one
     assert model.num_parameters() == sum(p.numel() for p in model.parameters()) - padding
     tables = {"wte.weight", "wpe.weight", "lm_head.weight"}
     elsewhere = sum(p.numel() for name, p in model.named_parameters() if name not in tables)
     width = model.config.n_head * model.config.head_width
     assert model.flops_per_token() == 6 * (elsewhere + 70 * 16) + 12 * 3 * width * 12
+
+
+@pytest.mark.parametrize(("vocab_size", "padded"), [(70, 128), (63, 64), (64, 128), (128, 192)])
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_an_encoder_has_a_mask_that_it_never_predicts(vocab_size: int, padded: int, tied: bool) -> None:
+    model = model_of("encoder", vocab_size=vocab_size, tie_embeddings=tied).eval()
+    decoder = model_of("gpt2", vocab_size=vocab_size, tie_embeddings=tied)
+    assert model.num_parameters() == decoder.num_parameters() + 16
+    assert model.wte.num_embeddings == padded
+    idx = tokens(2, 12, below=vocab_size)
+    idx[:, 3] = vocab_size
+    logits = model(idx).logits
+    assert logits[..., :vocab_size].isfinite().all() and (logits[..., vocab_size:] == -torch.inf).all()
+    hidden = model.hidden_states(idx)
+    model.wte.weight[vocab_size] += 1
+    assert not torch.equal(hidden[0][:, 3], model.hidden_states(idx)[0][:, 3])
+
+
+def masked_case() -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [4, 12], and targets of which each sequence has 3."""
+    idx, places = tokens(4, 12), torch.tensor([[0, 1, 2], [9, 10, 11], [0, 5, 11], [4, 6, 8]])
+    return idx, torch.full_like(idx, -100).scatter(1, places, tokens(4, 3))
+
+
+def test_the_head_of_masked_tokens_alone_gives_their_loss_divergence_and_gradient() -> None:
+    model, teacher, (idx, targets) = model_of("encoder"), model_of("encoder", n_layer=1), masked_case()
+    with torch.no_grad():
+        teacher.wte.weight *= 2
+        soft = SoftTargets(teacher.hidden_states(idx)[-1], teacher.head_weight, 2.0)
+    out = model(idx, targets, n_targets=3, soft_targets=soft)
+    (out.loss + out.divergence).backward()
+    ours = gradients(model)
+    model.zero_grad()
+    chosen = targets != -100
+    logits = [m(idx).logits[chosen][:, :70] for m in (model, teacher)]
+    q, p = ((each / 2).log_softmax(-1) for each in logits)
+    loss = F.cross_entropy(logits[0], targets[chosen])
+    divergence = F.kl_div(q, p.detach(), reduction="batchmean", log_target=True)
+    (loss + divergence).backward()
+    torch.testing.assert_close((out.loss, out.divergence), (loss, divergence))
+    torch.testing.assert_close(ours, gradients(model), rtol=1e-4, atol=1e-5)
 
 
 @ALL

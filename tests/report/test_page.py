@@ -192,6 +192,50 @@ def test_format_of_numbers(key: str, value: float | None, text: str) -> None:
     assert QUANTITIES[key].show(value) == text
 
 
+def test_the_loss_of_decoders_and_the_masked_loss_of_encoders_are_never_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for disp in (0, 1):
+        for seed in (1, 2):
+            settings = (f"dispersion.lambda_disp={disp}", f"seed={seed}")
+            write_run(tmp_path / f"decoder{disp}{seed}", *settings, loss=3.0 + disp)
+            write_run(tmp_path / f"encoder{disp}{seed}", *settings, "model.causal=false", loss=2.0 + disp)
+    drawn: dict[str, list[str]] = {}
+    against = lambda lines, quantity: drawn.update({quantity: list(lines)}) or Figure()  # noqa: E731
+    monkeypatch.setattr(figures, "against_lambda", against)
+    monkeypatch.setattr(figures, "losses", against)
+    report.main([str(tmp_path)])
+    labels = [row.label for row in make_rows(read_runs(tmp_path))]
+    decoder, encoder = labels
+    assert (decoder.split(", ")[-1], encoder.split(", ")[-1]) == ("causal=true", "causal=false")
+    assert drawn["validation loss, nats per token"] == [decoder]
+    assert drawn["masked validation loss, nats per masked token"] == [encoder]
+    assert drawn["tokens per second"] == labels
+    assert len(drawn["loss, nats per token"]) == len(drawn["masked loss, nats per masked token"]) == 4
+    assert not set(drawn["loss, nats per token"]) & set(drawn["masked loss, nats per masked token"])
+    sections = (tmp_path / "report" / "report.md").read_text().split("\n## ")
+    tables = {section.splitlines()[0]: section for section in sections}
+    for name, row, other, best in (
+        ("Validation loss, nats per token", decoder, encoder, "3.0000"),
+        ("Bits per byte", decoder, encoder, "6.0000"),
+        ("Masked validation loss, nats per masked token", encoder, decoder, "2.0000"),
+    ):
+        assert f"| {row} | **{best} " in tables[name] and other not in tables[name]
+    with (tmp_path / "report" / "runs.csv").open(newline="") as file:
+        lines = {line["run"]: line for line in csv.DictReader(file)}
+    assert [lines["encoder02"][key] for key in ("loss", "bpb", "masked_loss")] == ["", "", "2.0"]
+    assert [lines["decoder02"][key] for key in ("loss", "bpb", "masked_loss")] == ["3.0", "6.0", ""]
+
+
+def test_a_folder_of_encoders_has_no_table_of_the_loss_of_decoders(tmp_path: Path) -> None:
+    write_run(tmp_path / "encoder", "model.causal=false")
+    write_run(tmp_path / "diverged", "model.causal=false", "seed=2", loss=None)
+    report.main([str(tmp_path)])
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "1 failed, 1 finished" in page and "diverged: failed the loss is not a number at step 0" in page
+    assert "## Masked validation loss" in page and "## Validation loss" not in page and "## Bits" not in page
+
+
 # --- benchmarks -------------------------------------------------------------------------------
 
 
@@ -400,7 +444,7 @@ def test_losses_over_steps_have_a_line_per_run_named_by_what_differs(
         write_run(tmp_path / f"s{seed}", f"seed={seed}", loss=2.0 + seed, steps=20 if seed == 12 else 40)
     (write_run(tmp_path / "damaged") / "config.yaml").unlink()
     drawn: list[Any] = []
-    monkeypatch.setattr(figures, "losses", lambda runs: drawn.append(runs) or Figure())
+    monkeypatch.setattr(figures, "losses", lambda runs, _: drawn.append(runs) or Figure())
     report.main([str(tmp_path)])
     names = [name for runs in drawn for name in runs]
     assert sorted(names) == sorted(f"seed={seed}" for seed in range(13))
@@ -414,7 +458,7 @@ def test_losses_over_steps_have_a_line_per_run_named_by_what_differs(
 def test_a_single_run_is_named_by_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path / "alone")
     drawn: list[list[str]] = []
-    monkeypatch.setattr(figures, "losses", lambda runs: drawn.append(list(runs)) or Figure())
+    monkeypatch.setattr(figures, "losses", lambda runs, _: drawn.append(list(runs)) or Figure())
     report.main([str(tmp_path)])
     assert drawn == [["alone"]]
     assert "1 run: 1 finished" in (tmp_path / "report" / "report.md").read_text()

@@ -58,6 +58,13 @@ def test_a_run_of_version_0_1_0_had_what_the_defaults_of_later_keys_are(tmp_path
     assert runs[0].architecture == "GPT-2"
 
 
+def test_an_encoders_loss_is_read_under_its_own_name(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run", "model.causal=false", loss=1.5))
+    assert (run.status, run.loss_name, run.numbers["masked_loss"]) == ("finished", "masked_loss", 1.5)
+    assert "loss" not in run.numbers and run.numbers["bpb"] is None
+    assert [part.tolist() for part in run.losses["val"]] == [[0, 20, 40], [1.5] * 3]
+
+
 @pytest.mark.slow
 @settings(deadline=None)
 @given(st.data())
