@@ -93,7 +93,7 @@ class TakeTokens(torch.autograd.Function):
 
 
 def take_along(x: Tensor, places: Tensor) -> Tensor:
-    """x [B, T, C], places [B, N], other ones in each sequence -> [B, N, C]."""
+    """x [B, T, C], places [B, N] in each sequence -> [B, N, C]."""
     return x.gather(1, places[..., None].expand(-1, -1, x.size(-1)))
 
 
