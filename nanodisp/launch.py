@@ -37,6 +37,7 @@ from nanodisp import cli
 from nanodisp.config import SECTIONS, Config, Unused, flatten, name_of, unused
 from nanodisp.data.prepare import DataConfig
 from nanodisp.data.shards import MANIFEST, Manifest
+from nanodisp.data.tokenizer import identity
 from nanodisp.errors import AlreadyReported, InUse, UserError, first_line
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -271,7 +272,10 @@ def without_unused(config: Config, task: Sequence[str], swept: AbstractSet[str])
 def refuse_another_tokenizer(data: DataConfig) -> None:
     """UserError for another tokenizer than the one in the manifest of the shards, which decides."""
     folder = Path(data.path or "")
-    if (folder / MANIFEST).is_file() and (made := Manifest.load(folder).tokenizer) != Path(data.tokenizer).name:
+    if not (folder / MANIFEST).is_file():
+        return
+    made = Manifest.load(folder).tokenizer
+    if identity(data.tokenizer) != identity(str(folder / made) if (folder / made).is_file() else made):
         raise UserError(f"data.tokenizer={data.tokenizer} has no effect: {folder} was made with {made}; leave it out")
 
 

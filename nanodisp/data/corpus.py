@@ -11,7 +11,7 @@ import numpy as np
 
 from nanodisp.data.prepare import DataConfig, prepare
 from nanodisp.data.shards import MANIFEST, Manifest, Tokens, open_split
-from nanodisp.data.tokenizer import vocab_size_of
+from nanodisp.data.tokenizer import end_of_text, vocab_size_of
 from nanodisp.distributed.world import World
 from nanodisp.errors import UserError
 
@@ -61,7 +61,7 @@ def open_corpus(folder: Path, tokenizer: str) -> Corpus:
         characters = tokenizer == "gpt2" and (folder / CHARACTERS).exists()
         return Corpus(folder, train, val, "none" if characters else tokenizer, None, None)
     manifest = Manifest.load(folder)
-    beside = folder / manifest.tokenizer  # a .tiktoken file, if it is one
+    beside = folder / manifest.tokenizer  # a file, if it is one
     spec = str(beside) if beside.is_file() else manifest.tokenizer
     return Corpus(folder, train, val, spec, manifest.vocab_size, manifest.bytes_per_token.get("val"))
 
@@ -107,7 +107,7 @@ def sample_start(corpus: Corpus) -> int | None:
     token. None if the tokenizer is not known.
     """
     try:
-        end = (corpus.vocab_size or vocab_size_of(corpus.tokenizer)) - 1  # of every tokenizer, the last
+        end = end_of_text(corpus.tokenizer, corpus.vocab_size)
     except UserError:
         return None
     last = len(corpus.train) - 1  # nothing follows it

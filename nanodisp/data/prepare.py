@@ -35,7 +35,7 @@ from nanodisp.data.decode import Tally
 from nanodisp.data.documents import Piece, Skipped, counted, cut, describe, is_text, read_as, read_documents
 from nanodisp.data.shards import MANIFEST, MAX_TOKENS, PROGRESS, SPLITS, Manifest, open_split
 from nanodisp.data.split import Split, assign, every_kth_is, n_bytes, split_by_size, split_stream
-from nanodisp.data.tokenizer import Tokenizer, load_tokenizer
+from nanodisp.data.tokenizer import SPECS, Tokenizer, copy_tokenizer, identity, label, load_tokenizer
 from nanodisp.data.writer import LOCK, Progress, locked, progress_bar, write_shards
 from nanodisp.errors import UserError
 from nanodisp.files import digest, write_whole
@@ -51,8 +51,9 @@ class DataConfig:
 
     name: a folder of `data/` with a `prepare.py`; "shards" reads the shards in `path` directly.
     path: the file or folder of text ("text"), or the folder of shards ("shards").
-    tokenizer: "byte", "gpt2" or the path of a `.tiktoken` file. For "shards" without a
-        manifest: the tokenizer they were made with, or "none" if their text is not needed.
+    tokenizer: "byte", "gpt2", or the path of a `.tiktoken` file or of a Hugging Face folder with
+        a tokenizer.json. For "shards" without a manifest: the tokenizer they were made with, or
+        "none" if their text is not needed.
     val_fraction: share of the text held out for validation, at most a half: the end of a
         single text file, otherwise every k-th document, k = round(1 / val_fraction), or parts
         of documents where these are too few or too unequal. File names decide before it ("text").
@@ -83,7 +84,7 @@ class DataConfig:
         if self.chunks < 1:
             raise ValueError(f"data.chunks={self.chunks} must be at least 1")
         if not self.tokenizer:
-            raise ValueError("data.tokenizer is empty; choose byte, gpt2 or the path of a .tiktoken file")
+            raise ValueError(f"data.tokenizer is empty; choose {SPECS}")
         try:
             "".encode(self.encoding)
             name = codecs.lookup(self.encoding).name  # one name for utf8, UTF-8, …
@@ -244,11 +245,11 @@ def prepare_pieces(
 
 def _folder(config: DataConfig, stem: str, content: str, split: str | None) -> Path:
     """The folder for a corpus with this content, split by another rule than every k-th document if `split` is given."""
-    settings = [content, _identity(config.tokenizer), config.val_fraction, config.field, config.shard_tokens]
+    settings = [content, identity(config.tokenizer), config.val_fraction, config.field, config.shard_tokens]
     settings += [config.encoding] if config.encoding != "utf-8" else []
     settings += [split] if split else []
     key = blake2b(json.dumps(settings).encode(), digest_size=4).hexdigest()
-    return Path(config.folder or DATA / config.name) / f"{stem}-{Path(config.tokenizer).stem}-{key}"
+    return Path(config.folder or DATA / config.name) / f"{stem}-{label(config.tokenizer)}-{key}"
 
 
 def _prepare(
@@ -294,16 +295,6 @@ def _too_little(source: str, split: str, notes: Sequence[str] = ()) -> UserError
     return UserError(f"{source} has too little text: {split} would be empty; add documents or characters{because}")
 
 
-def _identity(tokenizer: str) -> str:
-    """Identifies a tokenizer: its spec, or the hash of its file."""
-    if not tokenizer.endswith(".tiktoken"):
-        return tokenizer
-    try:
-        return digest(Path(tokenizer), "blake2b")
-    except OSError as error:
-        raise UserError(f"data.tokenizer={tokenizer} cannot be read: {error.strerror}") from error
-
-
 def _write_manifest(folder: Path, progress: Progress, tokenizer: Tokenizer, spec: str, source: str) -> None:
     ratios = {}
     for split in SPLITS:
@@ -312,8 +303,6 @@ def _write_manifest(folder: Path, progress: Progress, tokenizer: Tokenizer, spec
             shutil.rmtree(folder)
             raise _too_little(source, split)
         ratios[split] = progress.text_bytes[split] / n_tokens
-    if spec.endswith(".tiktoken"):  # a copy makes the folder self-contained
-        write_whole(folder / Path(spec).name, Path(spec).read_bytes())
-        spec = Path(spec).name
+    spec = copy_tokenizer(spec, folder)  # a copy makes the folder self-contained
     Manifest(spec, tokenizer.vocab_size, source, ratios, progress.shards).save(folder)
     (folder / PROGRESS).unlink()

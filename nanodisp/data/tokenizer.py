@@ -1,8 +1,9 @@
-"""Text to tokens and back: bytes, GPT-2's BPE, or a `.tiktoken` file, behind one small interface.
+"""Text to tokens and back: bytes, GPT-2's BPE, a `.tiktoken` or a tokenizer.json file, behind one small interface.
 
 A tokenizer is named by a spec, the same string in the config, in a manifest and in a
-checkpoint: "byte", "gpt2", or the path of a `.tiktoken` file (one token per line: its bytes
-in base64, a space, its rank). tiktoken is imported only when a spec needs it. "none" is the
+checkpoint: "byte", "gpt2", the path of a `.tiktoken` file (one token per line: its bytes
+in base64, a space, its rank), or the path of a tokenizer.json or of its folder (`tokenizer_json.py`).
+Their packages are imported only when a spec needs them. "none" is the
 spec of shards whose tokens cannot be turned into text; training needs only the tokens.
 
 No text encodes to the end-of-text token, not even its name in a document.
@@ -17,7 +18,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from nanodisp.data import tokenizer_json
+from nanodisp.data.tokenizer_json import JsonTokenizer
 from nanodisp.errors import UserError
+from nanodisp.files import digest, write_whole
 
 if TYPE_CHECKING:
     from tiktoken import Encoding
@@ -39,10 +43,14 @@ GPT2_VOCAB_SIZE = 50_257
 PUBLISHED = {100_256: (CL100K_PATTERN, 100_257), 199_998: (O200K_PATTERN, 199_999)}
 
 
+SPECS = "byte, gpt2, or the path of a .tiktoken file or of a folder with a tokenizer.json"
+NO_FILE = ("byte", "gpt2", "none")
+
+
 class Tokenizer(Protocol):
     """The interface that the rest of nanodisp uses.
 
-    name: "byte", "gpt2" or a `.tiktoken` file's name without its suffix.
+    name: "byte", "gpt2", a `.tiktoken` file's name without its suffix, or that of a tokenizer.json's folder.
     vocab_size: ids run from 0 to vocab_size - 1.
     eot: the id of the end-of-text token, which ends every document.
     """
@@ -113,8 +121,13 @@ def vocab_size_of(spec: str) -> int:
     return GPT2_VOCAB_SIZE if spec == "gpt2" else load_tokenizer(spec).vocab_size
 
 
+def end_of_text(spec: str, vocab_size: int | None) -> int:
+    """The end-of-text token of a spec: what its tokenizer.json says, else the last of the vocabulary."""
+    return load_tokenizer(spec).eot if _json_file(spec) else (vocab_size or vocab_size_of(spec)) - 1
+
+
 def load_tokenizer(spec: str | Path, folder: Path = Path()) -> Tokenizer:
-    """The tokenizer for a spec: "byte", "gpt2" or the path of a `.tiktoken` file.
+    """The tokenizer for a spec: "byte", "gpt2" or the path of a file.
 
     Args:
         spec: a relative path is relative to `folder`.
@@ -130,8 +143,43 @@ def load_tokenizer(spec: str | Path, folder: Path = Path()) -> Tokenizer:
     if str(spec).endswith(".tiktoken"):
         return from_ranks(folder / spec, _read_ranks(folder / spec))
     if str(spec) == "none":
-        raise UserError("tokenizer=none cannot encode text; choose byte, gpt2 or the path of a .tiktoken file")
-    raise UserError(f"tokenizer={spec} is unknown; choose byte, gpt2 or the path of a .tiktoken file")
+        raise UserError(f"tokenizer=none cannot encode text; choose {SPECS}")
+    if file := tokenizer_json.find(folder / spec):
+        return JsonTokenizer(file)
+    raise UserError(f"tokenizer={spec} is unknown; choose {SPECS}")
+
+
+def identity(spec: str) -> str:
+    """Identifies the tokenizer of a spec: the spec, or a hash of its file; raises UserError if that cannot be read."""
+    try:
+        if spec.endswith(".tiktoken"):
+            return digest(Path(spec), "blake2b")
+        return tokenizer_json.identity(file) if (file := _json_file(spec)) else spec
+    except OSError as error:
+        raise UserError(f"data.tokenizer={spec} cannot be read: {error.strerror}") from error
+
+
+def label(spec: str) -> str:
+    """A short name for the tokenizer of a spec."""
+    return file.resolve().parent.name if (file := _json_file(spec)) else Path(spec).stem
+
+
+def copy_tokenizer(spec: str, folder: Path, name: str | None = None) -> str:
+    """Copy the file of a spec into a folder and return the spec of the copy, relative to the folder.
+
+    A spec without a file is returned as it is. `name` is the new name of a `.tiktoken` file. Raises OSError, UserError.
+    """
+    if spec.endswith(".tiktoken"):
+        write_whole(folder / (name or Path(spec).name), Path(spec).read_bytes())
+        return name or Path(spec).name
+    if file := _json_file(spec):
+        tokenizer_json.copy(file, folder)
+        return tokenizer_json.NAME
+    return spec
+
+
+def _json_file(spec: str) -> Path | None:
+    return None if spec in NO_FILE else tokenizer_json.find(Path(spec))
 
 
 def _published_gpt2() -> TiktokenTokenizer:

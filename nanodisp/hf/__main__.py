@@ -1,11 +1,11 @@
-"""GPT-2 to and from Hugging Face, as safetensors and JSON; no code from the hub is run.
+"""GPT-2, LLaMA and Qwen3 to and from Hugging Face, as safetensors and JSON; no code from the hub is run.
 
     python -m nanodisp.hf export checkpoint=out/<run> to=<folder>
     python -m nanodisp.hf import checkpoint=<folder or hub id> to=out/<run>
 
-transformers' GPT2LMHeadModel and its fast tokenizers load an exported folder. An imported model is a run at step 0, for
-sample.py, nanodisp.condensation and train.py's `init_from`. Tokenizers and the hub need further packages:
-pip install 'nanodisp[eval]'.
+transformers' AutoModelForCausalLM and AutoTokenizer load an exported folder. An imported model is a run at step 0, for
+sample.py, nanodisp.condensation, nanodisp.evaluate and train.py's `init_from`. Tokenizers and the hub need further
+packages: pip install 'nanodisp[eval]'.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from typing import Any
 
 from nanodisp import cli
 from nanodisp.config import Config
+from nanodisp.data import tokenizer_json
 from nanodisp.data.prepare import DataConfig
 from nanodisp.data.tokenizer import TiktokenTokenizer, write_ranks
+from nanodisp.data.tokenizer_json import JsonTokenizer
 from nanodisp.dispersion.placement import DispersionConfig
 from nanodisp.errors import UserError
 from nanodisp.hf.card import model_card
-from nanodisp.hf.gpt2 import config_to_hf, weights_to_hf
-from nanodisp.hf.open import is_hugging_face, load_fitting, need_causal, open_gpt2, read_checkpoint, spec_of
-from nanodisp.hf.tokenizer import END_OF_TEXT, build_tokenizer
+from nanodisp.hf.families import to_hf
+from nanodisp.hf.open import is_hugging_face, load_fitting, need_causal, open_hugging_face, read_checkpoint, spec_of
+from nanodisp.hf.tokenizer import write_tokenizer
 from nanodisp.runs import checkpoint
 from nanodisp.runs.folder import TOKENIZER, write_config
 
@@ -40,8 +42,8 @@ class ExportConfig:
 
     checkpoint: a run's folder (its newest checkpoint) or one checkpoint's.
     to: a new or empty folder.
-    tokenizer: byte, gpt2 or the path of a .tiktoken file, if the run's own is not available; null is the run's own. A
-        run on shards without a tokenizer ("none") is exported without one.
+    tokenizer: byte, gpt2, or the path of a .tiktoken file or of a folder with a tokenizer.json, if the run's own is not
+        available; null is the run's own. A run on shards without a tokenizer ("none") is exported without one.
     """
 
     checkpoint: str = cli.MISSING
@@ -55,8 +57,8 @@ class ImportConfig:
 
     checkpoint: a Hugging Face folder, or an id on the hub.
     to: the run's folder, new or empty.
-    tokenizer: byte, gpt2 or the path of a .tiktoken file; null reads the folder's tokenizer.json, or else
-        uses gpt2 if the vocabulary has its size.
+    tokenizer: byte, gpt2, or the path of a .tiktoken file or of a folder with a tokenizer.json; null reads the folder's
+        own tokenizer.json, or else uses gpt2 if the vocabulary has its size.
     """
 
     checkpoint: str = cli.MISSING
@@ -90,29 +92,24 @@ def export_run(config: ExportConfig, folder: Path) -> None:
     saved = checkpoint.load(checkpoint.find(Path(config.checkpoint)))
     source, spec = read_checkpoint(saved), config.tokenizer or spec_of(saved)
     need_causal(config.checkpoint, source.config, "be exported")
-    ours = load_fitting(spec, source.config) if spec != "none" else None
-    tokenizer, card = build_tokenizer(ours) if ours is not None else None, model_card(saved)
-    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_fitting(spec, source.config) if spec != "none" else None
+    about, tensors = to_hf(source, tokenizer.eot if tokenizer is not None else None)
+    card = model_card(saved, about["model_type"], tokenizer)
     if tokenizer is not None:
-        about_tokenizer = {
-            **{"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True},
-            **{"clean_up_tokenization_spaces": False, "model_max_length": source.config.block_size},
-            **{"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT},
-        }
-        tokenizer.save(str(folder / "tokenizer.json"))
-        (folder / "tokenizer_config.json").write_text(json.dumps(about_tokenizer, indent=2) + "\n")
-    eot = ours.eot if ours is not None else None
-    (folder / "config.json").write_text(json.dumps(config_to_hf(source.config, eot), indent=2) + "\n")
-    checkpoint.save_tensors(folder / "model.safetensors", weights_to_hf(source), {"format": "pt"})
+        write_tokenizer(tokenizer, folder, source.config.block_size)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+    checkpoint.save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def import_run(config: ImportConfig, folder: Path) -> None:
     """Write a run's folder with a checkpoint at step 0."""
     name = config.checkpoint.removeprefix("hf:")
-    source, tokenizer = open_gpt2(name, config.tokenizer)
-    ranks = folder / TOKENIZER
-    data = DataConfig(name="shards", tokenizer=str(ranks) if isinstance(tokenizer, TiktokenTokenizer) else "byte")
+    source, tokenizer = open_hugging_face(name, config.tokenizer)
+    files = {TiktokenTokenizer: TOKENIZER, JsonTokenizer: tokenizer_json.NAME}
+    copied = files.get(type(tokenizer))
+    data = DataConfig(name="shards", tokenizer=str(folder / copied) if copied else "byte")
     try:
         run = Config(
             model=source.config,
@@ -126,7 +123,9 @@ def import_run(config: ImportConfig, folder: Path) -> None:
         raise UserError(f"to={folder}: {error}") from error
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(tokenizer, TiktokenTokenizer):
-        write_ranks(ranks, tokenizer)
+        write_ranks(folder / TOKENIZER, tokenizer)
+    if isinstance(tokenizer, JsonTokenizer):
+        tokenizer_json.copy(tokenizer.file, folder)
     write_config(folder, run)
     state: dict[str, Any] = {
         "step": 0,

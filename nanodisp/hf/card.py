@@ -8,13 +8,19 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from nanodisp.data.tokenizer import Tokenizer
+from nanodisp.data.tokenizer_json import JsonTokenizer
+from nanodisp.hf.families import TITLES
 from nanodisp.hf.tokenizer import END_OF_TEXT
 from nanodisp.runs import checkpoint
 from nanodisp.runs.metrics import METRICS, read_records
 
 
-def model_card(saved: checkpoint.Checkpoint) -> str:
-    """README.md: figures of the last validation up to the checkpoint, and the configuration without local paths."""
+def model_card(saved: checkpoint.Checkpoint, kind: str, tokenizer: Tokenizer | None) -> str:
+    """README.md: figures of the last validation up to the checkpoint, and the configuration without local paths.
+
+    `kind` is the model_type of its config.json.
+    """
     run = saved.path.resolve().parent.parent
     published = ("model", "data", "dispersion", "optim", "train", "seed", "init_from")
     config: dict[str, Any] = {key: saved.state["config"][key] for key in published if key in saved.state["config"]}
@@ -37,16 +43,17 @@ def model_card(saved: checkpoint.Checkpoint) -> str:
         figures += [f"| {what} | {as_text(value, '.4f')} |" for what, value in rows.items() if value is not None]
         figures += [f"| mean cosine of a sequence's tokens, from the embedding to the last layer | {cosines} |"]
     table = "\n".join(figures)
+    end = tokenizer.end if isinstance(tokenizer, JsonTokenizer) else END_OF_TEXT
+    documents = f" A document begins\nafter `{end}`, which no text encodes to." if tokenizer is not None else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [nanodisp, gpt2]
+tags: [nanodisp, {kind}]
 ---
 
 # {run.name}
 
-A GPT-2 trained with nanodisp for {saved.step:,} steps, {saved.state.get("tokens", 0):,} tokens. A document begins
-after `{END_OF_TEXT}`, which no text encodes to.
+A {TITLES[kind]} trained with nanodisp for {saved.step:,} steps, {saved.state.get("tokens", 0):,} tokens.{documents}
 
 {table}
 

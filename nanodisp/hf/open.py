@@ -4,9 +4,11 @@ A name is a run's folder (its newest checkpoint), out/<run>@best or @<step>, one
 config.json as Hugging Face writes it, or hf:<folder or id on the hub>.
 
 - `open_run`: the model of a run's checkpoint, for evaluation;
-- `open_for_text`: a GPT and its tokenizer, a run's or a Hugging Face GPT-2's, for sample.py;
-- `open_source`: weights to start from or to distil from, a run's or a Hugging Face GPT-2's;
+- `open_for_text`: a GPT and its tokenizer, a run's or Hugging Face's, for sample.py;
+- `open_source`: weights to start from or to distil from, a run's or Hugging Face's;
 - `open_for_measuring`: any model that returns hidden states, a run's or one of transformers'.
+
+The first three are GPTs of ours: of Hugging Face's models GPT-2, LLaMA and Qwen3 (`families.py`).
 """
 
 from __future__ import annotations
@@ -24,11 +26,11 @@ from torch import Tensor, nn
 from nanodisp.condensation.measure import hidden_states
 from nanodisp.config import Config
 from nanodisp.data.prepare import DataConfig
-from nanodisp.data.tokenizer import GPT2_VOCAB_SIZE, Tokenizer, load_tokenizer
+from nanodisp.data.tokenizer import GPT2_VOCAB_SIZE, SPECS, Tokenizer, load_tokenizer
 from nanodisp.errors import UserError, first_line, optional
-from nanodisp.hf import gpt2
-from nanodisp.hf.gpt2 import Weights
+from nanodisp.hf.families import read_folder
 from nanodisp.hf.tokenizer import read_tokenizer
+from nanodisp.hf.weights import Weights, checked, cropped
 from nanodisp.models.gpt import GPT, GPTConfig
 from nanodisp.runs import checkpoint
 from nanodisp.runs.folder import spec_in
@@ -81,7 +83,7 @@ def read_checkpoint(saved: checkpoint.Checkpoint) -> Weights:
     """The weights of a checkpoint; raises UserError if this version does not build its model."""
     try:
         spec_of(saved)
-        return gpt2.checked(saved.path, Weights(GPTConfig(**saved.state["config"]["model"]), saved.model))
+        return checked(saved.path, Weights(GPTConfig(**saved.state["config"]["model"]), saved.model))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{saved.path} holds a model that this version does not build: {first_line(error)}") from error
 
@@ -122,12 +124,12 @@ def build(weights: Weights) -> GPT:
 
 
 def open_for_text(name: str, spec: str | None) -> tuple[GPT, Tokenizer, int]:
-    """A run's model or a Hugging Face GPT-2, with its own tokenizer or the one of `spec`; raises UserError.
+    """A run's model or one of Hugging Face, with its own tokenizer or the one of `spec`; raises UserError.
 
     The third is the token that text without a prompt begins after: end-of-text, if the model has learned it.
     """
     if is_hugging_face(name):
-        weights, tokenizer = open_gpt2(name, spec)
+        weights, tokenizer = open_hugging_face(name, spec)
         return build(weights), tokenizer, tokenizer.eot
     run = open_run(name)
     need_causal(name, run.model.config, "generate text")
@@ -135,13 +137,13 @@ def open_for_text(name: str, spec: str | None) -> tuple[GPT, Tokenizer, int]:
     return run.model, tokenizer, tokenizer.eot if start is None else start
 
 
-def open_gpt2(name: str, spec: str | None) -> tuple[Weights, Tokenizer]:
-    """A Hugging Face GPT-2 and the tokenizer of `spec`, else its own, else GPT-2's if the vocabulary has its size.
+def open_hugging_face(name: str, spec: str | None) -> tuple[Weights, Tokenizer]:
+    """The weights of a folder or hub id and the tokenizer of `spec`, else its own, else GPT-2's if that may be its.
 
-    Raises UserError if it is not a GPT-2, has no tokenizer of ours, or one with more tokens than the model.
+    Raises UserError if our GPT cannot be that model, or without a tokenizer that fits.
     """
     folder = download(name.removeprefix("hf:"))
-    weights = gpt2.read_folder(folder)
+    weights = read_folder(folder)
     assert weights.config.vocab_size is not None
     if spec is None and (folder / "tokenizer.json").is_file():
         tokenizer = read_tokenizer(folder)
@@ -152,7 +154,7 @@ def open_gpt2(name: str, spec: str | None) -> tuple[Weights, Tokenizer]:
             )
         return weights, tokenizer
     if spec is None and weights.config.vocab_size != GPT2_VOCAB_SIZE:
-        raise UserError(f"{name} has no tokenizer.json: give tokenizer=byte, gpt2 or the path of a .tiktoken file")
+        raise UserError(f"{name} has no tokenizer.json: give tokenizer={SPECS}")
     return weights, load_fitting(spec or "gpt2", weights.config)
 
 
@@ -167,10 +169,10 @@ class Source(NamedTuple):
 
 
 def open_source(name: str) -> Source:
-    """Raises UserError if there is no such model, or it is not a GPT-2."""
+    """Raises UserError if there is no such model, or our GPT cannot be that model."""
     if is_hugging_face(name):
         folder = download(name.removeprefix("hf:"))
-        return Source(gpt2.read_folder(folder), _if_available(read_tokenizer, folder))
+        return Source(read_folder(folder), _if_available(read_tokenizer, folder))
     saved = checkpoint.load(checkpoint.find(Path(name)))
     return Source(read_checkpoint(saved), _if_available(load_tokenizer, spec_of(saved)))
 
@@ -192,7 +194,7 @@ def initial_weights(config: Config) -> dict[str, Tensor]:
         hint = "; another vocabulary is another data.tokenizer" if ours["vocab_size"] != theirs["vocab_size"] else ""
         raise UserError(f"init_from={name} has another shape: give {' '.join(changes)}{hint}")
     check_tokenizer(f"init_from={name}", source, config.data.tokenizer)
-    return gpt2.cropped(source.weights.tensors, config.model.block_size)
+    return cropped(source.weights.tensors, config.model.block_size)
 
 
 def open_teacher(config: Config, device: torch.device) -> GPT | None:
@@ -364,7 +366,7 @@ def download(name: str) -> Path:
     try:
         return Path(
             hub.snapshot_download(
-                name, allow_patterns=["config.json", "tokenizer.json", "model*.safetensors", "*.index.json"]
+                name, allow_patterns=["config.json", "tokenizer*.json", "model*.safetensors", "*.index.json"]
             )
         )
     except (OSError, ValueError) as error:

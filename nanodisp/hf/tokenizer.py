@@ -13,7 +13,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from nanodisp.data import tokenizer_json
 from nanodisp.data.tokenizer import GPT2_PATTERN, PUBLISHED, ByteTokenizer, TiktokenTokenizer, Tokenizer, from_ranks
+from nanodisp.data.tokenizer_json import JsonTokenizer, letters
 from nanodisp.errors import UserError, first_line, optional
 
 END_OF_TEXT = "<|endoftext|>"
@@ -48,6 +50,25 @@ def build_tokenizer(tokenizer: Tokenizer) -> Any:
     return result
 
 
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
+    """Write tokenizer.json and tokenizer_config.json into a new folder; a tokenizer.json that was read stays as it is.
+
+    Raises UserError as `build_tokenizer` does, before the folder is made.
+    """
+    if isinstance(tokenizer, JsonTokenizer):
+        folder.mkdir(parents=True, exist_ok=True)
+        return tokenizer_json.copy(tokenizer.file, folder)
+    built = build_tokenizer(tokenizer)
+    settings = {
+        **{"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True},
+        **{"clean_up_tokenization_spaces": False, "model_max_length": context},
+        **{"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    built.save(str(folder / tokenizer_json.NAME))
+    (folder / tokenizer_json.SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+
+
 def merged_from(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
     """The two tokens that `token` is merged from when its bytes are merged by rank; None if they never are."""
     parts = [bytes([byte]) for byte in token]
@@ -61,7 +82,10 @@ def merged_from(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | 
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """Our tokenizer that encodes as a folder's tokenizer.json does; raises UserError if none of ours does."""
+    """The tokenizer of a folder's tokenizer.json: bytes or ranks of ours where they encode the same, else the file.
+
+    Raises UserError if it cannot be read, or is not a byte-level BPE.
+    """
     tokenizers, file = optional("tokenizers"), folder / "tokenizer.json"
     try:
         theirs = json.loads(tokenizers.Tokenizer.from_file(str(file)).to_str())
@@ -84,13 +108,4 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         )
     except (KeyError, TypeError, UserError):
         same = False
-    if not same:
-        raise UserError(f"{file} is neither a byte tokenizer nor a BPE like GPT-2's: give the tokenizer as tokenizer=…")
-    return tokenizer
-
-
-def letters() -> list[str]:
-    """GPT-2's letter for each byte: its own character if that is printable, else the next from U+0100 on."""
-    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in visible else next(others)) for byte in range(256)]
+    return tokenizer if same else JsonTokenizer(file)

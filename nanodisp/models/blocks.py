@@ -200,7 +200,7 @@ def rotations(config: GPTConfig) -> Tensor:
     RoPE, arXiv 2104.09864. Feature i is paired with feature i + head_dim / 2, as in LLaMA's released weights; the angle
     of pair i at position t is t / rope_theta^(2i / head_dim).
     """
-    frequency = config.rope_theta ** -(torch.arange(0, config.head_width, 2).float() / config.head_width)
+    frequency = 1 / config.rope_theta ** (torch.arange(0, config.head_width, 2).float() / config.head_width)
     angle = torch.arange(config.block_size).float()[:, None] * frequency  # [T, head_dim / 2]
     angle = torch.cat([angle, angle], dim=1)
     return torch.stack([angle.cos(), angle.sin()])

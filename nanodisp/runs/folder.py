@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shlex
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,9 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from nanodisp.config import ADDED, BUDGET, CONFIG, Config, identity
+from nanodisp.data import tokenizer_json
 from nanodisp.data.corpus import Corpus, fingerprint, sample_start
-from nanodisp.data.tokenizer import load_tokenizer
+from nanodisp.data.tokenizer import copy_tokenizer, load_tokenizer
 from nanodisp.distributed import layout
 from nanodisp.distributed.world import World
 from nanodisp.errors import UserError, first_line
@@ -129,8 +129,8 @@ class Run:
         if self.world.is_main and not plan.is_done(state.step):
             write_config(self.folder, self.config)
             with unwritable(self.folder):
-                if Path(self.corpus.tokenizer).is_file():
-                    shutil.copyfile(self.corpus.tokenizer, self.folder / TOKENIZER)
+                if Path(self.corpus.tokenizer).exists():
+                    copy_tokenizer(self.corpus.tokenizer, self.folder, TOKENIZER)
         self.metrics.begin(
             config=dataclasses.asdict(self.config),
             wandb_config=self.config.wandb,
@@ -305,5 +305,5 @@ def unwritable(folder: Path) -> Any:
 
 def spec_in(run: Path, spec: str) -> str:
     """The spec of a run's tokenizer: the copy of its file in the run's folder if there is one, else `spec`."""
-    beside = run / TOKENIZER
-    return str(beside) if beside.is_file() else spec
+    copies = (run / name for name in (TOKENIZER, tokenizer_json.NAME))
+    return next((str(copy) for copy in copies if copy.is_file()), spec)

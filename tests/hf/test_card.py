@@ -18,7 +18,7 @@ def test_a_model_card_describes_the_run_and_names_no_local_path(run: Run, tmp_pa
     start = run("train.steps=1", "train.sample_tokens=0", name="start")
     settings = (f"init_from={start}", f"intervention.teacher={start}")
     folder = run("train.steps=2", "train.sample_tokens=0", *settings, name="described")
-    card = model_card(checkpoint.load(checkpoint.find(folder)))
+    card = model_card(checkpoint.load(checkpoint.find(folder)), "gpt2", None)
     loss = records(folder, "val")[-1]["loss"]
     for words in ("# described", "2 steps", "128 tokens", "validation at step 2", f"{loss:.4f}", "lambda_disp: 0.1"):
         assert words in card
@@ -46,4 +46,4 @@ def test_damaged_records_do_not_prevent_a_card(run: Run, line: str) -> None:
     folder = run("train.steps=1", "train.sample_tokens=0")
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(line[:100_001] + "\n")
-    assert "# run" in model_card(checkpoint.load(checkpoint.find(folder)))
+    assert "# run" in model_card(checkpoint.load(checkpoint.find(folder)), "gpt2", None)
