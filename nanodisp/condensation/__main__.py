@@ -53,6 +53,8 @@ class CondensationConfig:
         run's own data.
     tokenizer: byte, gpt2 or the path of a .tiktoken file, if the run's own is not available.
     include_diagonal: see `measure`.
+    without: this many principal directions of each layer are removed before it is measured: 1 shows what is left
+        without a massive activation.
     projection: how the tokens of a window are projected onto the plane: pca, tsne or umap (if installed).
     device: "auto", "cpu" or "cuda".
     out: the folder to write to; null is the run's, or out/<model>.
@@ -65,6 +67,7 @@ class CondensationConfig:
     text: str | None = None
     tokenizer: str | None = None
     include_diagonal: bool = False
+    without: int = 0
     projection: str = "pca"
     device: str = "auto"
     out: str | None = None
@@ -72,6 +75,8 @@ class CondensationConfig:
     def __post_init__(self) -> None:
         if self.windows < 1:
             raise ValueError(f"windows={self.windows} must be at least 1")
+        if self.without < 0:
+            raise ValueError(f"without={self.without} must not be negative")
         if self.block is not None and self.block < 2:
             raise ValueError(f"block={self.block}: a pair needs 2 tokens; null is the model's context")
         if self.data is not None and self.text is not None:
@@ -91,24 +96,25 @@ def main(argv: Sequence[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)  # before the measurement, which may take long
     except OSError as error:
         raise UserError(f"out={folder} cannot be created: {error.strerror}; give another folder") from error
-    refuse_another(folder, subject.name)
-    result = measure(model, batches, include_diagonal=config.include_diagonal)
-    result.save(folder, subject.name)
-    print(f"{subject.name}: windows={result.windows} block={result.block}", result, sep="\n")
+    name = f"{subject.name} without {config.without} directions" if config.without else subject.name
+    refuse_another(folder, name)
+    result = measure(model, batches, include_diagonal=config.include_diagonal, without=config.without)
+    result.save(folder, name)
+    print(f"{name}: windows={result.windows} block={result.block}", result, sep="\n")
 
     with torch.inference_mode():
         states = [z[0].float().cpu().numpy() for z in hidden_states(model, batches[0][:1].to(device))]
     chosen = sorted({round(fraction * (len(states) - 1)) for fraction in (0, 1 / 3, 2 / 3, 1)})
     tokens = {f"layer {layer}": states[layer] for layer in chosen}
     drawn = [
-        *figures.save(figures.density({subject.name: result.histogram}), folder / "figures" / "condensation"),
+        *figures.save(figures.density({name: result.histogram}), folder / "figures" / "condensation"),
         *figures.save(figures.projection(tokens, config.projection), folder / "figures" / "tokens"),
     ]
     print("wrote", *(folder / f"condensation{end}" for end in (".json", ".npz")), *drawn)
 
 
 def refuse_another(folder: Path, name: str) -> None:
-    """UserError if the folder holds the results of another model or step."""
+    """UserError if the folder holds the results of another model or step, or without other directions."""
     file = folder / "condensation.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none, or nothing of ours
         earlier = json.loads(file.read_text())["source"]

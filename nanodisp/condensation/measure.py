@@ -16,7 +16,7 @@ Windows are not kept in memory, only a few sums per layer (`sums.py`).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class Condensation:
     windows: int
     block: int
     include_diagonal: bool
+    without: int
     mean: np.ndarray
     std: np.ndarray
     histogram: np.ndarray
@@ -77,6 +78,7 @@ class Condensation:
             "windows": self.windows,
             "block": self.block,
             "include_diagonal": self.include_diagonal,
+            "without": self.without,
             "spearman": rho,
             "kendall": tau,
             "mean_of_last": self.mean_of_last.tolist(),
@@ -108,7 +110,9 @@ class Condensation:
         return "\n".join(lines)
 
 
-def measure(model: nn.Module, windows: Iterable[Tensor], *, include_diagonal: bool = False) -> Condensation:
+def measure(
+    model: nn.Module, windows: Iterable[Tensor], *, include_diagonal: bool = False, without: int = 0
+) -> Condensation:
     """Measure a model on `windows`, in memory that does not grow with their number.
 
     Args:
@@ -116,11 +120,31 @@ def measure(model: nn.Module, windows: Iterable[Tensor], *, include_diagonal: bo
         windows: batches of int64 [B, T] or [T], with the same T of at least 2; or one tensor [W, T].
         include_diagonal: also count the cosine of a token with itself, as the PyPI package
             `embedding-condensation` does.
+        without: this many principal directions of each layer, the first right singular vectors of X, are removed
+            from its tokens, and the rest is measured. The windows are then read twice: no iterator.
 
     On CUDA, the precision of the cosines is that of torch.set_float32_matmul_precision.
 
-    Raises ValueError without windows, or if their lengths differ; UserError if a hidden state is not finite.
+    Raises ValueError without windows, or if their lengths differ; UserError if a hidden state is not finite, or if
+    there are not more directions than `without`.
     """
+    directions = [layer.principal(without) for layer in _add_up(model, windows)] if without else []
+    layers = _add_up(model, windows, include_diagonal, directions)
+    rows = [layer.finish() for layer in layers]
+    stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    return Condensation(
+        windows=layers[0].windows,
+        block=layers[0].tokens // layers[0].windows,
+        include_diagonal=include_diagonal,
+        without=without,
+        **stacked,
+    )
+
+
+def _add_up(
+    model: nn.Module, windows: Iterable[Tensor], include_diagonal: bool = False, directions: Sequence[Tensor] = ()
+) -> list[LayerSums]:
+    """The sums of each layer; `directions`, [F, k] of each, are removed from its tokens first."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     layers: list[LayerSums] = []
     block = None
@@ -140,14 +164,15 @@ def measure(model: nn.Module, windows: Iterable[Tensor], *, include_diagonal: bo
                         )
                     if depth == len(layers):
                         layers.append(LayerSums(z.size(-1), device, include_diagonal))
+                    if directions:
+                        x, v = z.double(), directions[depth]
+                        z = (x - x @ v @ v.T).to(z.dtype)
                     layers[depth].add(z)
     finally:
         model.train(was_training)
     if block is None:
         raise ValueError("no windows to measure")
-    rows = [layer.finish() for layer in layers]
-    stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    return Condensation(windows=layers[0].windows, block=block, include_diagonal=include_diagonal, **stacked)
+    return layers
 
 
 def hidden_states(model: nn.Module, idx: Tensor) -> Iterable[Tensor]:

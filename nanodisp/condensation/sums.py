@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nanodisp.errors import UserError
+
 BINS = 128  # of the histogram, over [-1, 1]
 STRIPE = 128  # rows of a symmetric matrix that are added to at a time
 
@@ -66,6 +68,12 @@ class LayerSums:
             self.counts -= bins(itself)
             self.cosine -= itself.sum(dtype=torch.float64)
             self.cosine_squared -= itself.sum(dtype=torch.float64)  # they are 0 or 1
+
+    def principal(self, k: int) -> Tensor:
+        """The first k principal directions of the tokens, not centred: float64 [F, k]; UserError unless k < F."""
+        if not k < len(self.outer):
+            raise UserError(f"without={k} directions leaves nothing of the model's {len(self.outer)}: give fewer")
+        return torch.linalg.eigh(self.outer, UPLO="U").eigenvectors[:, -k:]  # ascending
 
     def finish(self) -> dict[str, Any]:
         """The layer's entries of `Condensation`."""

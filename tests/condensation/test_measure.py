@@ -146,6 +146,27 @@ def test_a_token_of_zeros_has_cosine_0_with_every_token_and_itself() -> None:
     assert math.isnan(dead.entropy[0])
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_without_directions_the_rest_of_the_tokens_is_measured(k: int) -> None:
+    model = lookup()
+    with torch.no_grad():
+        model.tables[2, :5, 3] += 1000  # a massive activation of a few tokens
+    result, whole = measure(model, WINDOWS.split(4), without=k), measure(model, WINDOWS)
+    assert (result.without, result.windows, result.block) == (k, 6, 24)
+    assert whole.explained[2] > 0.99 > 0.6 > result.explained[2]
+    for layer, z in enumerate(model(WINDOWS)):
+        x = z.detach().numpy()
+        directions = np.linalg.svd(x.reshape(-1, 12), full_matrices=False)[2][:k]  # [k, F]
+        rest = x - x @ directions.T @ directions
+        assert result.mean[layer] == pytest.approx(pairs(rest, False).mean(), abs=1e-6)
+        assert result.mean[layer] != pytest.approx(whole.mean[layer], abs=1e-3)
+
+
+def test_more_directions_than_there_are_features_cannot_be_removed() -> None:
+    with pytest.raises(UserError, match="without=12 directions leaves nothing of the model's 12: give fewer"):
+        measure(lookup(), WINDOWS, without=12)
+
+
 @settings(max_examples=7, deadline=None)
 @given(st.integers(1, 7))
 def test_the_batch_size_does_not_change_the_figures(rows: int) -> None:
@@ -286,9 +307,16 @@ def test_a_text_file_can_be_measured_on(run: Callable[..., Path], tmp_path: Path
     folder = run("train.steps=1", "train.sample_tokens=0")
     (tmp_path / "text.txt").write_text("some words " * 50)
     condensation.main(
-        [f"checkpoint={folder}", f"text={tmp_path / 'text.txt'}", "block=8", f"out={tmp_path / 'measured'}"]
+        [
+            f"checkpoint={folder}",
+            f"text={tmp_path / 'text.txt'}",
+            "block=8",
+            "without=2",
+            f"out={tmp_path / 'measured'}",
+        ]
     )
-    assert json.loads((tmp_path / "measured" / "condensation.json").read_text())["windows"] == 550 // 8
+    summary = json.loads((tmp_path / "measured" / "condensation.json").read_text())
+    assert (summary["windows"], summary["without"]) == (550 // 8, 2)
 
 
 @pytest.mark.slow
@@ -310,6 +338,8 @@ def test_a_hugging_face_folder_is_measured(corpus: Path, tmp_path: Path) -> None
         (["checkpoint={run}", "block=17"], "longer than the model's context of 16"),
         (["checkpoint=nowhere", "block=1"], "a pair needs 2 tokens"),
         (["checkpoint=nowhere", "windows=0"], "windows=0"),
+        (["checkpoint=nowhere", "without=-1"], "without=-1 must not be negative"),
+        (["checkpoint={run}", "without=16"], "without=16 directions leaves nothing of the model's 16"),
         (["checkpoint=nowhere", "text=a", "data=b"], "give one of them"),
         (["checkpoint={run}", "text=nowhere"], "text=nowhere cannot be read"),
         (["checkpoint={run}", "text={tmp}/short"], "short has 5 tokens, a window 16: give a longer text, or block=5$"),
