@@ -30,13 +30,13 @@ def write_ranks_file(path: Path) -> Path:
     return path
 
 
-def write_checkpointed_run(folder: Path, spec: str, **shape: Any) -> Path:
+def write_checkpointed_run(folder: Path, spec: str, std: float = 0.3, **shape: Any) -> Path:
     """A run's folder with a checkpoint of a random model; biases and LayerNorms are random too."""
     torch.manual_seed(0)
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "d_ff": 24, **shape}
     model = GPT(GPTConfig(**shape, vocab_size=load_tokenizer(spec).vocab_size))
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+        torch.nn.init.normal_(parameter, std=std)
     config = dataclasses.asdict(compose(f"data.tokenizer={spec}"))
     state = {"step": 3, "tokens": 96, "config": {**config, "model": dataclasses.asdict(model.config)}, "corpus": "text"}
     checkpoint.save(folder / "checkpoints", model.state_dict(), {}, state)

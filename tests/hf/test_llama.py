@@ -1,0 +1,252 @@
+"""LLaMA and Qwen3 to and from Hugging Face: the same function and the same bits, or rejected in one line."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_export_import import change_config, close, logits, random_tokens, theirs
+from tiny_models import export, model_of, write_checkpointed_run
+from torch import Tensor
+
+from nanodisp.errors import UserError
+from nanodisp.hf import __main__ as hf
+from nanodisp.hf.open import open_run
+from nanodisp.models.generate import generate
+from nanodisp.models.gpt import GPT
+
+pytestmark = pytest.mark.slow
+
+transformers = pytest.importorskip("transformers")
+
+CONTEXT = 64
+STD = 0.8  # of the weights: so large that greedy text varies
+SHAPE = {
+    **{"vocab_size": 257, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2, "head_dim": 6},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT},
+    **{"rms_norm_eps": 1e-2, "rope_parameters": {"rope_type": "default", "rope_theta": 50.0}},
+}
+THEIRS = {
+    "llama": lambda: transformers.LlamaConfig(**SHAPE),
+    "llama with biases, tied": lambda: transformers.LlamaConfig(
+        **SHAPE, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
+    ),
+    "qwen3": lambda: transformers.Qwen3Config(**SHAPE),
+    "qwen3, tied": lambda: transformers.Qwen3Config(**SHAPE, tie_word_embeddings=True),
+}
+LLAMA = {"norm": "rmsnorm", "position": "rotary", "mlp": "swiglu", "rope_theta": 50.0, "block_size": CONTEXT}
+GROUPED = {"n_head": 4, "n_kv_head": 2, "head_dim": 6, "norm_eps": 1e-2}
+OURS = {
+    "LlamaForCausalLM": {**LLAMA, "bias": False},
+    "LlamaForCausalLM with biases": {**LLAMA, **GROUPED, "bias": True, "tie_embeddings": False},
+    "Qwen3ForCausalLM": {**LLAMA, **GROUPED, "bias": False, "qk_norm": True, "dropout": 0.1},
+    "Qwen3ForCausalLM untied": {**LLAMA, "bias": False, "qk_norm": True, "tie_embeddings": False},
+    "GPT2LMHeadModel untied": {"tie_embeddings": False, "norm_eps": 1e-2, "block_size": CONTEXT},
+    "GPT2LMHeadModel without biases": {"tie_embeddings": False, "bias": False, "block_size": CONTEXT},
+}
+
+
+@pytest.fixture(params=THEIRS)
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A model as transformers saves it."""
+    return save(request.param, tmp_path)
+
+
+def save(name: str, tmp_path: Path, **options: Any) -> Path:
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(THEIRS[name]())
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=STD)
+    model.save_pretrained(tmp_path / "theirs", **options)
+    return tmp_path / "theirs"
+
+
+def imported(folder: Path) -> Path:
+    hf.main(["import", f"checkpoint={folder}", f"to={folder.parent / 'run'}", "tokenizer=byte"])
+    return folder.parent / "run"
+
+
+def assert_same_function(ours: GPT, model: Any) -> None:
+    """The same logits, and the same 50 tokens after each of three prompts."""
+    idx = random_tokens(257, 3, CONTEXT)
+    assert close(logits(ours, idx)[..., :257], logits(model, idx))
+    prompt = idx[:, :10]
+    model.generation_config.eos_token_id = None  # our generate does not stop at end-of-text
+    expected = model.generate(prompt, do_sample=False, max_new_tokens=50, pad_token_id=0)[:, 10:]
+    assert torch.equal(torch.stack(list(generate(ours, prompt, 50, temperature=0)), dim=1), expected)
+    assert len(expected.unique()) > 3, "a constant text would prove little"
+
+
+def rejected(folder: Path) -> str:
+    with pytest.raises(UserError) as error:
+        imported(folder)
+    assert "\n" not in str(error.value) and not (folder.parent / "run" / "config.yaml").exists()
+    return str(error.value)
+
+
+# --- the same function ------------------------------------------------------------------------
+
+
+def test_an_imported_model_computes_what_transformers_does(folder: Path) -> None:
+    assert_same_function(model_of(imported(folder)), theirs(folder))
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_transformers_computes_what_an_exported_model_does(name: str, tmp_path: Path) -> None:
+    run = write_checkpointed_run(tmp_path / "run", "byte", std=STD, **OURS[name])
+    model = theirs(export(run, tmp_path / "exported"))
+    assert type(model).__name__ == name.split()[0]
+    assert_same_function(model_of(run), model)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_export_then_import_restores_every_bit(name: str, tmp_path: Path) -> None:
+    before = model_of(write_checkpointed_run(tmp_path / "run", "byte", **OURS[name]))
+    hf.main(["import", f"checkpoint={export(tmp_path / 'run', tmp_path / 'exported')}", f"to={tmp_path / 'back'}"])
+    after = model_of(tmp_path / "back")
+    ignored = {"bias"} if "without biases" in name else set()
+    shapes = [{k: v for k, v in model.config.shape().items() if k not in ignored} for model in (before, after)]
+    assert shapes[0] == shapes[1] and after.config.dropout == before.config.dropout
+    restored = after.state_dict()
+    for key, tensor in before.state_dict().items():
+        rows = 257 if key in ("wte.weight", "lm_head.weight") else len(tensor)
+        assert torch.equal(restored[key][:rows], tensor[:rows]), key
+
+
+def test_a_sharded_model_is_read_from_all_of_its_files(tmp_path: Path) -> None:
+    folder = save("llama", tmp_path, max_shard_size="20KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    idx = random_tokens(257, 2, CONTEXT)
+    assert close(logits(model_of(imported(folder)), idx)[..., :257], logits(theirs(folder), idx))
+    (tmp_path / "again").mkdir()
+    folder = folder.rename(tmp_path / "again" / "theirs")
+    next(folder.glob("model-00002*")).unlink()
+    assert "the weights of" in rejected(folder)
+
+
+def test_a_config_of_transformers_4_is_read(tmp_path: Path) -> None:
+    """rope_theta on its own; no head_dim, no num_key_value_heads; buffers of rotations among the weights."""
+    folder = tmp_path / "theirs"
+    torch.manual_seed(1)
+    values = {key: value for key, value in SHAPE.items() if key not in ("head_dim", "num_key_value_heads")}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**values)).save_pretrained(folder)
+    expected = logits(theirs(folder), idx := random_tokens(257, 2, CONTEXT))
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("rope_parameters", "head_dim", "num_key_value_heads"):
+        del config[key]
+    (folder / "config.json").write_text(json.dumps({**config, "rope_theta": 50.0, "rope_scaling": None}))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
+    save_file(tensors, folder / "model.safetensors")
+    ours = model_of(imported(folder))
+    assert (ours.config.rope_theta, ours.config.kv_heads, ours.config.head_width) == (50.0, 4, 4)
+    assert close(logits(ours, idx)[..., :257], expected)
+
+
+def test_names_without_the_prefix_are_read(tmp_path: Path) -> None:
+    folder = save("qwen3, tied", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    expected = logits(theirs(folder), idx := random_tokens(257, 2, CONTEXT))
+    save_file({name.removeprefix("model."): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+    assert close(logits(model_of(imported(folder)), idx)[..., :257], expected)
+
+
+def test_weights_in_half_precision_are_read_as_float32(tmp_path: Path) -> None:
+    folder = save("llama", tmp_path)
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors")
+    weight = model_of(imported(folder)).wte.weight[:257]
+    assert weight.dtype == torch.float32 and torch.equal(weight, tensors["model.embed_tokens.weight"].float())
+
+
+# --- what is rejected -------------------------------------------------------------------------
+
+SCALED = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "words"),
+    [
+        ("llama", {"rope_parameters": SCALED}, r"its rotary positions are scaled \(llama3\)"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}, r"scaled \(linear\)"),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "its partial_rotary_factor is 0.5"),
+        ("qwen3", {"use_sliding_window": True}, "its use_sliding_window is True"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "its layer_types have sliding_attention"),
+        ("llama", {"hidden_act": "gelu"}, "its hidden_act is gelu, not silu"),
+        ("llama", {"attention_bias": True}, "its mlp_bias is False, not True"),
+        ("qwen3", {"attention_bias": True}, "its attention_bias is True, not False"),
+        ("llama", {"quantization_config": {"quant_method": "awq"}}, "is quantized"),
+        ("llama", {"hidden_size": None}, "its hidden_size is None, not an integer"),
+        ("llama", {"num_key_value_heads": 3}, "is not divisible by model.n_kv_head=3"),
+        ("llama", {"rms_norm_eps": None}, "cannot be read as a LLaMA"),
+        ("qwen3", {"num_hidden_layers": 3}, r"model\.layers\.2\.\S+ should be .*, is none"),
+        ("qwen3", {"num_key_value_heads": 1}, r"self_attn\.k_proj\.weight should be \[6, 16\], is \[12, 16\]"),
+        ("llama", {"tie_word_embeddings": True}, "its output head is not its token embedding, although"),
+        ("llama, tied", {"tie_word_embeddings": False}, r"lm_head\.weight should be \[257, 16\], is none"),
+        ("llama", {"model_type": "mistral"}, "is of the model_type mistral: supported are gpt2, llama, qwen3"),
+        ("llama", {"model_type": None}, "is of the model_type None"),
+        ("llama", {"model_type": "qwen3"}, r"k_norm\.weight should be \[6\], is none"),
+    ],
+    ids=str,
+)
+def test_unsupported_variants_are_rejected(name: str, values: dict[str, Any], words: str, tmp_path: Path) -> None:
+    folder = save("qwen3, tied" if name == "llama, tied" else name, tmp_path)
+    change_config(folder, **values)
+    message = rejected(folder)
+    assert re.search(words, message), message
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_quantized_weights_are_rejected(dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = save("llama", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].to(dtype)
+    save_file(tensors, folder / "model.safetensors")
+    assert "has quantized weights (model.layers.1.mlp.up_proj.weight is" in rejected(folder)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ({"mlp": "relu2"}, ["model.mlp=relu2 has no counterpart", "the nearest, GPT-2, has mlp=gelu;"]),
+        ({"position": "none"}, ["model.position=none", "GPT-2, has position=learned"]),
+        ({"causal": False}, ["model.causal=false", "GPT-2, has causal=true"]),
+        ({"position": "rotary"}, ["model.position=rotary", "GPT-2, has position=learned"]),
+        ({"n_kv_head": 1}, ["model.n_kv_head=1", "GPT-2, has n_kv_head=2"]),
+        ({"head_dim": 6}, ["model.head_dim=6", "GPT-2, has head_dim=8"]),
+        ({"qk_norm": True}, ["model.qk_norm=true", "GPT-2, has qk_norm=false"]),
+        ({**LLAMA, "mlp": "gelu", "bias": False}, ["model.mlp=gelu", "LLaMA, has mlp=swiglu"]),
+        ({**LLAMA, "norm": "layernorm"}, ["model.norm=layernorm", "LLaMA, has norm=rmsnorm"]),
+        ({**LLAMA, "n_embd": 18, "n_head": 4, "head_dim": 6}, ["needs model.n_embd=18 divisible by model.n_head=4"]),
+    ],
+    ids=str,
+)
+def test_switches_without_a_counterpart_are_named(shape: dict[str, Any], words: list[str], tmp_path: Path) -> None:
+    run = write_checkpointed_run(tmp_path / "run", "byte", **shape)
+    with pytest.raises(UserError) as error:
+        export(run, tmp_path / "exported")
+    assert "\n" not in str(error.value) and not (tmp_path / "exported").exists()
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_qwen3_has_no_biases(tmp_path: Path) -> None:
+    run = write_checkpointed_run(tmp_path / "run", "byte", **LLAMA, qk_norm=True, bias=True)
+    with pytest.raises(UserError, match="has no counterpart"):
+        export(run, tmp_path / "exported")
+
+
+def test_the_card_names_the_family(tmp_path: Path) -> None:
+    run = write_checkpointed_run(tmp_path / "run", "byte", **OURS["Qwen3ForCausalLM"])
+    card = (export(run, tmp_path / "exported") / "README.md").read_text()
+    assert "tags: [nanodisp, qwen3]" in card and "A Qwen3 trained with nanodisp for 3 steps" in card
+
+
+def test_the_weights_of_a_padded_vocabulary_are_padded_with_zeros(tmp_path: Path) -> None:
+    state: dict[str, Tensor] = open_run(str(imported(save("llama", tmp_path)))).saved.model
+    assert len(state["wte.weight"]) == len(state["lm_head.weight"]) == 320
+    assert not state["wte.weight"][257:].any() and not state["lm_head.weight"][257:].any()
