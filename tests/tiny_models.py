@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from conftest import compose
 
 from nanodisp.data.tokenizer import load_tokenizer
+from nanodisp.data.tokenizer_json import letters
 from nanodisp.hf import __main__ as hf
 from nanodisp.hf.open import open_run
 from nanodisp.models.gpt import GPT, GPTConfig
@@ -28,6 +30,32 @@ def write_ranks_file(path: Path) -> Path:
     tokens = dict.fromkeys([*SINGLE_BYTES[::-1], *MERGES])
     path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)))
     return path
+
+
+def write_json_tokenizer(folder: Path, lacking: bytes = b"", think: int = 300) -> Path:
+    """A folder with a tokenizer.json as SmolLM's: a byte-level BPE that splits digits, its special tokens first.
+
+    `think` is the id of "<think>", which is added but not special. Texts are also cut, padded and begun.
+    """
+    import tokenizers
+    from tokenizers import pre_tokenizers as pre
+
+    letters_ = [letter for byte, letter in enumerate(letters()) if byte not in lacking]
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("Ġ", "Ġ")]
+    tokens = ["<|start|>", "<|end|>", *letters_, *(a + b for a, b in merges)]
+    vocab = {**{token: id_ for id_, token in enumerate(tokens)}, "<think>": think}
+    built = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+    built.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)])
+    built.decoder = tokenizers.decoders.ByteLevel()
+    built.add_special_tokens(["<|start|>", "<|end|>"])
+    built.add_tokens(["<think>"])
+    built.post_processor = tokenizers.processors.TemplateProcessing("<|start|> $A", special_tokens=[("<|start|>", 0)])
+    built.enable_truncation(4)
+    built.enable_padding()
+    folder.mkdir(parents=True, exist_ok=True)
+    built.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|start|>", "eos_token": "<|end|>"}))
+    return folder
 
 
 def write_checkpointed_run(folder: Path, spec: str, std: float = 0.3, **shape: Any) -> Path:

@@ -49,9 +49,8 @@ class JsonTokenizer:
         self.file, self.name, self.end = file, file.resolve().parent.name, end
         byte_of = {letter: byte for byte, letter in enumerate(letters())}
         pieces = {id_: _spelled(token, byte_of) for token, id_ in self.backend.get_vocab().items()}
-        pieces |= {
-            token["id"]: b"" if token["special"] else token["content"].encode() for token in data["added_tokens"]
-        }
+        added = self.backend.get_added_tokens_decoder().items()
+        pieces |= {id_: b"" if token.special else token.content.encode() for id_, token in added}
         self.vocab_size = max(pieces) + 1
         self.pieces = [pieces.get(id_, b"") for id_ in range(self.vocab_size)]
         self.dtype = np.uint16 if self.vocab_size <= 65_536 else np.uint32

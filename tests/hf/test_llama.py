@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import records
 from safetensors.torch import load_file, save_file
 from test_export_import import change_config, close, logits, random_tokens, theirs
-from tiny_models import export, model_of, write_checkpointed_run
+from tiny_models import export, model_of, write_checkpointed_run, write_json_tokenizer
 from torch import Tensor
 
+import sample
+from nanodisp.condensation import __main__ as condensation
+from nanodisp.data.batches import spread_windows
+from nanodisp.data.shards import open_split
 from nanodisp.errors import UserError
 from nanodisp.hf import __main__ as hf
 from nanodisp.hf.open import open_run
@@ -24,6 +31,7 @@ pytestmark = pytest.mark.slow
 
 transformers = pytest.importorskip("transformers")
 
+Run = Callable[..., Path]
 CONTEXT = 64
 STD = 0.8  # of the weights: so large that greedy text varies
 SHAPE = {
@@ -250,3 +258,69 @@ def test_the_weights_of_a_padded_vocabulary_are_padded_with_zeros(tmp_path: Path
     state: dict[str, Tensor] = open_run(str(imported(save("llama", tmp_path)))).saved.model
     assert len(state["wte.weight"]) == len(state["lm_head.weight"]) == 320
     assert not state["wte.weight"][257:].any() and not state["lm_head.weight"][257:].any()
+
+
+# --- a model with its own tokenizer.json ------------------------------------------------------
+
+
+@pytest.fixture
+def with_tokenizer(tmp_path: Path) -> Path:
+    """A LLaMA with more tokens than its tokenizer, as Qwen's models have."""
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(**{**SHAPE, "vocab_size": 320}, eos_token_id=1)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "with_tokenizer")
+    return write_json_tokenizer(tmp_path / "with_tokenizer")
+
+
+def test_an_imported_run_keeps_its_tokenizer(
+    with_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, file = tmp_path / "run", (with_tokenizer / "tokenizer.json").read_bytes()
+    hf.main(["import", f"checkpoint={with_tokenizer}", f"to={run}"])
+    assert (run / "tokenizer.json").read_bytes() == file
+    shutil.rmtree(with_tokenizer)
+    tokenizer = open_run(str(run)).load_tokenizer()
+    assert tokenizer.eot == 1 and tokenizer.encode("12<|end|>").tolist()[:2] == [51, 52]
+    capsys.readouterr()
+    sample.main([f"checkpoint={run}", "prompt=the <|end|>", "max_new_tokens=5", "device=cpu"])
+    assert capsys.readouterr().out.startswith("the <|end|>")
+    (tmp_path / "text.txt").write_text("the first and the second " * 20)
+    condensation.main([f"checkpoint={run}", f"text={tmp_path / 'text.txt'}", "windows=3", "block=16", "device=cpu"])
+    exported = export(run, tmp_path / "exported")
+    assert (exported / "tokenizer.json").read_bytes() == file
+    theirs_ = transformers.AutoTokenizer.from_pretrained(exported)
+    assert (theirs_.eos_token, theirs_.bos_token) == ("<|end|>", "<|start|>")
+    assert theirs(exported).config.eos_token_id == 1
+
+
+def test_training_goes_on_from_a_model_with_its_own_tokenizer(run: Run, with_tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for name in "abcd":
+        (tmp_path / "texts" / f"{name}.txt").write_text("the first and the second of " * 10 + name)
+    text = [f"data.path={tmp_path / 'texts'}", f"data.folder={tmp_path / 'prepared'}", "data.val_fraction=0.5"]
+    shape = [f"model.{key}={value}" for key, value in LLAMA.items()]
+    shape += ["model.n_head=4", "model.n_kv_head=2", "model.head_dim=6", "model.d_ff=40", "model.norm_eps=1e-2"]
+    shape += ["model.bias=false", "model.tie_embeddings=false", "model.vocab_size=320", "model.block_size=16"]
+    given = ["data=text", *text, *shape, f"init_from=hf:{with_tokenizer}", "train.steps=2"]
+    folder = run(*given, f"data.tokenizer={with_tokenizer}")
+    assert (folder / "tokenizer.json").read_bytes() == (with_tokenizer / "tokenizer.json").read_bytes()
+    assert open_run(str(folder)).spec == str(folder / "tokenizer.json")
+    [prepared] = (tmp_path / "prepared").iterdir()
+    tokens = open_split(prepared, "val")
+    n = min(8, (len(tokens) - 1) // 16)
+    starts = torch.from_numpy(spread_windows((len(tokens) - 1) // 16, n)) * 16
+    rows = torch.stack([torch.from_numpy(tokens.read(s, s + 17).astype("int64")) for s in starts.tolist()])
+    predicted = logits(theirs(with_tokenizer), rows[:, :-1]).flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(predicted, rows[:, 1:].flatten()).item()
+    assert records(folder, "val")[0]["loss"] == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(UserError, match=r"was trained with another tokenizer than data\.tokenizer=byte"):
+        run(*given, "data.tokenizer=byte", name="other")
+
+
+def test_a_model_that_is_smaller_than_its_tokenizer_is_rejected(with_tokenizer: Path, tmp_path: Path) -> None:
+    change_config(with_tokenizer, vocab_size=300)
+    tensors = load_file(with_tokenizer / "model.safetensors")
+    cut = {name: t[:300] if t.shape[0] == 320 else t for name, t in tensors.items()}
+    save_file(cut, with_tokenizer / "model.safetensors")
+    with pytest.raises(UserError, match="has a vocabulary of 300 tokens, its tokenizer of 301"):
+        hf.main(["import", f"checkpoint={with_tokenizer}", f"to={tmp_path / 'run'}"])
