@@ -39,10 +39,11 @@ class SampleConfig:
     """What to generate, and how.
 
     checkpoint: a run's folder (its newest checkpoint), out/<run>@best (of the lowest validation loss) or @<step>, one
-        checkpoint's folder, or a Hugging Face GPT-2: its folder or hf:<id>.
+        checkpoint's folder, or a Hugging Face GPT-2, LLaMA or Qwen3: its folder or hf:<id>.
     prompt: the text to continue; "-" reads it from standard input, and an empty one begins a new document.
     prompt_file: a file with the prompt, in UTF-8, also in gzip.
-    tokenizer: byte, gpt2 or the path of a .tiktoken file, if the model's own is not available.
+    tokenizer: byte, gpt2, or the path of a .tiktoken file or of a folder with a tokenizer.json, if the model's own is
+        not available.
     max_new_tokens: tokens to generate.
     temperature: divides the logits; 0 is greedy.
     top_k: sample among the k likeliest tokens only; null for all.

@@ -144,8 +144,9 @@ class Config:
 
     objective: "next_token" for a causal model; "masked_lm" for one with model.causal=false (BERT's: some tokens are
         hidden, and predicted from all others). null is the one that fits the model.
-    init_from: start from the weights of a run (its folder, or one of its checkpoints) or of a Hugging Face GPT-2
-        (hf:<folder or id>). `model` must have its shape; only block_size may be smaller. null initialises randomly.
+    init_from: start from the weights of a run (its folder, or one of its checkpoints) or of a Hugging Face GPT-2, LLaMA
+        or Qwen3 (hf:<folder or id>). `model` must have its shape; only block_size may be smaller, and without learned
+        positions also larger. null initialises randomly.
     seed: of initial weights, data order, dropout and the sampled tokens of the dispersion loss.
     device: "auto", "cpu" or "cuda".
     resume: "auto" resumes a run of the same name, "never" makes that an error.

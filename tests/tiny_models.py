@@ -32,10 +32,10 @@ def write_ranks_file(path: Path) -> Path:
     return path
 
 
-def write_json_tokenizer(folder: Path, lacking: bytes = b"", think: int = 300) -> Path:
+def write_json_tokenizer(folder: Path, lacking: bytes = b"", think: int = 300, around: bool = True) -> Path:
     """A folder with a tokenizer.json as SmolLM's: a byte-level BPE that splits digits, its special tokens first.
 
-    `think` is the id of "<think>", which is added but not special. Texts are also cut, padded and begun.
+    `think` is the id of "<think>", which is added but not special. With `around`, texts are begun, cut and padded.
     """
     import tokenizers
     from tokenizers import pre_tokenizers as pre
@@ -49,9 +49,11 @@ def write_json_tokenizer(folder: Path, lacking: bytes = b"", think: int = 300) -
     built.decoder = tokenizers.decoders.ByteLevel()
     built.add_special_tokens(["<|start|>", "<|end|>"])
     built.add_tokens(["<think>"])
-    built.post_processor = tokenizers.processors.TemplateProcessing("<|start|> $A", special_tokens=[("<|start|>", 0)])
-    built.enable_truncation(4)
-    built.enable_padding()
+    if around:
+        start = [("<|start|>", 0)]
+        built.post_processor = tokenizers.processors.TemplateProcessing("<|start|> $A", special_tokens=start)
+        built.enable_truncation(4)
+        built.enable_padding()
     folder.mkdir(parents=True, exist_ok=True)
     built.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|start|>", "eos_token": "<|end|>"}))

@@ -3,7 +3,7 @@
 In a folder, files named val, valid or validation are for validation, those named test are left out.
 A key without effect on the files that are found is an error, as on train.py's command line.
 
-python data/text/prepare.py path=<file or folder> tokenizer=<byte, gpt2 or a .tiktoken file>
+python data/text/prepare.py path=<file or folder> tokenizer=<byte, gpt2, a .tiktoken file or a folder>
 
 Training with `data=text data.path=…` runs this automatically. The content is hashed each time,
 about a second per gigabyte; for a large corpus, train with `data=shards data.path=<the folder

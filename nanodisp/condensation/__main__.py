@@ -51,7 +51,8 @@ class CondensationConfig:
         model's context, at most 512.
     data, text: a folder of shards (its validation split) or a text file in UTF-8, also in gzip; null is the
         run's own data.
-    tokenizer: byte, gpt2 or the path of a .tiktoken file, if the run's own is not available.
+    tokenizer: byte, gpt2, or the path of a .tiktoken file or of a folder with a tokenizer.json, if the run's own is not
+        available.
     include_diagonal: see `measure`.
     without: this many principal directions of each layer are removed before it is measured: 1 shows what is left
         without a massive activation.

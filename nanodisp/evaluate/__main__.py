@@ -52,7 +52,8 @@ class EvaluateConfig:
     batch_size: sequences of full context per forward pass.
     seed: of everything that the harness draws, such as the few-shot examples.
     device: "auto", "cpu" or "cuda".
-    tokenizer: byte, gpt2 or the path of a .tiktoken file, if the run's own is not available.
+    tokenizer: byte, gpt2, or the path of a .tiktoken file or of a folder with a tokenizer.json, if the run's own is not
+        available.
     out: the file to write; null is evaluation.json in the model's folder, or in out/<model> for one from the hub.
     """
 

@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny_models import export, loglikelihood, model_of, write_checkpointed_run, write_ranks_file
+from tiny_models import export, loglikelihood, model_of, write_checkpointed_run, write_json_tokenizer, write_ranks_file
 
 from nanodisp.data.corpus import open_corpus
 from nanodisp.data.questions import Question, read_questions, write_questions
@@ -166,6 +166,15 @@ def test_the_exported_model_has_the_same_figures(run: Path, tasks: Path, tmp_pat
     assert one["letters"] == other["letters"]
     perplexity = [found["texts"]["metrics"]["byte_perplexity"]["value"] for found in (one, other)]
     assert perplexity[0] == pytest.approx(perplexity[1], rel=1e-5)
+
+
+def test_a_llama_with_a_tokenizer_json_has_the_figures_of_its_export(tasks: Path, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    spec, shape = write_json_tokenizer(tmp_path / "tokenizer", around=False), {"norm": "rmsnorm", "position": "rotary"}
+    run = write_checkpointed_run(tmp_path / "run", str(spec), block_size=48, **shape, mlp="swiglu", bias=False)
+    for checkpoint in (run, export(run, tmp_path / "exported")):
+        go(checkpoint, tasks, "tasks=letters", f"out={tmp_path / checkpoint.name}.json")
+    assert tasks_in(tmp_path / "run.json") == tasks_in(tmp_path / "exported.json")
 
 
 # --- the file and the tasks ----------------------------------------------------------------------
