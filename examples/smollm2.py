@@ -43,6 +43,8 @@ def main(argv: Sequence[str]) -> None:
         optional("gguf")
     except UserError as error:
         raise UserError("this needs gguf: pip install gguf") from error
+    if Path(config.to).is_file():
+        raise UserError(f"to={config.to} is a file: give a folder")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,12 @@ import torch
 from conftest import ROOT, command, compose
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from tiny_models import write_json_tokenizer
 
 from nanodisp import cli, config, launch
 from nanodisp.config import SECTIONS, Config, flatten
+from nanodisp.data.shards import Manifest
+from nanodisp.data.tokenizer import copy_tokenizer
 from nanodisp.dispersion import VARIANTS
 from nanodisp.errors import UserError
 from nanodisp.models.gpt import GPTConfig
@@ -188,6 +192,19 @@ def test_another_tokenizer_than_the_manifests_is_an_error(corpus: Path) -> None:
         launch.without_unused(compose(*typed), typed, frozenset())
     typed[-1] = "data.tokenizer=byte"
     launch.without_unused(compose(*typed), typed, frozenset())
+
+
+def test_the_tokenizer_json_that_shards_were_made_with_is_not_another(corpus: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    made, other = write_json_tokenizer(tmp_path / "made"), write_json_tokenizer(tmp_path / "other", lacking=b"q")
+    shards = shutil.copytree(corpus, tmp_path / "shards")
+    manifest = dataclasses.replace(Manifest.load(corpus), tokenizer=copy_tokenizer(str(made), shards))
+    manifest.save(shards)
+    typed = ["data=shards", f"data.path={shards}", f"data.tokenizer={made}"]
+    launch.without_unused(compose(*typed), typed, frozenset())
+    typed[-1] = f"data.tokenizer={other}"
+    with pytest.raises(UserError, match=r"other has no effect: .* was made with tokenizer\.json"):
+        launch.without_unused(compose(*typed), typed, frozenset())
 
 
 def test_in_a_sweep_over_it_a_key_without_effect_is_dropped() -> None:

@@ -199,6 +199,18 @@ def test_a_prepared_folder_keeps_the_file_and_its_end_of_text(folder: Path, prep
     assert kept.decode_bytes(split).startswith(b"the words of")
 
 
+def test_a_prepared_folder_keeps_an_end_of_text_that_only_the_models_config_knows(tmp_path: Path) -> None:
+    model = write_json_tokenizer(tmp_path / "model")
+    (model / "tokenizer_config.json").write_text('{"model_max_length": 64}')
+    change(model, "config.json", eos_token_id=START)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"the words of {name} 12 ")
+    prepared = prepare(config(model, tmp_path))
+    assert load_tokenizer(prepared).eot == START
+    kept = json.loads((prepared / "tokenizer_config.json").read_text())
+    assert kept == {"model_max_length": 64, "eos_token": "<|start|>"}
+
+
 def test_a_sample_begins_with_the_files_own_end_of_text(prepared: Path) -> None:
     corpus = open_corpus(prepared, "byte")
     assert corpus.tokenizer == str(prepared / "tokenizer.json")

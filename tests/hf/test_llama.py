@@ -24,8 +24,9 @@ from nanodisp.data.shards import open_split
 from nanodisp.errors import UserError
 from nanodisp.hf import __main__ as hf
 from nanodisp.hf.open import open_run
+from nanodisp.models.blocks import rotations
 from nanodisp.models.generate import generate
-from nanodisp.models.gpt import GPT
+from nanodisp.models.gpt import GPT, GPTConfig
 
 pytestmark = pytest.mark.slow
 
@@ -170,6 +171,16 @@ def test_weights_in_half_precision_are_read_as_float32(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
     weight = model_of(imported(folder)).wte.weight[:257]
     assert weight.dtype == torch.float32 and torch.equal(weight, tensors["model.embed_tokens.weight"].float())
+
+
+def test_positions_are_rotated_as_in_transformers_to_the_last_bit() -> None:
+    """Other rounding of the frequencies turns a head by some 1e-4 at the end of a long context."""
+    shape = {"hidden_size": 64, "num_attention_heads": 1, "max_position_embeddings": 8192}
+    theirs_ = transformers.LlamaConfig(**shape, rope_parameters={"rope_type": "default", "rope_theta": 1e5})
+    embedding = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(theirs_)
+    expected = torch.stack(embedding(torch.zeros(1), torch.arange(8192)[None]))[:, 0]
+    config = GPTConfig(n_head=1, n_embd=64, block_size=8192, position="rotary", rope_theta=1e5)
+    assert torch.equal(rotations(config), expected)
 
 
 # --- what is rejected -------------------------------------------------------------------------
