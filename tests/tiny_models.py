@@ -53,7 +53,7 @@ def write_json_tokenizer(folder: Path, lacking: bytes = b"", think: int = 300, a
         start = [("<|start|>", 0)]
         built.post_processor = tokenizers.processors.TemplateProcessing("<|start|> $A", special_tokens=start)
         built.enable_truncation(4)
-        built.enable_padding()
+        built.enable_padding(length=8)
     folder.mkdir(parents=True, exist_ok=True)
     built.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|start|>", "eos_token": "<|end|>"}))

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, equal
 
+from nanodisp.cli import as_typed
 from nanodisp.errors import UserError, first_line
 from nanodisp.hf import gpt2, llama
 from nanodisp.hf.weights import Weights, blank, check_tensors, padded, read_config, read_tensors, unpadded
@@ -66,10 +67,6 @@ def kind_of(config: GPTConfig) -> str:
     return nearest
 
 
-def as_typed(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def to_hf(source: Weights, eot: int | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The contents of config.json and model.safetensors; raises UserError if no family computes the same function."""
     kind = kind_of(source.config)
@@ -92,7 +89,7 @@ def read_folder(folder: Path) -> Weights:
     kind = str(theirs.get("model_type"))
     if kind not in FAMILIES:
         raise UserError(f"{folder} is of the model_type {kind}: supported are {', '.join(FAMILIES)}")
-    if "quantization_config" in theirs:
+    if theirs.get("quantization_config"):
         raise UserError(f"{folder} is quantized (quantization_config): give the model in full precision")
     family, what = FAMILIES[kind], f"{folder} cannot be read as a {TITLES[kind]}"
     try:

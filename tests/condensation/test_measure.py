@@ -317,6 +317,7 @@ def test_a_text_file_can_be_measured_on(run: Callable[..., Path], tmp_path: Path
     )
     summary = json.loads((tmp_path / "measured" / "condensation.json").read_text())
     assert (summary["windows"], summary["without"]) == (550 // 8, 2)
+    assert summary["source"] == "run at step 1 without 2 directions"
 
 
 @pytest.mark.slow

@@ -287,12 +287,16 @@ def test_an_imported_run_keeps_its_tokenizer(
     with_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, file = tmp_path / "run", (with_tokenizer / "tokenizer.json").read_bytes()
+    sample.main([f"checkpoint=hf:{with_tokenizer}", "prompt=the", "max_new_tokens=5", "device=cpu", "temperature=0"])
+    text = capsys.readouterr().out
     hf.main(["import", f"checkpoint={with_tokenizer}", f"to={run}"])
     assert (run / "tokenizer.json").read_bytes() == file
     shutil.rmtree(with_tokenizer)
     tokenizer = open_run(str(run)).load_tokenizer()
     assert tokenizer.eot == 1 and tokenizer.encode("12<|end|>").tolist()[:2] == [51, 52]
     capsys.readouterr()
+    sample.main([f"checkpoint={run}", "prompt=the", "max_new_tokens=5", "device=cpu", "temperature=0"])
+    assert capsys.readouterr().out == text
     sample.main([f"checkpoint={run}", "prompt=the <|end|>", "max_new_tokens=5", "device=cpu"])
     assert capsys.readouterr().out.startswith("the <|end|>")
     (tmp_path / "text.txt").write_text("the first and the second " * 20)
@@ -313,6 +317,7 @@ def test_training_goes_on_from_a_model_with_its_own_tokenizer(run: Run, with_tok
     shape += ["model.n_head=4", "model.n_kv_head=2", "model.head_dim=6", "model.d_ff=40", "model.norm_eps=1e-2"]
     shape += ["model.bias=false", "model.tie_embeddings=false", "model.vocab_size=320", "model.block_size=16"]
     given = ["data=text", *text, *shape, f"init_from=hf:{with_tokenizer}", "train.steps=2"]
+    given += [f"intervention.teacher=hf:{with_tokenizer}", "intervention.distillation_alpha=0.5"]
     folder = run(*given, f"data.tokenizer={with_tokenizer}")
     assert (folder / "tokenizer.json").read_bytes() == (with_tokenizer / "tokenizer.json").read_bytes()
     assert open_run(str(folder)).spec == str(folder / "tokenizer.json")
@@ -324,6 +329,7 @@ def test_training_goes_on_from_a_model_with_its_own_tokenizer(run: Run, with_tok
     predicted = logits(theirs(with_tokenizer), rows[:, :-1]).flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(predicted, rows[:, 1:].flatten()).item()
     assert records(folder, "val")[0]["loss"] == pytest.approx(expected, abs=1e-5)
+    assert records(folder, "train")[0]["distillation"] == pytest.approx(0, abs=1e-6), "it begins as its teacher"
     with pytest.raises(UserError, match=r"was trained with another tokenizer than data\.tokenizer=byte"):
         run(*given, "data.tokenizer=byte", name="other")
 
