@@ -128,7 +128,7 @@ def test_a_missing_file_is_reported(tmp_path):
 
 
 def test_an_unknown_spec_is_reported_with_the_known_ones():
-    with pytest.raises(UserError, match=r"tokenizer=bert is unknown; choose byte, gpt2 or .*\.tiktoken"):
+    with pytest.raises(UserError, match=r"tokenizer=bert is unknown; choose byte, gpt2, or .*\.tiktoken"):
         load_tokenizer("bert")
 
 

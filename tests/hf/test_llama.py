@@ -183,6 +183,12 @@ def test_positions_are_rotated_as_in_transformers_to_the_last_bit() -> None:
     assert torch.equal(rotations(config), expected)
 
 
+def test_the_base_of_the_rotations_is_written_for_transformers_4_and_5(tmp_path: Path) -> None:
+    run = write_checkpointed_run(tmp_path / "run", "byte", **OURS["Qwen3ForCausalLM"])
+    config = json.loads((export(run, tmp_path / "exported") / "config.json").read_text())
+    assert config["rope_theta"] == 50.0 and config["rope_parameters"] == {"rope_type": "default", "rope_theta": 50.0}
+
+
 # --- what is rejected -------------------------------------------------------------------------
 
 SCALED = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}
