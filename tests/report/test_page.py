@@ -207,7 +207,7 @@ def test_the_loss_of_decoders_and_the_masked_loss_of_encoders_are_never_together
     report.main([str(tmp_path)])
     labels = [row.label for row in make_rows(read_runs(tmp_path))]
     decoder, encoder = labels
-    assert (decoder.split(", ")[-1], encoder.split(", ")[-1]) == ("causal=true", "causal=false")
+    assert encoder.endswith("causal=false") and not decoder.endswith("causal=false")
     assert drawn["validation loss, nats per token"] == [decoder]
     assert drawn["masked validation loss, nats per masked token"] == [encoder]
     assert drawn["tokens per second"] == labels
