@@ -10,6 +10,7 @@ Everywhere:
   python -m nanodisp.condensation      how far a model's embeddings have condensed, layer by layer
   python -m nanodisp.evaluate          benchmarks of lm-evaluation-harness
   python -m nanodisp.hf                export to and import from Hugging Face
+  python -m nanodisp.data.tokenizer    train a vocabulary on your own text
   python -m nanodisp.data.shards       verify the checksums of prepared shards
 
 `from nanodisp import DispersionLoss` is the loss for your own training loop. README.md has examples of all of these.

@@ -1,5 +1,9 @@
 """Text to tokens and back: bytes, GPT-2's BPE, a `.tiktoken` or a tokenizer.json file, behind one small interface.
 
+    python -m nanodisp.data.tokenizer train text=<file or folder> vocab_size=4096 to=<file>.tiktoken
+
+trains a vocabulary of your own; it needs `pip install 'nanodisp[data]'`.
+
 A tokenizer is named by a spec, the same string in the config, in a manifest and in a
 checkpoint: "byte", "gpt2", the path of a `.tiktoken` file (one token per line: its bytes
 in base64, a space, its rank), or the path of a tokenizer.json or of its folder (`tokenizer_json.py`).
@@ -12,15 +16,24 @@ No text encodes to the end-of-text token, not even its name in a document.
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable
+import sys
+from codecs import iterdecode
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from nanodisp import cli
 from nanodisp.data import tokenizer_json
-from nanodisp.data.tokenizer_json import JsonTokenizer
-from nanodisp.errors import UserError
+from nanodisp.data.decode import Tally
+from nanodisp.data.documents import PIECE, find_files, join_and_cut, read_documents
+from nanodisp.data.shards import MANIFEST, Manifest, open_split
+from nanodisp.data.split import split_by_name
+from nanodisp.data.tokenizer_json import JsonTokenizer, letters
+from nanodisp.errors import UserError, optional
 from nanodisp.files import digest, write_whole
 
 if TYPE_CHECKING:
@@ -213,9 +226,9 @@ def from_ranks(path: Path, ranks: dict[bytes, int]) -> TiktokenTokenizer:
 
 
 def write_ranks(path: Path, tokenizer: TiktokenTokenizer) -> None:
-    """Write a `.tiktoken` file."""
+    """Write a `.tiktoken` file; raises UserError when it cannot be written."""
     tokens = map(tokenizer.encoding.decode_single_token_bytes, range(tokenizer.n_text))
-    path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)))
+    write_whole(path, b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)))
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
@@ -234,3 +247,131 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
         except ValueError as error:
             raise UserError(f"{path} line {number} is not a token in base64 and its rank: {line[:40]!r}") from error
     return ranks
+
+
+# --- training a vocabulary ---------------------------------------------------------------
+
+SMALLEST, LARGEST = 258, 1_000_000  # vocab_size: 256 bytes, one merge and end-of-text; more would not fit into memory
+
+
+@dataclass
+class TrainConfig:
+    """Keys of `train`.
+
+    text: a file of text, jsonl or parquet, or a folder of these without its files for validation and testing; or a
+        folder of prepared shards, of which the training split is used.
+    vocab_size: number of tokens, with the 256 bytes and end-of-text.
+    to: the file to write, *.tiktoken.
+    field: the key of jsonl, or the column of parquet, that holds the text.
+    encoding: of text and jsonl files that do not begin with a byte order mark.
+    """
+
+    text: str = cli.MISSING
+    vocab_size: int = cli.MISSING  # type: ignore[assignment]
+    to: str = cli.MISSING
+    field: str = "text"
+    encoding: str = "utf-8"
+
+    def __post_init__(self) -> None:
+        if not SMALLEST <= self.vocab_size <= LARGEST:
+            raise ValueError(
+                f"vocab_size={self.vocab_size} must be {SMALLEST} (256 bytes, one merge, end-of-text) to {LARGEST:,}"
+            )
+        if self.vocab_size - 1 in PUBLISHED:
+            raise ValueError(f"vocab_size={self.vocab_size} is that of a published encoding: choose another size")
+        if not self.to.endswith(".tiktoken"):
+            raise ValueError(f"to={self.to} must be a file named *.tiktoken")
+        try:
+            "".encode(self.encoding)
+        except (LookupError, ValueError) as error:
+            raise ValueError(f"encoding={self.encoding} is unknown; utf-8 and cp1252 are examples") from error
+
+
+def main(argv: Sequence[str]) -> None:
+    """`python -m nanodisp.data.tokenizer train text=… vocab_size=… to=…`."""
+    if not argv or argv[0] != "train":
+        raise UserError("give train: python -m nanodisp.data.tokenizer train text=… vocab_size=… to=….tiktoken")
+    config = cli.parse(TrainConfig, argv[1:])
+    path, n_bytes = Path(config.to), 0
+    if path.exists():
+        raise UserError(f"to={path} exists: give another name, or delete it first")
+    if not path.parent.is_dir():
+        raise UserError(f"to={path}: there is no folder {path.parent}; create it first")
+
+    def texts() -> Iterator[str]:
+        nonlocal n_bytes
+        for text in training_texts(config):
+            n_bytes += len(text.encode())
+            yield text
+
+    try:
+        tokens = train_bpe(texts(), config.vocab_size - 1)
+    except UserError as error:  # a run has these keys in its section data
+        raise UserError(str(error).replace("data.path=", "text=").replace("data.", "")) from error
+    if len(tokens) < config.vocab_size - 1:
+        raise UserError(
+            f"vocab_size={config.vocab_size} needs more text: the {n_bytes:,} bytes of {config.text} have pairs that "
+            f"repeat for at most {len(tokens) + 1} tokens"
+        )
+    write_ranks(path, from_ranks(path, {token: rank for rank, token in enumerate(tokens)}))
+    print(f"wrote {path}: 256 bytes, {len(tokens) - 256:,} merges, end-of-text, from {n_bytes / 1e6:,.1f} MB of text")
+
+
+def training_texts(config: TrainConfig) -> Iterator[str]:
+    """The text to train on in pieces, see `TrainConfig.text`; lone surrogates become "?".
+
+    Raises UserError as `find_files`, `read_documents` and `open_split` do.
+    """
+    path = Path(config.text)
+    if (path / MANIFEST).is_file():
+        documents = _documents_of_shards(path)
+    else:
+        files, _ = find_files(path, config.encoding)
+        if path.is_dir():
+            splits, _ = split_by_name(files, path)
+            files = [file for file, split in splits.items() if split == "train"]
+        documents = chain.from_iterable(read_documents(file, config.field, config.encoding, Tally()) for file in files)
+    for text, _ in chain.from_iterable(map(join_and_cut, documents)):
+        if text:
+            yield text.encode("utf-8", "replace").decode()
+
+
+def _documents_of_shards(folder: Path) -> Iterator[Iterable[str]]:
+    """The documents of the training split of a folder of shards, each in chunks of its text."""
+    tokens, tokenizer = open_split(folder, "train"), load_tokenizer(Manifest.load(folder).tokenizer, folder)
+
+    def chunks(start: int, stop: int) -> Iterator[np.ndarray]:
+        return (tokens.read(i, min(i + PIECE, stop)) for i in range(start, stop, PIECE))
+
+    start, everything = 0, enumerate(chunks(0, len(tokens)))
+    ends = ((PIECE * i + np.flatnonzero(chunk == tokenizer.eot)).tolist() for i, chunk in everything)
+    for stop in chain(chain.from_iterable(ends), (len(tokens),)):
+        yield iterdecode((tokenizer.decode_bytes(chunk.tolist()) for chunk in chunks(start, stop)), "utf-8", "replace")
+        start = stop  # end-of-text has no bytes
+
+
+def train_bpe(texts: Iterable[str], n_tokens: int) -> list[bytes]:
+    """Byte-pair encoding as GPT-2's: the 256 bytes, then at most `n_tokens` - 256 merges, most frequent first.
+
+    Trained by Hugging Face's tokenizers, on all cores; the same texts give the same tokens.
+
+    Raises UserError if tokenizers is not installed.
+    """
+    tokenizers = optional("tokenizers", extra="data")
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)  # splits by GPT-2's pattern
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=n_tokens,
+        min_frequency=2,
+        initial_alphabet=byte_level.alphabet(),
+        show_progress=sys.stderr.isatty(),
+    )
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = byte_level
+    tokenizer.train_from_iterator(texts, trainer)
+    byte_of = {letter: byte for byte, letter in enumerate(letters())}
+    merged = sorted((rank, token) for token, rank in tokenizer.get_vocab().items() if len(token) > 1)
+    return [bytes([byte]) for byte in range(256)] + [bytes(map(byte_of.__getitem__, token)) for _, token in merged]
+
+
+if __name__ == "__main__":
+    cli.run(main, TrainConfig)
