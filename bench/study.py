@@ -77,7 +77,7 @@ def work(out: Path, corpus: Path) -> None:
         folder = out / todo.name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "machine.json").write_text(json.dumps(about))
-        path = [] if "data=pystdlib" in todo.overrides else [f"data.path={corpus}"]
+        path = [] if any("data=pystdlib" in override for override in todo.overrides) else [f"data.path={corpus}"]
         print(f"--- {todo.name}", flush=True)
         with (folder / "log.txt").open("a") as log:
             command = [sys.executable, "train.py", *todo.overrides, *path, f"run_name={todo.name}"]

@@ -142,10 +142,8 @@ def job(arm: str, size: str, seed: int, multiple: float, extra: list[str], budge
     steps = math.ceil(tokens / (s.batch_size * BLOCK_SIZE))
     overrides = (
         *(
-            "data=english",
+            *("data=english", "model=nano", "optim=adamw", "device=cpu", "out_dir=out/study"),
             f"seed={seed}",
-            "device=cpu",
-            "out_dir=out/study",
             f"optim.lr={multiple * 0.384 / s.n_embd:.6g}",
         ),
         *(f"model.n_layer={s.n_layer}", f"model.n_embd={s.n_embd}", f"model.n_head={s.n_head}"),
@@ -213,7 +211,7 @@ def text_and_tokenizer(size: str, first: int, last: int, losses: Losses, corpus:
     """English by bytes, Python's standard library by bytes and by the vocabulary; English by it is design (a)."""
     texts = {
         "english-bytes": ["data.tokenizer=byte"],
-        "python-bytes": ["data=pystdlib"],
+        "python-bytes": ["data=pystdlib_bytes"],
         "python-bpe": ["data=pystdlib", f"data.tokenizer={corpus}/bpe4096.tiktoken"],
     }
     settings = {f"{name}-lam{lam:g}": at(lam, *extra) for name, extra in texts.items() for lam in PRIMARY}
