@@ -21,7 +21,7 @@ from nanodisp.distributed import hardware
 from nanodisp.distributed.world import World
 from nanodisp.errors import UserError
 from nanodisp.models.gpt import GPT, GPTConfig
-from nanodisp.training.optim import lr_for_width
+from nanodisp.training.optim import with_rates
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def resolve(config: Config, corpus: Corpus, world: World) -> Plan:
         config,
         model=model,
         data=dataclasses.replace(config.data, tokenizer=corpus.tokenizer),
-        optim=dataclasses.replace(config.optim, lr=config.optim.lr or lr_for_width(model.n_embd)),
+        optim=with_rates(config.optim, model.n_embd),
         train=dataclasses.replace(config.train, dtype=str(dtype).removeprefix("torch."), compile=compiled),
     )
     rows_of_rank = world.share("train.batch_size", config.train.batch_size)

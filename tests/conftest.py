@@ -30,6 +30,8 @@ torch.set_num_threads(2)
 
 ROOT = Path(__file__).parents[1]
 TINY = (
+    "model=nano",
+    "optim=adamw",
     "data=shards",
     "model.n_layer=2",
     "model.n_head=2",
@@ -130,7 +132,15 @@ def command(
 
 
 STEPS = 40
-SHAPE = ("model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_size=16", "model.vocab_size=257")
+SHAPE = (
+    "model=nano",
+    "optim=adamw",
+    "model.n_layer=2",
+    "model.n_head=2",
+    "model.n_embd=16",
+    "model.block_size=16",
+    "model.vocab_size=257",
+)
 
 
 def write_run(folder: Path, *overrides: str, loss: float | None = 2.0, steps: int = STEPS) -> Path:

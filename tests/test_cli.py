@@ -111,7 +111,13 @@ def test_help_is_printed_in_place_of_work(
 
 COMMANDS = [
     *("sample.py", "nanodisp.condensation", "nanodisp.evaluate", "nanodisp.hf", "nanodisp.report"),
-    *("nanodisp.data.shards", "nanodisp.data.tokenizer", "bench.soak", "data/text/prepare.py", "data/hellaswag/prepare.py"),
+    *(
+        "nanodisp.data.shards",
+        "nanodisp.data.tokenizer",
+        "bench.soak",
+        "data/text/prepare.py",
+        "data/hellaswag/prepare.py",
+    ),
 ]
 
 

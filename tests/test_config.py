@@ -20,11 +20,14 @@ from tiny_models import write_json_tokenizer
 
 from nanodisp import cli, config, launch
 from nanodisp.config import SECTIONS, Config, flatten
+from nanodisp.data.prepare import DataConfig
 from nanodisp.data.shards import Manifest
-from nanodisp.data.tokenizer import copy_tokenizer
+from nanodisp.data.tokenizer import copy_tokenizer, load_tokenizer
 from nanodisp.dispersion import VARIANTS
 from nanodisp.errors import UserError
 from nanodisp.models.gpt import GPTConfig
+from nanodisp.plan import size_of
+from nanodisp.training.optim import OptimConfig
 from sample import SampleConfig
 
 GROUPS = [
@@ -41,9 +44,27 @@ def test_every_file_of_conf_composes(choice: str) -> None:
     assert compose(*where, choice, "data.path=some/text").train.steps
 
 
-def test_without_overrides_the_dataclasses_decide_all_but_the_models_shape() -> None:
-    shape = OmegaConf.to_container(OmegaConf.load(launch.CONF / "model" / "nano.yaml"))
-    assert compose() == Config(model=GPTConfig(**shape))
+def test_the_dataclasses_decide_all_but_what_the_chosen_files_of_conf_say() -> None:
+    def says(group: str, choice: str) -> Any:
+        return OmegaConf.to_container(OmegaConf.load(launch.CONF / group / f"{choice}.yaml")) or {}
+
+    plain = compose("model=nano", "data=pystdlib_bytes", "optim=adamw")
+    assert plain == Config(model=GPTConfig(**says("model", "nano")))
+    model, data, optim = says("model", "modern"), says("data", "pystdlib"), says("optim", "muon")
+    assert compose() == Config(model=GPTConfig(**model), data=DataConfig(**data), optim=OptimConfig(**optim))
+
+
+def test_the_default_runs_vocabulary_is_that_of_its_model_and_has_a_file() -> None:
+    tokenizer = load_tokenizer(ROOT / "data" / "pystdlib" / compose().data.tokenizer)
+    assert tokenizer.vocab_size == 4096
+    text = "class Python:\n    def __init__(self, *args, **kwargs):\n        return None\n"
+    assert tokenizer.decode_bytes(tokenizer.encode(text)).decode() == text
+    assert len(tokenizer.encode(text)) < len(text) / 3
+
+
+def test_the_speedrun_keeps_to_its_limit_of_parameters() -> None:
+    model = dataclasses.replace(compose("experiment=speedrun", "data.path=a").model, vocab_size=2048)
+    assert size_of(model)[0] <= 850_000
 
 
 FILES = [file for group in (*SECTIONS, "experiment") for file in sorted((launch.CONF / group).glob("*.yaml"))]
@@ -94,7 +115,7 @@ def test_every_variant_has_its_file() -> None:
         ("model.n_head=5", ["n_embd=128", "n_head=5"]),
         ("optim.name=sgd", ["sgd", "adamw"]),
         ("dispersion.variant=cosin", ["cosin", "cosine"]),
-        ("dispersion.layers=[7]", ["7", "0 to 6"]),
+        ("dispersion.layers=[7]", ["7", "0 to 4"]),
         ("dispersion.schedule=linear", ["dispersion.schedule=warmup"]),
         ("train.dtype=int8", ["int8", "bfloat16"]),
         ("train.parallel=tensor", ["tensor", "ddp, fsdp"]),
@@ -146,7 +167,7 @@ def test_a_value_that_hydra_cannot_parse_is_answered_with_its_quoted_form(text: 
         ("dispersion.lambda_disp=0 dispersion.layers=last", ["dispersion.layers=last", "lambda above 0"]),
         ("dispersion=variance dispersion.tau=2", ["dispersion.tau=2", "dispersion.variant=variance", "no tau"]),
         ("dispersion.warmup_fraction=0.2", ["dispersion.warmup_fraction=0.2", "dispersion.schedule=warmup"]),
-        ("optim.muon_lr=1", ["optim.muon_lr=1", "optim=adamw", "optim=muon"]),
+        ("optim=adamw optim.muon_lr=1", ["optim.muon_lr=1", "optim=adamw", "optim=muon"]),
         ("optim.warmup_steps=5 optim.warmup_fraction=0.1", ["optim.warmup_steps=5", "optim.warmup_fraction=null"]),
         ("optim.schedule=constant optim.min_lr_fraction=0", ["optim.min_lr_fraction=0", "optim.schedule=constant"]),
         ("train.steps=5 train.tokens=100", ["train.steps=5", "train.tokens=100", "train.tokens=null"]),
@@ -257,7 +278,7 @@ def test_help_of_training_shows_groups_and_every_key_with_its_default(tmp_path: 
     [
         ("--steps=5", "--steps=5: keys have no dashes: train.steps=5"),
         ("-m seed=1,2 --cfg job", "-m and --cfg exclude each other: --cfg shows one configuration"),
-        ("seed=1 optim.muon_lr=1", "optim.muon_lr=1 has no effect with optim=adamw: add optim=muon"),
+        ("optim=adamw optim.muon_lr=1", "optim.muon_lr=1 has no effect with optim=adamw: add optim=muon"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(arguments: str, line: str) -> None:
@@ -320,7 +341,7 @@ def test_unused_keys_do_not_change_a_name() -> None:
         return config.name_of(compose(*overrides), "nano")
 
     for used, unused in (
-        ((), "optim.muon_lr=1"),
+        (("optim=adamw",), "optim.muon_lr=1"),
         ((), "model.n_kv_head=4"),  # what null means
         ((), "model.head_dim=32"),
         ((), "data.chunks=3"),

@@ -120,7 +120,7 @@ def test_the_head_of_masked_tokens_compiles_without_a_graph_break() -> None:
 @ALL
 def test_every_parameter_gets_a_gradient_and_is_updated_by_one_optimizer(family: str) -> None:
     model, idx = model_of(family), tokens(4, 12)
-    optimizers = build_optimizers(model, OptimConfig(name="muon", lr=0.1))
+    optimizers = build_optimizers(model, OptimConfig(name="muon", lr=0.1, muon_lr=1e-3))
     updated = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     assert sorted(map(id, updated)) == sorted(map(id, model.parameters()))
     model(idx, idx.flip(1)).loss.backward()

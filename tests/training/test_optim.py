@@ -19,6 +19,7 @@ from nanodisp.training.optim import (
     lr_scale,
     set_lr,
     state_tensors,
+    with_rates,
 )
 
 
@@ -50,15 +51,26 @@ def test_adamw_decays_only_matrices_and_covers_every_parameter() -> None:
 
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
     model = small_model()
-    adamw, muon = build_optimizers(model, OptimConfig(name="muon", lr=1e-3))
+    adamw, muon = build_optimizers(model, OptimConfig(name="muon", lr=1e-3, muon_lr=1e-3))
     in_blocks = {name for name, p in model.named_parameters() if name.startswith("h.") and p.dim() == 2}
     assert set(names_of(model, muon)) == in_blocks
     assert set(names_of(model, adamw)) == {name for name, _ in model.named_parameters()} - in_blocks
 
 
+def test_rates_that_are_left_open_follow_the_width_and_are_higher_for_adamw_beside_muon() -> None:
+    assert with_rates(OptimConfig(), 768).lr == pytest.approx(5e-4)
+    muon = with_rates(OptimConfig(name="muon"), 768)
+    assert (muon.lr, muon.muon_lr) == pytest.approx((3.5e-3, 5e-4))
+    given = with_rates(OptimConfig(name="muon", lr=0.1, muon_lr=0.2), 768)
+    assert (given.lr, given.muon_lr) == (0.1, 0.2)
+    for config in (OptimConfig(), OptimConfig(name="muon", lr=0.1)):
+        with pytest.raises(ValueError, match="use with_rates"):
+            build_optimizers(small_model(), config)
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_optimizers_with_loaded_state_continue_bit_for_bit(name: str) -> None:
-    config = OptimConfig(name=name, lr=1e-3)
+    config = OptimConfig(name=name, lr=1e-3, muon_lr=1e-3)
     model = small_model()
     optimizers = build_optimizers(model, config)
     for seed in range(3):
