@@ -3,7 +3,7 @@
     python -m bench.soak                # everything
     python -m bench.soak kills=5        # fewer kills: also ranks=, mutations=
 
-- kills: runs of the default model, killed repeatedly with SIGKILL at random moments, every third time while a
+- kills: runs of `nano`, killed repeatedly with SIGKILL at random moments, every third time while a
   checkpoint is being written, and started again until they are complete. Their final weights and losses must equal
   those of an uninterrupted run.
 - ranks: one run on 2, 1, 4 and 2 ranks in turn, half of it with FSDP, compared with the loss curve of one rank; and a
@@ -47,6 +47,7 @@ from nanodisp.runs import checkpoint
 
 ROOT = Path(__file__).parent.parent
 SHORT = (
+    *("model=nano", "data=pystdlib_bytes", "optim=adamw"),
     *("train.steps=24", "train.checkpoint_interval=2", "train.eval_interval=8", "train.eval_windows=8"),
     *("train.batch_size=4", "train.sample_tokens=0", "train.dtype=float32", "device=cpu"),
 )

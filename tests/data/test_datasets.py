@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from test_prepare import config, documents_of, files_of, write_jsonl, write_ranks
 
 from nanodisp.data.prepare import CONF, DATA, DataConfig, prepare, prepare_documents
-from nanodisp.data.shards import open_split, verify
+from nanodisp.data.shards import Manifest, open_split, verify
 from nanodisp.errors import UserError
 
 
@@ -40,6 +40,16 @@ def test_the_standard_library_is_the_default_and_excludes_its_tests(tmp_path):
     folders = [prepare(DataConfig(folder=str(tmp_path / place))) for place in ("one", "two")]
     assert files_of(folders[0]) == files_of(folders[1])
     assert documents_of(folders[0], "val")[0] == files[0].read_text()
+
+
+@pytest.mark.slow
+def test_the_standard_library_has_its_own_vocabulary_wherever_the_program_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = OmegaConf.load(CONF / "pystdlib.yaml")
+    folder = prepare(DataConfig(folder=str(tmp_path), **values))
+    manifest = Manifest.load(folder)
+    assert (folder / manifest.tokenizer).read_bytes() == (DATA / "pystdlib" / values.tokenizer).read_bytes()
+    assert manifest.bytes_per_token["val"] > 3
 
 
 def test_shakespeare_is_downloaded_once(tmp_path):
