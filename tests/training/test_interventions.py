@@ -258,7 +258,7 @@ def test_ranks_sharded_or_not_have_the_curve_of_one_process(
 
 def test_a_model_card_names_only_the_interventions_of_its_run(run: Run) -> None:
     plain, noisy = run("train.steps=1", name="a"), run("train.steps=1", NOISE, name="b")
-    cards = [model_card(checkpoint.load(checkpoint.find(folder))) for folder in (plain, noisy)]
+    cards = [model_card(checkpoint.load(checkpoint.find(folder)), "gpt2", None) for folder in (plain, noisy)]
     assert "intervention" not in cards[0]
     assert "intervention:\n  noise_alpha: 5.0\n```" in cards[1]
 
