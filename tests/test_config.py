@@ -265,7 +265,7 @@ def test_help_of_training_shows_groups_and_every_key_with_its_default(tmp_path: 
     result = command("--help")
     assert (result.returncode, result.stderr) == (0, "")
     assert re.search(r"dispersion= +angular cosine", result.stdout)
-    assert re.search(r"model\.n_layer=6 .*\n +blocks, attention heads, width", result.stdout)
+    assert re.search(r"model\.n_layer=4 .*\n +blocks, attention heads, width", result.stdout)
     for section, schema in {"": Config, **SECTIONS}.items():
         for field in dataclasses.fields(schema):
             assert f" {section}.{field.name}=".replace(" .", " ") in result.stdout or field.name in SECTIONS

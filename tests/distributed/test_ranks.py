@@ -48,7 +48,7 @@ def sharded(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = command(
         *("-m", *TINY, *CURVE, f"data.path={corpus}", f"out_dir={folder}", "run_name=${optim.name}-${train.dtype}"),
         *("train.parallel=fsdp", "train.micro_batch_size=1", "train.eval_windows=5", "train.timeout_minutes=1"),
-        *("optim=adamw,muon", "train.dtype=float32,float16"),
+        *("optim=adamw,muon", "optim.muon_lr=1e-3", "train.dtype=float32,float16"),
         ranks=2,
     )
     assert result.returncode == 0, result.stderr
@@ -63,7 +63,7 @@ def sharded(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_sharded_ranks_have_the_curve_of_one_process(
     run: Run, sharded: Path, optimizer: str, dtype: str, tolerance: float
 ) -> None:
-    one = run(*CURVE, "train.eval_windows=5", f"optim={optimizer}", f"train.dtype={dtype}")
+    one = run(*CURVE, "train.eval_windows=5", f"optim={optimizer}", "optim.muon_lr=1e-3", f"train.dtype={dtype}")
     ours = sharded / f"{optimizer}-{dtype}"
     assert_same_curve(ours, one, tolerance)
     if tolerance == 1e-5:
