@@ -240,7 +240,6 @@ def test_quantized_weights_are_rejected(dtype: torch.dtype, tmp_path: Path) -> N
     [
         ({"mlp": "relu2"}, ["model.mlp=relu2 has no counterpart", "the nearest, GPT-2, has mlp=gelu;"]),
         ({"position": "none"}, ["model.position=none", "GPT-2, has position=learned"]),
-        ({"causal": False}, ["model.causal=false", "GPT-2, has causal=true"]),
         ({"position": "rotary"}, ["model.position=rotary", "GPT-2, has position=learned"]),
         ({"n_kv_head": 1}, ["model.n_kv_head=1", "GPT-2, has n_kv_head=2"]),
         ({"head_dim": 6}, ["model.head_dim=6", "GPT-2, has head_dim=8"]),
