@@ -28,7 +28,7 @@ from nanodisp.data.batches import Batches, prefetch
 from nanodisp.data.corpus import open_for
 from nanodisp.data.questions import read_questions
 from nanodisp.dispersion.placement import lambda_at
-from nanodisp.distributed import World, hardware, layout, start, stop
+from nanodisp.distributed import World, group_of_ranks, hardware, layout, start
 from nanodisp.errors import UserError
 from nanodisp.hf.open import initial_weights, open_teacher
 from nanodisp.models.gpt import GPT
@@ -217,7 +217,5 @@ def estimate(objective: Objective, scaler: torch.amp.GradScaler, batches: Batche
 
 
 if __name__ == "__main__":
-    try:
+    with group_of_ranks():
         launch.main(train)
-    finally:
-        stop()

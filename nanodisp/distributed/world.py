@@ -11,8 +11,10 @@ import contextlib
 import datetime
 import os
 import re
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -157,7 +159,23 @@ def _rendezvous_store(rank: int, timeout: datetime.timedelta) -> dist.Store:
     return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def stop() -> None:
-    """Leave the process group, if there is one."""
+@contextlib.contextmanager
+def group_of_ranks() -> Iterator[None]:
+    """Leave the process group, if `start` has joined one, at the end of the block.
+
+    A rank that fails exits at once instead: Python's own exit joins the threads of the group, which may wait for Python
+    or for another rank, and torchrun, which ends the other ranks, would never hear of the failure.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not dist.is_initialized():
+            raise
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,8 +1,12 @@
-"""The environment that torchrun sets says which ranks there are."""
+"""What torchrun sets says which ranks there are, and a rank that fails exits at once."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
+from conftest import ROOT
 
 from nanodisp.distributed import start
 from nanodisp.errors import UserError
@@ -31,3 +35,21 @@ def test_one_process_needs_no_variables(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert start("cpu").is_main
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("error", "code"), [("SystemExit(3)", 3), ("ValueError('a bug')", 1)])
+def test_a_failing_rank_exits_at_once_whatever_its_threads_wait_for(error: str, code: int) -> None:
+    script = f"""
+import threading
+import torch.distributed as dist
+from nanodisp.distributed import group_of_ranks
+with group_of_ranks():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    threading.Thread(target=threading.Event().wait).start()
+    print("not flushed yet", end="")
+    raise {error}
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (code, "not flushed yet")
+    assert ("ValueError: a bug" in result.stderr) == (code == 1)
