@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, command, losses, records
+from conftest import ROOT, TINY, command, losses, records, weights
 
 from nanodisp.distributed import layout
 from nanodisp.models.gpt import GPT, GPTConfig
@@ -26,18 +26,19 @@ from nanodisp.runs.metrics import Metrics
 pytestmark = pytest.mark.slow
 
 Run = Callable[..., Path]
+FAMILIES = ("nano_llama", "nano_qwen3", "nano_encoder")  # beside GPT-2, which the other tests train
 TORCHRUN_2 = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 CURVE = ("train.steps=12", "train.log_interval=1", "train.eval_interval=4", "train.condensation_interval=4")
 
 
-def assert_same_curve(ours: Path, theirs: Path, tolerance: float = 1e-5) -> None:
-    assert len(losses(ours)) == 12
-    for key in ("loss", "dispersion", "grad_norm"):
+def assert_same_curve(ours: Path, theirs: Path, tolerance: float = 1e-5, loss: str = "loss") -> None:
+    assert len(losses(ours, loss)) == 12
+    for key in (loss, "dispersion", "grad_norm"):
         assert losses(ours, key) == pytest.approx(losses(theirs, key), rel=tolerance)
     for split in ("val", "condensation"):
         a, b = ([r["mean_cosine"] for r in records(folder, split)] for folder in (ours, theirs))
         assert a == [pytest.approx(means, rel=10 * tolerance) for means in b]
-    a, b = ([r["loss"] for r in records(folder, "val")] for folder in (ours, theirs))
+    a, b = ([r[loss] for r in records(folder, "val")] for folder in (ours, theirs))
     assert a == pytest.approx(b, rel=tolerance)
 
 
@@ -92,6 +93,34 @@ def test_a_run_of_two_ranks_resumes_sharded_on_four_and_unsharded_on_one(
     ours, theirs = (checkpoint.load(checkpoint.find(folder)) for folder in (many, one))
     assert ours.optimizer.keys() == theirs.optimizer.keys()
     assert all(torch.allclose(ours.model[name], theirs.model[name], atol=1e-5) for name in theirs.model)
+
+
+@pytest.fixture(scope="module")
+def families(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each family on 2 ranks, recomputing its blocks, under DDP and FSDP."""
+    folder = tmp_path_factory.mktemp("families")
+    result = command(
+        *("-m", *TINY[1:], *CURVE, f"data.path={corpus}", f"out_dir={folder}", "train.activation_checkpointing=true"),
+        *(f"model={','.join(FAMILIES)}", "train.parallel=ddp,fsdp", "train.timeout_minutes=1"),
+        "run_name=${hydra:runtime.choices.model}-${train.parallel}",
+        ranks=2,
+    )
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_its_curve_on_ranks_and_resumes_to_the_bit(run: Run, families: Path, family: str) -> None:
+    settings = (f"model={family}", *CURVE, "train.checkpoint_interval=4", "train.keep_last=3")
+    loss = "masked_loss" if "encoder" in family else "loss"
+    one = run(*settings)
+    whole = weights(one)
+    for parallel in ("ddp", "fsdp"):
+        assert_same_curve(families / f"{family}-{parallel}", one, loss=loss)
+    for step in ("08", "12"):
+        shutil.rmtree(one / "checkpoints" / f"step_000000{step}")
+    resumed = weights(run(*settings))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
 def test_recomputed_blocks_give_the_same_gradients_from_less_memory() -> None:
