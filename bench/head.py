@@ -1,9 +1,9 @@
-"""Time and memory of the output head with its cross-entropy: in chunks, against plain PyTorch.
+"""Time and memory of the output head with its cross-entropy: in chunks, against plain PyTorch and PyTorch 2.13's own.
 
     python -m bench.head                        # GPT-2's head on 16 x 1024 tokens, under bfloat16 autocast
     python -m bench.head --tokens 2048 --dtype float32
 
-Forward and backward; the two alternate. Peak memory is measured as the growth of a separate process for each.
+Forward and backward, in alternation. Peak memory is measured as the growth of a separate process for each.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import resource
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +27,14 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(x, weight, bias.to(x.dtype)).float(), targets)
 
 
-LOSSES = {"plain": plain, "chunked": linear_cross_entropy}
+def pytorchs(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(x, weight, targets, linear_bias=bias.to(x.dtype), options=options)
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {"plain": plain, "chunked": linear_cross_entropy}
+if hasattr(F, "linear_cross_entropy"):  # of PyTorch 2.13
+    LOSSES["torch"] = pytorchs
 
 
 def step_of(name: str, n_tokens: int, dtype: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 from nanodisp.models import head
 from nanodisp.models.head import linear_cross_entropy, linear_kl_divergence
@@ -63,6 +66,44 @@ def test_cross_entropy_under_autocast_equals_pytorchs_up_to_rounding(dtype: torc
     for a, b in zip(ours, right, strict=True):
         assert a.dtype == torch.float32
         assert (a - b).norm() <= {torch.bfloat16: 6e-3, torch.float16: 8e-4}[dtype] * b.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vocab_size", [3, 60, 4500])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gpus_kernel_gives_the_losses_and_gradients_of_rows(vocab_size: int, dtype: torch.dtype) -> None:
+    from nanodisp.models import head_gpu
+
+    x, weight, bias, targets = case(8, 6, vocab_size)
+    product = (x @ weight.T).to(dtype)
+    logits = torch.empty_like(product, dtype=torch.float32)
+    ours, theirs = product.clone(), product.clone()
+    losses = head_gpu.softmax_minus_one_hot_(ours, bias, targets, with_grad=True)
+    right = head.softmax_minus_one_hot_(theirs, logits, bias, targets, with_grad=True)
+    torch.testing.assert_close(losses, right)
+    assert (losses == 0).sum() == 2, "of the ignored targets"
+    torch.testing.assert_close(ours, theirs, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
+    kept = product.clone()
+    torch.testing.assert_close(head_gpu.softmax_minus_one_hot_(kept, bias, targets, with_grad=False), right)
+    assert torch.equal(kept, product)
+
+
+@pytest.mark.slow
+def test_a_compiler_sees_no_logits_whose_chunks_it_could_merge() -> None:
+    x, weight, bias, targets = case(96, 4, 500)
+    x.requires_grad_(), weight.requires_grad_()
+    sizes: list[int] = []
+
+    def look(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        for node in graph.graph.nodes:
+            value = node.meta.get("val")
+            sizes.extend(each.numel() for each in (value if isinstance(value, tuple) else [value]) if each is not None)
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend=aot_autograd(fw_compiler=look))
+    gradients(compiled(x, weight, bias, targets), x, weight)
+    assert max(sizes) == weight.numel() < 96 * 500
 
 
 def test_the_gradient_is_multiplied_by_the_incoming_gradient() -> None:
