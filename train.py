@@ -11,10 +11,11 @@ from (seed, s), so a checkpoint needs no random state.
 
 from __future__ import annotations
 
-import nanodisp.process  # noqa: F401 - first: for what is loaded after it
+from nanodisp.process import garbage_collected_by_hand  # first: for what is loaded after it
 
 # isort: split
 import datetime
+import gc
 import time
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def train(config: Config) -> float | None:
         return estimate(objective, scaler, batches, plan, world)
 
     # --- the run so far: from a checkpoint, or new
-    with Run(plan, corpus, world) as run:
+    with garbage_collected_by_hand(), Run(plan, corpus, world) as run:
         resumed = run.resume(model, optimizers, scaler)
         if resumed is None and config.init_from is not None:
             model.load_state_dict(layout.scatter(initial_weights(config), model))
@@ -169,6 +170,7 @@ def validate(validation: Validation, model: GPT, run: Run, state: TrainState) ->
         held_out = validation(model)
         state.val_loss = held_out[model.config.loss_name]
         run.record("val", state, held_out)
+        gc.collect()
         if validation.questions:
             run.record("task", state, validation.answer(model))
     if run.plan.follows_at(state.step):

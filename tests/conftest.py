@@ -117,12 +117,16 @@ def run(corpus: Path, tmp_path: Path) -> Callable[..., Path]:
 
 
 def command(
-    *arguments: str, ranks: int | None = None, stdout: int = subprocess.PIPE, **environment: str
+    *arguments: str,
+    ranks: int | None = None,
+    stdout: int = subprocess.PIPE,
+    program: Path = ROOT / "train.py",
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
-    """`python train.py …`, or torchrun with that many ranks."""
+    """`python train.py …` (or another program), or torchrun with that many ranks."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
     return subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "train.py"), *arguments],
+        [sys.executable, *launcher, str(program), *arguments],
         stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,

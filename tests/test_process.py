@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
+
+from nanodisp.process import garbage_collected_by_hand
 
 pytestmark = pytest.mark.slow  # starts processes
 
@@ -58,3 +61,12 @@ def test_jobs_side_by_side_share_the_cores() -> None:
     joblib = pytest.importorskip("joblib")
     found = joblib.Parallel(n_jobs=2)(joblib.delayed(lambda: os.environ.get("OMP_NUM_THREADS"))() for _ in range(2))
     assert {int(count) for count in found} == {max(1, joblib.cpu_count() // 2)} or "OMP_NUM_THREADS" in os.environ
+
+
+def test_garbage_is_left_until_it_is_collected_by_hand() -> None:
+    with pytest.raises(ZeroDivisionError), garbage_collected_by_hand():
+        assert not gc.isenabled()
+        assert gc.get_freeze_count() > 0
+        raise ZeroDivisionError
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0

@@ -159,23 +159,32 @@ def prefetch(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of `steps` on `device`, read one ahead in a thread; on CUDA from pinned memory."""
 
-    def read(step: int) -> tuple[Tensor, Tensor]:
-        x, y = batches.batch(step, rank, world_size)
-        return (x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)
+    def read(step: int) -> list[Tensor]:
+        return [pinned(each, device) for each in batches.batch(step, rank, world_size)]
 
     with ThreadPoolExecutor(max_workers=1) as reader:
         ahead = None
         for step in steps:
             current, ahead = ahead, reader.submit(read, step)
             if current is not None:
-                yield _to(device, current.result())
+                yield _sent(current.result(), device)
         if ahead is not None:
-            yield _to(device, ahead.result())
+            yield _sent(ahead.result(), device)
 
 
-def _to(device: torch.device, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _sent(batch: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
     x, y = batch
-    return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+    return send(x, device), send(y, device)
+
+
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU in memory from which a GPU copies without the CPU's help; for a CPU, the tensor."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on `device`, without waiting for it; on a CPU the tensor itself."""
+    return pinned(tensor, device).to(device, non_blocking=True)
 
 
 def spread_windows(n_windows: int, wanted: int | None) -> np.ndarray:

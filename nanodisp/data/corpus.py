@@ -39,10 +39,13 @@ class Corpus:
 
 
 def open_for(config: DataConfig, world: World) -> Corpus:
-    """The corpus of a run: rank 0 prepares it if necessary while the other ranks wait."""
+    """The corpus of a run: the first rank of each machine prepares it if necessary while the others wait.
+
+    On a shared disk one of these prepares it, and the others find it.
+    """
     for turn in (True, False):
         with world.together():
-            if world.is_main == turn:
+            if (world.local_rank == 0) == turn:
                 corpus = open_corpus(prepare(config), config.tokenizer)
     if world.is_main and config.name == "shards" and is_same(corpus.train, corpus.val):
         print(f"warning: the same tokens are for training and for validation in {corpus.folder}", file=sys.stderr)

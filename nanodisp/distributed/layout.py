@@ -55,7 +55,8 @@ def place(
     if parallel == "fsdp":
         shard(cast(nn.Module, model), model.blocks, world)
         return module
-    return DistributedDataParallel(module)
+    # no module has buffers that change; gradients are views of what the ranks exchange, not copies
+    return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def shard(model: nn.Module, blocks: nn.ModuleList, world: World) -> None:

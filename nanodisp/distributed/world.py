@@ -30,11 +30,12 @@ SECONDS_TO_ANSWER = 10.0  # grace period in which waiting ranks report, so that 
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers: rank, number of ranks, device."""
+    """This process among its peers: rank, number of ranks, device, and its rank on this machine."""
 
     rank: int
     size: int
     device: torch.device
+    local_rank: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -140,11 +141,12 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
         backend, patience = ("nccl", 2 * timeout) if use_cuda else ("gloo", timeout)
         try:
             _store = _rendezvous_store(rank, timeout)
-            dist.init_process_group(backend, timeout=patience, store=_store, rank=rank, world_size=size)
+            gpu = torch.device("cuda", local_rank) if use_cuda else None  # known now: NCCL connects at once
+            dist.init_process_group(backend, timeout=patience, store=_store, rank=rank, world_size=size, device_id=gpu)
             _control_group = dist.new_group(backend="gloo", timeout=timeout) if use_cuda else None
         except dist.DistError as error:
             raise UserError(f"rank {rank} could not reach all {size} ranks: {first_line(error)}") from error
-    return World(rank, size, torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"))
+    return World(rank, size, torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"), local_rank)
 
 
 def _rendezvous_store(rank: int, timeout: datetime.timedelta) -> dist.Store:

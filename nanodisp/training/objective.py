@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nanodisp.data.batches import count_masked
+from nanodisp.data.batches import count_masked, send
 from nanodisp.dispersion import DispersionLoss
 from nanodisp.dispersion.placement import DispersionConfig, lambda_at, sample_positions, select_layers
 from nanodisp.distributed import World, layout
@@ -102,7 +102,7 @@ class Objective:
         self.weights, self.positions = self.weights_at(step), None
         if self.dispersion.lambda_disp > 0:
             drawn = sample_positions(self.seed, step, self.layers, self.block_size, self.dispersion.max_tokens)
-            self.positions = drawn.to(self.device, non_blocking=True)
+            self.positions = send(drawn, self.device)
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a micro-batch, int64 [B, T] each, and its terms by name."""

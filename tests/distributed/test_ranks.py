@@ -123,6 +123,29 @@ def test_every_family_has_its_curve_on_ranks_and_resumes_to_the_bit(run: Run, fa
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
+COMPILED = """
+import functools, sys
+sys.path.insert(0, {root!r})
+import train
+import torch
+from nanodisp import launch
+from nanodisp.distributed import group_of_ranks
+torch.compile = functools.partial(torch.compile, backend="aot_eager")  # the same graphs, without a C++ compiler
+with group_of_ranks():
+    launch.main(train.train)
+"""
+
+
+def test_compiled_ranks_have_the_curve_of_one_process(run: Run, corpus: Path, tmp_path: Path) -> None:
+    program = tmp_path / "compiled.py"
+    program.write_text(COMPILED.format(root=str(ROOT)))
+    micro = ("train.micro_batch_size=1", "train.eval_windows=5")
+    settings = (*TINY, *CURVE, *micro, f"data.path={corpus}", f"out_dir={tmp_path}", "train.compile=true")
+    result = command(*settings, "run_name=ranks", ranks=2, program=program)
+    assert result.returncode == 0, result.stderr
+    assert_same_curve(tmp_path / "ranks", run(*CURVE, *micro, name="one"))
+
+
 def test_recomputed_blocks_give_the_same_gradients_from_less_memory() -> None:
     config = GPTConfig(n_layer=3, n_head=2, n_embd=32, block_size=24, vocab_size=50, dropout=0.1)
     idx = torch.randint(50, (2, 24), generator=torch.Generator().manual_seed(0))
