@@ -9,8 +9,8 @@ RUNS ?= out
 EXPERIMENT ?= lambda
 INSTALLED := $(VENV)/installed-$(EXTRAS)
 
-.PHONY: help install run test test-fast mutants lint format bench bench-train bench-data bench-gpu verify-data audit soak
-.PHONY: study report constraints clean
+.PHONY: help install run test test-fast mutants lint format bench bench-train bench-data bench-gpu gpu-wheels verify-data
+.PHONY: audit soak study report constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,9 +56,14 @@ bench-data: install ## time loader and sampling; with TOKENIZER=<.tiktoken file>
 	$(BIN)/python -m bench.sampling
 	$(if $(TOKENIZER),$(BIN)/python -m bench.prepare --tokenizer $(TOKENIZER) --text $(TEXT))
 
-bench-gpu: ## check, then time kernels and steps on one GPU; needs only torch, triton and numpy
+bench-gpu: ## check, then time kernels and steps on one GPU; run it again for what is missing; needs only torch, triton and numpy
+	$(HAVE) -m bench.gpu smoke
 	$(HAVE) -m bench.kernels --device cuda
-	$(HAVE) -m bench.train_step --device cuda --recipe gpt2 $(if $(BASELINE),--baseline $(BASELINE))
+	$(HAVE) -m bench.gpu step-16 step-32 $(if $(BASELINE),--baseline $(BASELINE)) --seconds 120
+
+gpu-wheels: ## build the wheels that train.py and pytest need beside torch, triton and numpy, for a machine without a network
+	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check -c constraints.txt --wheel-dir gpu-wheels \
+	  hydra-core rich tiktoken safetensors jinja2 pytest hypothesis
 
 verify-data: install ## verify the checksums of all prepared shards
 	$(BIN)/python -m nanodisp.data.shards $(patsubst %/manifest.json,%,$(wildcard data/*/*/manifest.json))

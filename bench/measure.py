@@ -106,11 +106,16 @@ def device_name(device: str = "cpu") -> str:
     return f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def write(name: str, report: dict[str, Any]) -> None:
-    """Write the report to bench/results/ (or the folder $OUT), with report["device"] in the file's name."""
+def path_of(name: str, device: str) -> Path:
+    """The file in bench/results/ (or the folder $OUT) for a report about this device."""
     folder = Path(os.environ.get("OUT") or RESULTS)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-{re.sub('[^a-z0-9]+', '-', report['device'].lower()).strip('-')}.json"
+    return folder / f"{name}-{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+
+
+def write(name: str, report: dict[str, Any]) -> None:
+    """Write the report to `path_of(name, report["device"])`."""
+    path = path_of(name, report["device"])
+    path.parent.mkdir(parents=True, exist_ok=True)
     report = {**report, "torch": torch.__version__, "python": platform.python_version()}
     path.write_text(json.dumps(report, indent=1, default=str) + "\n")
     print(f"written to {path}")

@@ -2,16 +2,12 @@
 
     python -m bench.train_step                                # all recipes
     python -m bench.train_step --recipe gpt2 --baseline <folder of a nanoGPT checkout>
-    python -m bench.train_step --recipe gpt2 --device cuda    # the largest batch that fits
 
-A step is forward, backward, clipping and AdamW on random tokens. Each kind of step uses what `train.dtype=auto`
-and `train.compile=auto` choose on this machine, or --dtype and --compile. nanoGPT's model and step come from its
-own files, as its train.py runs them on this device, and also under bfloat16 and torch.compile. The kinds alternate;
-times are medians over the rounds, overhead is the median of each round's ratio to its step without dispersion. MFU
-is relative to the matmul rate measured here in the same dtype. Memory on a CPU is the peak of a kind's process; on
-a GPU, where each kind has its largest batch, it is what a step allocates beyond the weights.
-
-Needs only torch, numpy, triton (on a GPU) and nanodisp's model, loss and optimizers.
+`python -m bench.gpu` does this on a GPU. A step is forward, backward, clipping and AdamW on random tokens. Each kind of
+step uses what `train.dtype=auto` and `train.compile=auto` choose on this machine, or --dtype and --compile. nanoGPT's
+model and step come from its own files, as its train.py runs them on a CPU, and also under bfloat16 and torch.compile.
+The kinds alternate; times are medians over the rounds, overhead is the median of each round's ratio to its step without
+dispersion. MFU is relative to the matmul rate measured here in the same dtype. Memory is the peak of a kind's process.
 """
 
 from __future__ import annotations
@@ -42,6 +38,7 @@ from nanodisp.training.optim import OptimConfig
 
 LAMBDA = 0.1
 DISPERSED = {"off": 0, "256 tokens": 256, "all tokens": None}
+MATMUL_SIZE = 2048
 BASELINES = ("nanoGPT", "nanoGPT bf16", "nanoGPT bf16 compiled")
 
 
@@ -67,17 +64,12 @@ RECIPES = {
 def main() -> None:
     parser = measure.parser_of(__doc__)
     parser.add_argument("--recipe", choices=RECIPES)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--compile", choices=["auto", "true", "false"], default="auto")
-    parser.add_argument(
-        "--batch-size", type=measure.positive, help="sequences; by default a GPU gets the largest batch that fits"
-    )
+    parser.add_argument("--batch-size", type=measure.positive, help="sequences")
     parser.add_argument("--rounds", type=measure.positive)
     parser.add_argument("--baseline", type=Path, help="folder of a nanoGPT checkout")
     arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("PyTorch finds no GPU; omit --device cuda")
     if arguments.baseline and not (arguments.baseline / "model.py").is_file():
         parser.error(f"--baseline {arguments.baseline} holds no model.py: give the folder of a nanoGPT checkout")
     for name in [arguments.recipe] if arguments.recipe else RECIPES:
@@ -85,40 +77,36 @@ def main() -> None:
 
 
 def bench(name: str, arguments: argparse.Namespace) -> None:
-    recipe, device = RECIPES[name], torch.device(arguments.device)
+    recipe, device = RECIPES[name], torch.device("cpu")
     dtype = hardware.matmul_dtype(arguments.dtype, device)
     with torch.device("meta"):
         model = GPT(recipe.model)
     flops = recipe.steps * recipe.batch_size * recipe.model.block_size * model.flops_per_token()
     compiled = hardware.compile_pays(device, flops) if arguments.compile == "auto" else arguments.compile == "true"
     how = (recipe, device, dtype, compiled, arguments.baseline)
-    kinds = [*DISPERSED, *((BASELINES if device.type == "cpu" else BASELINES[:1]) if arguments.baseline else ())]
-    matmul_size = 8192 if device.type == "cuda" else 2048
+    kinds = [*DISPERSED, *(BASELINES if arguments.baseline else ())]
     with worker() as pool:
-        peak = pool.submit(matmul_rate, device, dtype, matmul_size).result()
-    # on a GPU one kind after the other, each with its largest batch: several would not fit into memory
-    found: dict[str, Timed] = {}
-    for together in [[kind] for kind in kinds] if device.type == "cuda" else [kinds]:
-        found |= time_together(together, arguments.batch_size, arguments.rounds or recipe.rounds, how)
+        peak = pool.submit(matmul_rate, dtype).result()
+    rows = arguments.batch_size or recipe.batch_size
+    found = time_together(kinds, rows, arguments.rounds or recipe.rounds, how)
 
-    report: dict[str, Any] = {**vars(arguments), "device": measure.device_name(arguments.device)}
+    report: dict[str, Any] = {**vars(arguments), "device": measure.device_name()}
     report |= {"recipe": name, "dtype": str(dtype), "compiled": compiled, "matmul_flops": peak, "steps": {}}
     precision = f"{str(dtype).removeprefix('torch.')}{', compiled' if compiled else ''}"
     print(
         f"{report['device']}: {name}, {model.num_parameters() / 1e6:.1f}M parameters, {precision}; "
-        f"matmul of {matmul_size}^3 {peak / 1e9:,.0f} GFLOP/s"
+        f"matmul of {MATMUL_SIZE}^3 {peak / 1e9:,.0f} GFLOP/s"
     )
     print(f"{'':24}{'batch':>12}{'step, ms':>18}{'tokens/s':>12}{'MFU':>8}{'overhead':>10}{'peak MiB':>10}")
-    per_row = {kind: [time / it.rows for time in it.times] for kind, it in found.items()}
     for kind, it in found.items():
-        figures: dict[str, Any] = {**measure.summary(it.times), "rows": it.rows, "peak_mib": it.peak_mib}
-        figures["tokens_per_second"] = it.rows * recipe.model.block_size / figures["median_ms"] * 1e3
-        figures["overhead"] = measure.overhead(per_row[kind], per_row["off"])
+        figures: dict[str, Any] = {**measure.summary(it.times), "rows": rows, "peak_mib": it.peak_mib}
+        figures["tokens_per_second"] = rows * recipe.model.block_size / figures["median_ms"] * 1e3
+        figures["overhead"] = measure.overhead(it.times, found["off"].times)
         ours = kind in DISPERSED
         figures["mfu"] = figures["tokens_per_second"] * model.flops_per_token() / peak if ours else None
         report["steps"][kind] = figures
         print(
-            f"{kind:24}{it.rows:>5} x {recipe.model.block_size:4}{measure.show(figures):>18}"
+            f"{kind:24}{rows:>5} x {recipe.model.block_size:4}{measure.show(figures):>18}"
             f"{figures['tokens_per_second']:12,.0f}{format(figures['mfu'], '8.1%') if ours else ' ' * 8}"
             f"{figures['overhead']:+10.1%}{it.peak_mib:10,.0f}"
         )
@@ -134,31 +122,24 @@ def bench(name: str, arguments: argparse.Namespace) -> None:
 
 @dataclass
 class Timed:
-    """One kind of step: sequences per batch, milliseconds, memory, time by operator."""
+    """One kind of step: milliseconds, memory, time by operator."""
 
-    rows: int
     times: list[float]
     peak_mib: float
     operators: dict[str, float]
 
 
-def time_together(kinds: list[str], batch_size: int | None, rounds: int, how: tuple[Any, ...]) -> dict[str, Timed]:
+def time_together(kinds: list[str], rows: int, rounds: int, how: tuple[Any, ...]) -> dict[str, Timed]:
     """Time steps in alternation, each in its own process because they configure memory allocation differently."""
-    recipe, device = how[0], how[1]
-    rows = dict.fromkeys(kinds, batch_size or recipe.batch_size)
-    if device.type == "cuda" and not batch_size:
-        with worker() as pool:
-            rows = {kind: pool.submit(largest_batch, kind, *how).result() for kind in kinds}
     with contextlib.ExitStack() as stack:
         workers = {kind: stack.enter_context(worker()) for kind in kinds}
         for kind, pool in workers.items():
-            pool.submit(prepare, kind, rows[kind], *how).result()
-        # Cuda's timer times five steps at once
-        steps: dict[str, Step] = {kind: partial(remote, pool, time_of, device) for kind, pool in workers.items()}
+            pool.submit(prepare, kind, rows, *how).result()
+        steps: dict[str, Step] = {kind: partial(remote, pool, time_of_step) for kind, pool in workers.items()}
         times = measure.alternate(steps, lambda step: step(), rounds, warmup=3)
-        peaks = {kind: remote(pool, peak_mib, device) for kind, pool in workers.items()}
-        operators = {kind: remote(workers[kind], time_by_operator, device) for kind in kinds if kind == "256 tokens"}
-    return {kind: Timed(rows[kind], times[kind], peaks[kind], operators.get(kind, {})) for kind in kinds}
+        peaks = {kind: remote(pool, peak_mib) for kind, pool in workers.items()}
+        operators = {kind: remote(workers[kind], time_by_operator) for kind in kinds if kind == "256 tokens"}
+    return {kind: Timed(times[kind], peaks[kind], operators.get(kind, {})) for kind in kinds}
 
 
 # --- in the workers ----------------------------------------------------------------------------
@@ -170,54 +151,29 @@ def worker() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
 
 
-def remote(pool: ProcessPoolExecutor, function: Callable[..., Any], device: torch.device) -> Any:
-    return pool.submit(function, device).result()
+def remote(pool: ProcessPoolExecutor, function: Callable[[], Any]) -> Any:
+    return pool.submit(function).result()
 
 
 def prepare(*how: Any) -> None:
     STEPS.append(training_step(*how))
 
 
-def time_of(device: torch.device) -> float:
-    return (measure.Cuda().timer if device.type == "cuda" else measure.wall_clock)(STEPS[0])
+def time_of_step() -> float:
+    return measure.wall_clock(STEPS[0])
 
 
-def time_by_operator(device: torch.device) -> dict[str, float]:
-    return measure.time_by_operator(STEPS[0], device.type)
+def time_by_operator() -> dict[str, float]:
+    return measure.time_by_operator(STEPS[0])
 
 
-def peak_mib(device: torch.device) -> float:
-    """On a CPU the process's peak, weights and optimizer included; on a GPU what the step allocates beyond these."""
-    if device.type == "cuda":
-        return measure.Cuda().peak_bytes(STEPS[0]) / 2**20
+def peak_mib() -> float:
+    """The process's peak, weights and optimizer included."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    timer = measure.Cuda().timer if device.type == "cuda" else measure.wall_clock
-    return measure.matmul_rate(device.type, dtype, size, timer, rounds=15)
-
-
-def largest_batch(kind: str, *how: Any) -> int:
-    """The largest of 2, 3, 4, 6, 8, 12, ... sequences with which two steps fit into memory."""
-    largest = 1
-    for rows in sorted(2**k * half // 2 for k in range(1, 10) for half in (2, 3)):
-        fitted = fits(kind, rows, *how)
-        torch.compiler.reset()
-        torch.cuda.empty_cache()
-        if not fitted:
-            break
-        largest = rows
-    return largest
-
-
-def fits(kind: str, rows: int, *how: Any) -> bool:
-    try:
-        step = training_step(kind, rows, *how)
-        step(), step()
-    except torch.OutOfMemoryError:
-        return False
-    return True
+def matmul_rate(dtype: torch.dtype) -> float:
+    return measure.matmul_rate("cpu", dtype, MATMUL_SIZE, measure.wall_clock, rounds=15)
 
 
 class Objective(nn.Module):
