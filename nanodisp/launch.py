@@ -38,6 +38,7 @@ from nanodisp.config import SECTIONS, Config, Unused, flatten, name_of, unused
 from nanodisp.data.prepare import DataConfig
 from nanodisp.data.shards import MANIFEST, Manifest
 from nanodisp.data.tokenizer import identity
+from nanodisp.distributed import of_torchrun
 from nanodisp.errors import AlreadyReported, InUse, UserError, first_line
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -142,7 +143,7 @@ class Jobs:
                 traceback.print_exc()
             if in_sweep and is_main_rank() and not composed.dry_run:
                 leave_note(note, config, f"{command}\n{self.failures[-1]}\n")
-            if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # the other ranks may be unaware: torchrun must end them
+            if of_torchrun("WORLD_SIZE", 1) > 1:  # the other ranks may be unaware: torchrun must end them
                 sys.exit(cli.fail(UserError(self.failures[-1])))
         if self.is_worker():
             self.write_ledger()
@@ -192,7 +193,7 @@ class Jobs:
 
 
 def is_main_rank() -> bool:
-    return int(os.environ.get("RANK", 0)) == 0
+    return of_torchrun("RANK", 0) == 0
 
 
 def say(line: str) -> None:
@@ -394,7 +395,6 @@ def help_lines() -> Iterator[str]:
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         defaults: Any = OmegaConf.to_container(hydra.compose("config"))
     for section, schema in {"": Config, **SECTIONS}.items():
-        yield ""
-        prefix = f"{section}." if section else ""
-        yield from cli.describe_keys(schema, prefix, defaults[section] if section else defaults)
+        values = defaults[section] if section else defaults
+        yield from ("", *cli.describe_keys(schema, section and f"{section}.", values))
     yield "\n-m: a sweep over values separated by commas. --cfg job: print the configuration. --hydra-help: more flags."

@@ -109,6 +109,14 @@ _control_group: dist.ProcessGroup | None = None  # of the CPUs, where the defaul
 _store: dist.Store | None = None  # where ranks leave messages for each other
 
 
+def of_torchrun(name: str, default: int) -> int:
+    """A number that torchrun sets in the environment; UserError for something else."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"the environment variable {name}={text} is not a number: torchrun sets it; unset it")
+    return int(text)
+
+
 def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
     """Join the process group that torchrun describes (gloo on CPU, NCCL on CUDA), once per process.
 
@@ -123,8 +131,7 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
         raise UserError("device=cuda, but torch sees no CUDA device; use device=cpu or device=auto")
     use_cuda = torch.cuda.is_available() and device != "cpu"
 
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    rank, size, local_rank = of_torchrun("RANK", 0), of_torchrun("WORLD_SIZE", 1), of_torchrun("LOCAL_RANK", 0)
     if not 0 <= rank < size or (size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()):
         raise UserError(
             f"the environment says rank {rank} of {size}, but not as torchrun does: start several ranks with torchrun; "
@@ -155,9 +162,9 @@ def _rendezvous_store(rank: int, timeout: datetime.timedelta) -> dist.Store:
     torchrun's survives a restart (`--max-restarts`) with the addresses of dead ranks, so each attempt has its own
     prefix.
     """
-    of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, is_master=rank == 0 and not of_torchrun, timeout=timeout)
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    host, port = os.environ["MASTER_ADDR"], of_torchrun("MASTER_PORT", 0)
+    store = dist.TCPStore(host, port, is_master=rank == 0 and not agents, timeout=timeout)
     return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 

@@ -19,14 +19,13 @@ import nanodisp.process  # noqa: F401 - first: for what is loaded after it
 
 # isort: split
 import difflib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nanodisp import cli
-from nanodisp.distributed import start
+from nanodisp.distributed import of_torchrun, start
 from nanodisp.errors import UserError, first_line, optional
 from nanodisp.evaluate.results import entries, save, table
 from nanodisp.hf.open import folder_of, is_hugging_face, load_their_tokenizer, need_causal, open_run
@@ -82,7 +81,7 @@ class EvaluateConfig:
 
 def main(argv: Sequence[str]) -> None:
     config = cli.parse(EvaluateConfig, argv)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if of_torchrun("WORLD_SIZE", 1) > 1:
         raise UserError("evaluation is a single process: run python -m nanodisp.evaluate without torchrun")
     harness = optional("lm_eval")
     device = start(config.device).device

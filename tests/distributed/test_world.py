@@ -28,6 +28,13 @@ def test_a_part_of_what_torchrun_sets_is_an_error(variables: dict[str, str], mon
         start("cpu")
 
 
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
+def test_what_torchrun_sets_is_a_number(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "one")
+    with pytest.raises(UserError, match=f"{name}=one is not a number"):
+        start("cpu")
+
+
 def test_one_process_needs_no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
