@@ -24,9 +24,11 @@ from omegaconf import OmegaConf
 from nanodisp import launch
 from nanodisp.config import Config
 from nanodisp.data import shards
+from nanodisp.dispersion.kernels import compiled
 from nanodisp.runs import checkpoint
 
 torch.set_num_threads(2)
+compiled.library()  # starts a compiler the first time, which only slow tests may
 
 ROOT = Path(__file__).parents[1]
 TINY = (

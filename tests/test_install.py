@@ -73,6 +73,11 @@ def test_the_wheel_says_that_it_is_typed(installed: Path) -> None:
     assert (installed / "nanodisp" / "py.typed").is_file()
 
 
+def test_the_wheel_has_the_source_of_the_compiled_loops_and_nothing_compiled(installed: Path) -> None:
+    assert (installed / "nanodisp" / "dispersion" / "kernels" / "loops.cpp").is_file()
+    assert not [*installed.rglob("*.so")]
+
+
 def test_the_loss_comes_from_the_wheel_and_not_from_the_clone(python: Python, installed: Path) -> None:
     file, loss = python("-c", LOSS).stdout.splitlines()
     assert file == str(installed / "nanodisp" / "__init__.py")

@@ -170,7 +170,7 @@ class GPT(nn.Module):
                 embedding output, hidden[l] after block l, hidden[-1] after ln_f.
             take: (layers, positions), indices into those hidden states in ascending order, and int64
                 [len(layers), N]: returns `hidden` as one tensor [len(layers), B, N, C], row i the
-                tokens positions[i] of hidden[layers[i]].
+                tokens positions[i] of hidden[layers[i]]. N = T takes all in their order, whatever positions says.
             head: False skips the output head: no logits, no loss.
             soft_targets: with `targets`: returns `divergence`, the mean KL divergence of the predictions from these.
             cache: keys and values of earlier tokens, extended in place, without gradients; `logits` are then those
@@ -189,7 +189,7 @@ class GPT(nn.Module):
 
         def visit(layer: int, x: Tensor) -> Tensor:
             """Collect what was requested of hidden[layer]; every hidden state passes through here."""
-            if return_hidden:
+            if return_hidden or (layer in layers and positions.size(1) == T):
                 hidden.append(x)
             elif layer in layers:
                 x, taken = TakeTokens.apply(x, positions[layers.index(layer)])

@@ -102,7 +102,7 @@ def test_half_precision_input(backend: str, dtype: torch.dtype) -> None:
     "shape", [(3, 256, 24), (2, 300, 24), (1, 1000, 24), (1, 515, 8), (9, 127, 8), (2, 129, 8)], ids=str
 )
 @pytest.mark.parametrize("matmul_dtype", [torch.float32, torch.bfloat16])
-def test_the_cpu_kernel_at_every_depth_of_halving(shape: tuple[int, ...], matmul_dtype: torch.dtype) -> None:
+def test_the_cpu_kernel_in_any_number_of_strips_and_tiles(shape: tuple[int, ...], matmul_dtype: torch.dtype) -> None:
     check(tokens(*shape), "angular", 1.0, "cpu", matmul_dtype)
 
 

@@ -83,16 +83,19 @@ def test_hidden_states_range_from_the_embedding_to_the_final_layer_norm() -> Non
     assert len(hidden) == 4
 
 
-def test_taken_tokens_equal_indexed_hidden_states_in_value_and_gradient() -> None:
+@pytest.mark.parametrize(
+    "positions", [[[0, 5, 11], [1, 2, 3], [4, 9, 10]], [[*range(12)]] * 3], ids=["some", "all tokens"]
+)
+def test_taken_tokens_equal_indexed_hidden_states_in_value_and_gradient(positions: list[list[int]]) -> None:
     model, idx = small_model(), tokens(2, 12)
-    layers, positions = (0, 2, 3), torch.tensor([[0, 5, 11], [1, 2, 3], [4, 9, 10]])
+    layers = (0, 2, 3)
 
     def gradient(taken: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
         model.zero_grad()
         (taken.square().sum() + loss).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
-    out = model(idx, idx, take=(layers, positions))
+    out = model(idx, idx, take=(layers, torch.tensor(positions)))
     full = model(idx, idx, return_hidden=True)
     picked = torch.stack([full.hidden[layer][:, row] for layer, row in zip(layers, positions, strict=True)])
     torch.testing.assert_close(out.hidden, picked)

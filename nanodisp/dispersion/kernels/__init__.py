@@ -1,9 +1,9 @@
 """Fused kernels of the pairwise-cosine family: loss and gradient in one pass, only dz kept for backward.
 
 `DispersionLoss` calls `pairwise_dispersion`; `choose` selects the backend for a tensor. `pairwise.py` documents
-the scheme and what the family has in common; `gpu.py` is the Triton kernel, `cpu.py` the same in PyTorch
-operations on blocks. Both compute the gradient together with the loss, because only its common factor, 1/S, is
-unknown while the pairs are visited.
+the scheme and what the family has in common; `gpu.py` is the Triton kernel, `cpu.py` that for CPUs, with loops in C++
+(`loops.cpp`) where it can compile them. Both compute the gradient together with the loss, because only its common
+factor, 1/S, is unknown while the pairs are visited.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from .pairwise import FAMILY, gradient_dtype, smallest_tau
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-CPU_HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
+CPU_HAS_BFLOAT16 = torch.cpu._is_amx_tile_supported()  # AVX512-BF16 alone is slower than float32 on some CPUs
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton runs its kernels on the CPU, slowly, for tests
 
 
@@ -78,7 +78,7 @@ def pairwise_dispersion(z: Tensor, variant: str, tau: float, backend: str) -> Te
     """The dispersion loss of z [B, N, F], mean over B: a float32 scalar, differentiable once.
 
     Matmuls run in bfloat16 if z is bfloat16 or float16 or autocast selects a 16-bit type, and in float32 otherwise
-    or on a CPU without bfloat16. Everything else is float32.
+    or on a CPU without AMX. Everything else is float32.
     """
     device = z.device.type
     half = z.dtype != torch.float32 or (

@@ -34,7 +34,7 @@ def library() -> ctypes.CDLL | None:
     """The compiled loops; None, after one warning, where they cannot be had."""
     try:
         return ctypes.CDLL(str(build(cache_folder())))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         reason = next((line for line in lines if "error" in line), lines[-1] if lines else type(error).__name__)
         warnings.warn(f"the dispersion loss on the CPU runs uncompiled, which takes longer: {reason}", stacklevel=2)
@@ -42,6 +42,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def cache_folder() -> Path:
+    """Raises RuntimeError if the user has no home."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanodisp"
 
 
@@ -54,6 +55,8 @@ def build(folder: Path) -> Path:
     compiler += ARCHITECTURE.get(torch.backends.cpu.get_cpu_capability(), [])
     made_from = "\n".join([SOURCE.read_text(), *compiler])
     built = folder / f"loops-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
+    if not hasattr(os, "getuid"):
+        raise OSError("it is compiled on Linux and macOS only")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
         raise OSError(f"{folder} belongs to another user")  # who could have put any library there
@@ -96,7 +99,7 @@ def _call(name: str, *arguments: Tensor | float) -> None:
     """Call a function of loops.cpp: tensors as pointers, int as int64_t, float as float; the threads come last."""
     loops = library()
     assert loops is not None
-    loops[name](*map(_as_c, arguments), ctypes.c_int64(torch.get_num_threads()))
+    getattr(loops, name)(*map(_as_c, arguments), ctypes.c_int64(torch.get_num_threads()))
 
 
 def _as_c(argument: Tensor | float) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:

@@ -23,9 +23,6 @@ from . import compiled, loops
 from .pairwise import gradient_dtype, loss_and_factor, slope_at_edge
 
 SCRATCH_ELEMENTS = 2**20  # in the largest buffer, unless one sequence needs more
-STRIP = (
-    128  # rows of cosines in one float32 matmul: with fewer it is slower, with more it computes more below the diagonal
-)
 SMALL_TAU = 0.5
 TINY = torch.finfo(torch.float32).tiny
 
@@ -84,8 +81,8 @@ def pairwise_cosine(
 
 
 def multiply_upper(u: Tensor, cosines: Tensor) -> None:
-    """u u^T into [n, N, N]: what is on and above the diagonal, and what a matmul computes with it."""
+    """Write u u^T [n, N, N]; in float32 only what `pairs` uses of it. (All costs AMX less than copies of strips.)"""
     n_tokens = u.size(1)
-    size = n_tokens if u.dtype == torch.bfloat16 else STRIP  # all of them cost AMX less than copying the strips
-    for start in range(0, n_tokens, size):
-        torch.bmm(u[:, start : start + size], u[:, start:].mT, out=cosines[:, start : start + size, start:])
+    rows = n_tokens if u.dtype == torch.bfloat16 else loops.STRIP
+    for start in range(0, n_tokens, rows):
+        torch.bmm(u[:, start : start + rows], u[:, start:].mT, out=cosines[:, start : start + rows, start:])

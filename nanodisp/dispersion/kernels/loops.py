@@ -13,7 +13,7 @@ from torch import Tensor
 from ..formulas import COSINE_MARGIN, NORM_EPS
 from .pairwise import arcsin_coefficients, slope_at_edge
 
-STRIP = 128  # rows of pairs at a time, in long sequences: these stay in the processor's cache
+STRIP = 128  # rows of pairs at a time; with fewer matmuls are slower, with more they compute more below the diagonal
 ARCSIN = arcsin_coefficients(7)
 
 
@@ -36,7 +36,8 @@ def pairs(cosines: Tensor, h: Tensor, variant: str, tau: float) -> tuple[Tensor,
     """Write h / h_edge of all pairs, and zero for a token with itself.
 
     Args:
-        cosines: [n, N, N], contiguous float32 or bfloat16; what lies below the diagonal is not used.
+        cosines: [n, N, N], contiguous float32 or bfloat16. Of each STRIP rows, columns to the left of the square on
+            the diagonal are not used.
         h: [n, N, N], contiguous float32 or bfloat16, written; may be the same tensor.
         variant, tau: see `pairwise.py`.
 
@@ -45,18 +46,17 @@ def pairs(cosines: Tensor, h: Tensor, variant: str, tau: float) -> tuple[Tensor,
     """
     n, n_tokens, _ = cosines.shape
     total, sums = torch.zeros(n, dtype=torch.float32), torch.zeros(n, n_tokens, dtype=torch.float32)
-    size = STRIP if n_tokens > 2 * STRIP else n_tokens
-    for start in range(0, n_tokens, size):
-        c = cosines[:, start : start + size, start:].float()  # columns from the diagonal on
+    for start in range(0, n_tokens, STRIP):
+        c = cosines[:, start : start + STRIP, start:].float()
         w, slope = _terms(c, variant, tau)
         w.diagonal(dim1=1, dim2=2).zero_()
         slope.diagonal(dim1=1, dim2=2).zero_()
         products = slope * c
-        total += w.sum(dim=(1, 2)) + w[:, :, size:].sum(dim=(1, 2))
-        sums[:, start : start + size] += products.sum(dim=2)
-        sums[:, start + size :] += products[:, :, size:].sum(dim=1)
-        h[:, start : start + size, start:] = slope
-        h[:, start + size :, start : start + size] = slope[:, :, size:].mT
+        total += w.sum(dim=(1, 2)) + w[:, :, STRIP:].sum(dim=(1, 2))
+        sums[:, start : start + STRIP] += products.sum(dim=2)
+        sums[:, start + STRIP :] += products[:, :, STRIP:].sum(dim=1)
+        h[:, start : start + STRIP, start:] = slope
+        h[:, start + STRIP :, start : start + STRIP] = slope[:, :, STRIP:].mT
     return total, sums
 
 
