@@ -22,11 +22,11 @@ from .loops import band, polynomial
 from .pairwise import FAMILY, slope_at_edge
 
 SOURCE = Path(__file__).with_name("loops.cpp")
+TILE = 64  # side of a tile of pairs; divides STRIP
 ARCHITECTURE = {"AVX512": ["-march=x86-64-v4"], "AVX2": ["-march=x86-64-v3"]}  # as PyTorch uses this CPU
 # Sums may be reordered, but NaNs and infinities stay. (-ffast-math would also change the whole process's arithmetic.)
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
-FLAGS += ["-fassociative-math", "-freciprocal-math"]
-TILE = 64  # SIDE in loops.cpp
+FLAGS += ["-fassociative-math", "-freciprocal-math", f"-DSIDE={TILE}"]
 
 
 @functools.cache
@@ -62,10 +62,11 @@ def build(folder: Path) -> Path:
         raise OSError(f"{folder} belongs to another user")  # who could have put any library there
     if not built.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            compiled, linked = f"{scratch}/loops.o", f"{scratch}/loops.so"
+            object_file, linked = f"{scratch}/loops.o", f"{scratch}/loops.so"
             # linked without -fopenmp: the OpenMP library is the one that PyTorch has loaded, and so are the threads
-            for command in ["-fopenmp", "-c", str(SOURCE), "-o", compiled], ["-shared", compiled, "-o", linked]:
-                subprocess.run([*compiler, *command], check=True, capture_output=True, text=True, timeout=120)
+            to_object = [*compiler, "-fopenmp", "-c", str(SOURCE), "-o", object_file]
+            for command in to_object, [*compiler, "-shared", object_file, "-o", linked]:
+                subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
             Path(linked).replace(built)  # in one step: another process sees all of it or nothing
     return built
 

@@ -62,7 +62,7 @@ void pair(float c, const float* coefficients, float lowest, float highest, float
     h = base * inverse_edge / std::sqrt(1 - squared);
 }
 
-constexpr int SIDE = 64;  // of a tile; its h stay in the first-level cache until they are written twice
+// SIDE, given by compiled.py: of a tile, whose h stay in the first-level cache until they are written twice.
 
 // One tile on or above the diagonal, rows from i0 and columns from j0: writes h, mirrored too, and sums of w and of
 // h c over its rows (and over its columns, which are the rows of its mirror image).
