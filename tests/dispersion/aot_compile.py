@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nanodisp.dispersion.kernels import FAMILY, gpu
+from nanodisp.dispersion.kernels import FAMILY, gpu, triton_kernels
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+N_TOKENS, N_FEATURES = 1024, 768
+SIZES = {"N_PADDED": N_TOKENS, "F_PADDED": N_FEATURES}
+STRIDES = dict.fromkeys(("stride_b", "stride_n"), "i32")
 
 
-def compiled(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], unaligned: set[str], capability: int
-) -> Any:
-    """The kernel for sm_<capability>; every pointer and integer that is not `unaligned` is a multiple of 16."""
+def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int) -> Any:
+    """The kernel for sm_<capability>; pointers and integers are multiples of 16."""
     names = kernel.arg_names
     options = {key: constants.pop(key) for key in ("num_warps", "num_stages") if key in constants}
     signature = types | dict.fromkeys(constants, "constexpr")
-    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in types if n not in unaligned and types[n] != "fp32"}
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in types if types[n] != "fp32"}
     source = ASTSource(kernel, signature, {(names.index(k),): value for k, value in constants.items()}, aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
@@ -45,38 +47,60 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {key.lower(): int(re.search(rf"{key}:(\d+)", report)[1]) for key in ("REG", "STACK", "LOCAL")}
 
 
-def pair_tiles(capability: int, dtype: torch.dtype, variant: str) -> Any:
-    options = gpu.tile_options(dtype, capability // 10)
-    pointer = "*fp32" if dtype == torch.float32 else "*bf16"
-    types = {"z": pointer, "norm": "*fp32", "h_matrix": pointer, "sums": "*fp32"}
-    types |= dict.fromkeys(("stride_b", "stride_n", "h_stride", "n_tokens", "n_features"), "i32") | {"exponent": "fp32"}
-    constants = {
-        "VARIANT": variant,
-        "WITH_GRAD": True,
-        "OPERAND": gpu.OPERAND_TYPE[dtype],
-        "PRECISION": "tf32x3" if dtype == torch.float32 else "ieee",
-    }
-    return compiled(gpu._pair_tiles, types, constants | options, {"n_tokens"}, capability)
+def pairs(capability: int, dtype: torch.dtype, variant: str, configuration: triton.Config) -> Any:
+    pointer = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[dtype]
+    types = {"u": pointer, "h": pointer, "sums": "*fp32", "radial": "*fp32", "n_tokens": "i32"}
+    types |= {"exponent": "fp32", "inverse_edge": "fp32"}
+    side = gpu.tile_side(N_TOKENS, dtype, capability // 10)
+    constants = {"VARIANT": variant, "WITH_GRAD": True, "SIDE": side, **SIZES, **options_of(configuration)}
+    return compiled(triton_kernels.pairs.fn, types, constants, capability)
 
 
-def row_kernel(kernel: Any, pointers: dict[str, str], capability: int, n_features: int) -> Any:
-    integers = ("stride_b", "stride_n", "stride_f", "n_tokens", "n_features")
-    types = pointers | dict.fromkeys(integers, "i32")
-    return compiled(kernel, types, gpu._row_options(n_features), {"stride_f", "n_tokens"}, capability)
+def gradient(capability: int, dtype: torch.dtype, configuration: triton.Config) -> Any:
+    pointer = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[dtype]
+    types = {"z": "*fp32", "u": pointer, "inverse": "*fp32", "alignment": "*fp32", "h": pointer, "sums": "*fp32"}
+    types |= {"radial": "*fp32", "dz": "*fp32", **STRIDES, "n_tokens": "i32", "factor": "fp32"}
+    side = gpu.tile_side(N_TOKENS, dtype, capability // 10)
+    n_blocks = N_TOKENS // side
+    n_tiles = n_blocks * (n_blocks + 1) // 2
+    constants = {"stride_f": 1, "LOG": True, "N_FEATURES": N_FEATURES, **SIZES, "SIDE": side}
+    constants |= {"N_TILES": n_tiles, "TILES": triton.next_power_of_2(n_tiles)}
+    return compiled(triton_kernels.gradient.fn, types, constants | options_of(configuration), capability)
+
+
+def prepare(capability: int) -> Any:
+    types = {"z": "*fp32", "u": "*bf16", "inverse": "*fp32", "alignment": "*fp32", **STRIDES}
+    types |= {"n_rows": "i32", "n_tokens": "i32"}
+    constants = {"stride_f": 1, "N_FEATURES": N_FEATURES, **SIZES, "ROWS": 4, "BLOCK": 1024}
+    return compiled(triton_kernels.prepare, types, constants, capability)
+
+
+def loss(capability: int) -> Any:
+    types = {"sums": "*fp32", "loss": "*fp32", "n_sequences": "i32", "inverse_pairs": "fp32", "offset": "fp32"}
+    return compiled(triton_kernels.mean_loss, types, {"LOG": True, "N_TILES": 36, "TILES": 64}, capability)
+
+
+def options_of(configuration: triton.Config) -> dict[str, int]:
+    return {**configuration.kwargs, "num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
+
+
+def kernels(capability: int) -> Iterator[tuple[str, Any]]:
+    """All configurations in bfloat16, each of `pairs` for another variant; in float32 the first."""
+    for variant, configuration in zip(FAMILY, triton_kernels.PAIRS, strict=True):
+        yield f"pairs bfloat16 {variant} {configuration}", pairs(capability, torch.bfloat16, variant, configuration)
+    for configuration in triton_kernels.GRADIENT:
+        yield f"gradient bfloat16 {configuration}", gradient(capability, torch.bfloat16, configuration)
+    yield "pairs float32 angular", pairs(capability, torch.float32, "angular", triton_kernels.PAIRS[0])
+    yield "gradient float32", gradient(capability, torch.float32, triton_kernels.GRADIENT[0])
+    yield "prepare", prepare(capability)
+    yield "loss", loss(capability)
 
 
 def main(capability: int) -> None:
-    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    kernels = {(name, v, "any"): pair_tiles(capability, dtype, v) for name, dtype in dtypes.items() for v in FAMILY}
-    for n_features in (768, 1600):
-        pointers = {"z": "*bf16", "norm": "*fp32"}
-        kernels["norms", "", n_features] = row_kernel(gpu._norms, pointers, capability, n_features)
-        pointers = {"z": "*bf16", "a": "*fp32", "norm": "*fp32", "factor": "*fp32", "dz": "*bf16"}
-        kernels["dz", "", n_features] = row_kernel(gpu._through_normalisation, pointers, capability, n_features)
-    for name, kernel in kernels.items():
+    for name, kernel in kernels(capability):
         matmuls = re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", kernel.asm["ptx"])
         figures = {"shared": kernel.metadata.shared, **resources(kernel.asm["cubin"])}
-        print(json.dumps({"kernel": " ".join(map(str, name)), "matmuls": sorted(set(matmuls)), **figures}))
+        print(json.dumps({"kernel": name, "matmuls": sorted(set(matmuls)), **figures}), flush=True)
 
 
 if __name__ == "__main__":

@@ -57,18 +57,26 @@ def smallest_tau(variant: str) -> float:
     return largest_s[variant] / LARGEST_EXPONENT
 
 
-def loss_and_factor(total: Tensor, variant: str, tau: float, n_tokens: int) -> tuple[Tensor, Tensor]:
-    """S of each sequence [B] -> its loss [B], and the factor [B] from sum_j h_ij u_j to dloss/du_i.
+def constants_of_loss(variant: str, tau: float, n_tokens: int) -> tuple[bool, float, float]:
+    """What turns S of one sequence into its loss and into the factor k from sum_j h_ij u_j to dloss/du_i.
 
-    Each unordered pair counts twice in S, hence the 2 in the factors.
+    Returns (logarithmic, factor, offset): the loss is log(S / P) - offset and k = factor / S if logarithmic, else
+    the loss is S / P and k = factor. Each unordered pair counts twice in S, hence the 2 in the factors.
     """
-    n_pairs = n_tokens * (n_tokens - 1)
     if variant == "orthogonalization":
-        return total / n_pairs, (4 / math.pi / n_pairs) * total.new_ones(total.shape)
-    log_mean = (total / n_pairs).log()
+        return False, 4 / math.pi / (n_tokens * (n_tokens - 1)), 0.0
     if variant == "cosine":
-        return log_mean, 2 / (tau * total)
-    return log_mean - 1 / (2 * tau), 2 / (math.pi * tau * total)
+        return True, 2 / tau, 0.0
+    return True, 2 / (math.pi * tau), 1 / (2 * tau)
+
+
+def loss_and_factor(total: Tensor, variant: str, tau: float, n_tokens: int) -> tuple[Tensor, Tensor]:
+    """S of each sequence [B] -> its loss [B], and the factor k [B] from sum_j h_ij u_j to dloss/du_i."""
+    logarithmic, factor, offset = constants_of_loss(variant, tau, n_tokens)
+    mean = total / (n_tokens * (n_tokens - 1))
+    if logarithmic:
+        return mean.log() - offset, factor / total
+    return mean, total.new_full(total.shape, factor)
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
