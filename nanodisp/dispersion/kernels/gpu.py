@@ -55,8 +55,8 @@ def pairwise_cosine(
     n_tiles = n_blocks * (n_blocks + 1) // 2
     n_padded, f_padded = n_blocks * side, triton.cdiv(n_features, FEATURE_TILE) * FEATURE_TILE
     sizes = {"N_PADDED": n_padded, "F_PADDED": f_padded, "SIDE": side}
-    n_groups = triton.cdiv(n_sequences, max(1, H_BYTES // (n_padded**2 * matmul_dtype.itemsize)))
-    at_once = triton.cdiv(n_sequences, max(1, n_groups))  # groups of equal size, nearly always one
+    h_bytes = n_sequences * n_padded**2 * matmul_dtype.itemsize if with_grad else 0
+    at_once = max(1, triton.cdiv(n_sequences, max(1, triton.cdiv(h_bytes, H_BYTES))))  # groups of equal size
 
     u = z.new_empty(n_sequences, n_padded, f_padded, dtype=matmul_dtype)
     inverse, alignment = z.new_empty(2, n_sequences, n_padded, dtype=torch.float32)
@@ -78,9 +78,8 @@ def pairwise_cosine(
     kernels.prepare[(triton.cdiv(n_rows, rows),)](
         z, u, inverse, alignment, *z.stride(), n_rows, n_tokens, n_features, n_padded, f_padded, rows, block
     )
-    for first in range(0, n_sequences, max(1, at_once)):
-        some_z, some_u, some_sums = (tensor[first : first + at_once] for tensor in (z, u, sums))
-        some_radial, some_dz, *scales = (tensor[first : first + at_once] for tensor in (radial, dz, inverse, alignment))
+    groups = (tensor.split(at_once) for tensor in (z, u, inverse, alignment, sums, radial, dz))
+    for some_z, some_u, some_inverse, some_alignment, some_sums, some_radial, some_dz in zip(*groups, strict=True):
         n = some_z.size(0)
         kernels.pairs[(n * n_tiles,)](
             some_u, h, some_sums, some_radial, n_tokens, exponent, 1 / edge, variant, with_grad, **sizes
@@ -90,9 +89,11 @@ def pairwise_cosine(
             def grid(blocks: dict[str, int], n: int = n) -> tuple[int]:
                 return (n * (n_padded // blocks["BLOCK_I"]) * triton.cdiv(n_features, blocks["BLOCK_F"]),)
 
+            operands = (some_z, some_u, some_inverse, some_alignment, h, some_sums, some_radial, some_dz)
             share = factor * edge / n_sequences
-            operands = (some_z, some_u, *scales, h, some_sums, some_radial, some_dz, *some_z.stride())
-            kernels.gradient[grid](*operands, n_tokens, share, logarithmic, n_features, **sizes, **tiles)
+            kernels.gradient[grid](
+                *operands, *some_z.stride(), n_tokens, share, logarithmic, n_features, **sizes, **tiles
+            )
     n_pairs = n_tokens * (n_tokens - 1)
     kernels.mean_loss[(1,)](sums, loss, n_sequences, 1 / n_pairs, offset, logarithmic, **tiles)
     return loss, dz
