@@ -1,9 +1,9 @@
 """Fused kernels of the pairwise-cosine family: loss and gradient in one pass, only dz kept for backward.
 
 `DispersionLoss` calls `pairwise_dispersion`; `choose` selects the backend for a tensor. `pairwise.py` documents
-the scheme and what the family has in common; `gpu.py` is the Triton kernel, `cpu.py` that for CPUs, with loops in C++
-(`loops.cpp`) where it can compile them. Both compute the gradient together with the loss, because only its common
-factor, 1/S, is unknown while the pairs are visited.
+the scheme and what the family has in common; `gpu.py` launches the kernels of `triton_kernels.py`, `cpu.py` is that
+for CPUs, with loops in C++ (`loops.cpp`) where it can compile them. Both compute the gradient together with the loss,
+because only its common factor, 1/S, is unknown while the pairs are visited.
 """
 
 from __future__ import annotations

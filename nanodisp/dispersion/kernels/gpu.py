@@ -33,6 +33,13 @@ def tile_side(n_tokens: int, dtype: torch.dtype, capability: int) -> int:
     return 64 if small else 128
 
 
+def sequences_at_once(n_sequences: int, n_tokens: int, dtype: torch.dtype, side: int) -> int:
+    """How many sequences share a launch, in groups of equal size: nearly always all of them."""
+    bytes_each = (triton.cdiv(n_tokens, side) * side) ** 2 * dtype.itemsize
+    n_groups = triton.cdiv(n_sequences, max(1, H_BYTES // bytes_each))
+    return max(1, triton.cdiv(n_sequences, max(1, n_groups)))
+
+
 def pairwise_cosine(
     z: Tensor, variant: str, tau: float, matmul_dtype: torch.dtype, with_grad: bool
 ) -> tuple[Tensor, Tensor]:
@@ -55,8 +62,7 @@ def pairwise_cosine(
     n_tiles = n_blocks * (n_blocks + 1) // 2
     n_padded, f_padded = n_blocks * side, triton.cdiv(n_features, FEATURE_TILE) * FEATURE_TILE
     sizes = {"N_PADDED": n_padded, "F_PADDED": f_padded, "SIDE": side}
-    h_bytes = n_sequences * n_padded**2 * matmul_dtype.itemsize if with_grad else 0
-    at_once = max(1, triton.cdiv(n_sequences, max(1, triton.cdiv(h_bytes, H_BYTES))))  # groups of equal size
+    at_once = sequences_at_once(n_sequences, n_tokens, matmul_dtype, side) if with_grad else max(1, n_sequences)
 
     u = z.new_empty(n_sequences, n_padded, f_padded, dtype=matmul_dtype)
     inverse, alignment = z.new_empty(2, n_sequences, n_padded, dtype=torch.float32)

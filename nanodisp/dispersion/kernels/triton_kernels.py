@@ -59,7 +59,7 @@ def _configuration(num_warps: int, num_stages: int, **blocks: int) -> triton.Con
 
 
 # What autotuning tries on the first call at each size; its choice is kept on disk. One that needs more shared memory
-# than the GPU has drops out; the first fits every GPU and dtype. The interpreter has nothing to time: it takes the last.
+# than the GPU has drops out; the first fits every GPU and dtype. The interpreter takes the last.
 PAIRS = [
     _configuration(num_warps=8, num_stages=4, BLOCK_F=32),
     _configuration(num_warps=8, num_stages=3, BLOCK_F=64),
