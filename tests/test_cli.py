@@ -121,22 +121,37 @@ COMMANDS = [
 ]
 
 
+HELP = """
+import runpy, sys
+for name in sys.argv[1:]:
+    sys.argv, sys.stdout = [name, "--help"], open(1, "w", encoding="ascii", closefd=False)
+    sys.modules.pop(name, None)  # imported by another command
+    runpy.run_path(name, run_name="__main__") if name.endswith(".py") else runpy.run_module(name, run_name="__main__")
+    print("\\f", end="", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def explained() -> dict[str, str]:
+    """What each command prints for --help in a terminal without UTF-8; all from one process, which loads torch once."""
+    command = [sys.executable, "-c", HELP, *COMMANDS]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (result.returncode, result.stderr) == (0, "")
+    *texts, rest = result.stdout.split("\f")
+    assert rest == ""
+    return dict(zip(COMMANDS, texts, strict=True))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_explains_itself_and_each_of_its_keys(name: str) -> None:
-    """In a terminal without UTF-8, too."""
-    command = [name] if name.endswith(".py") else ["-m", name]
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    result = subprocess.run(
-        [sys.executable, *command, "--help"], capture_output=True, text=True, cwd=ROOT, env=environment
-    )
-    assert (result.returncode, result.stderr) == (0, "")
+def test_every_command_explains_itself_and_each_of_its_keys(name: str, explained: dict[str, str]) -> None:
+    shown = explained[name]
     module = importlib.import_module(name if not name.endswith(".py") else name[:-3].replace("/", "."))
     module = importlib.import_module(f"{name}.__main__") if hasattr(module, "__path__") else module
     schemas = [value for value in vars(module).values() if is_dataclass(value) and value.__module__ == module.__name__]
     for schema in schemas if name != "nanodisp.data.shards" else ():
         for field in fields(schema):
-            assert f" {field.name}=" in result.stdout, field.name
+            assert f" {field.name}=" in shown, field.name
 
 
 def test_python_m_nanodisp_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,8 +182,10 @@ def test_an_interrupt_while_a_command_is_loaded_ends_it_without_a_traceback(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["sample.py --help", "-m nanodisp", "train.py --help"])
-@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize(
+    ("command", "buffered"),
+    [("-m nanodisp", True), ("-m nanodisp", False), ("sample.py --help", True), ("train.py --help", False)],
+)
 def test_a_full_disk_under_standard_output_is_one_line(command: str, buffered: bool) -> None:
     environment = {**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"}
     with Path("/dev/full").open("w") as full:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from conftest import ROOT, command, compose
@@ -282,7 +283,7 @@ def test_help_of_training_shows_groups_and_every_key_with_its_default(tmp_path: 
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(arguments: str, line: str) -> None:
-    result = command(*arguments.split())
+    result = forked.train(*arguments.split())
     assert (result.returncode, result.stderr, result.stdout) == (2, f"error: {line}\n", "")
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import csv
-import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 from conftest import ROOT, TINY, command
 
@@ -33,17 +32,16 @@ def test_a_sweep_runs_every_valid_job_and_reports_each_other_in_one_line(corpus:
 
 def test_an_error_on_one_rank_ends_a_sweep_on_all(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "x").touch()  # only rank 0 writes into the run's folder, here a file
-    result = command(
-        *("-m", *TINY, f"data.path={corpus}", f"out_dir={tmp_path}", "run_name=x", "train.steps=2", "seed=1,2"), ranks=2
-    )
-    assert result.returncode != 0
-    assert "cannot be written" in result.stderr
+    settings = ("-m", *TINY, f"data.path={corpus}", f"out_dir={tmp_path}", "run_name=x", "train.steps=2", "seed=1,2")
+    ranks = forked.finish(forked.start_ranks(2, ROOT / "train.py", *settings))
+    assert all(rank.returncode for rank in ranks), ranks
+    assert "cannot be written" in ranks[0].stderr
 
 
 def test_the_baseline_of_a_sweep_is_trained_once(corpus: Path, tmp_path: Path) -> None:
     settings = (f"data.path={corpus}", f"out_dir={tmp_path}", "train.steps=2", "train.sample_tokens=0")
     choices = ("dispersion=off,angular,cosine", "dispersion.lambda_disp=0.1,0")
-    result = command(*(each for each in TINY if "max_tokens" not in each), *settings, "-m", *choices)
+    result = forked.train(*(each for each in TINY if "max_tokens" not in each), *settings, "-m", *choices)
     assert result.returncode == 0, result.stderr
     names = sorted("-".join(folder.name.split("-")[:3]) for folder in tmp_path.iterdir() if folder.is_dir())
     assert names == ["nano-shards-angular0.1", "nano-shards-cosine0.1", "nano-shards-off"]
@@ -60,7 +58,7 @@ def test_the_baseline_of_a_sweep_is_trained_once(corpus: Path, tmp_path: Path) -
 def test_jobs_that_fail_their_check_count_as_failed_until_they_succeed(corpus: Path, tmp_path: Path) -> None:
     def sweep(path: Path) -> subprocess.CompletedProcess[str]:
         settings = (f"data.path={path}", f"out_dir={tmp_path / 'out'}", "train.steps=1", "train.sample_tokens=0")
-        return command("-m", *TINY, *settings, "model.n_head=2,3")
+        return forked.train("-m", *TINY, *settings, "model.n_head=2,3")
 
     link = tmp_path / "corpus"
     assert sweep(link).returncode == 2
@@ -75,7 +73,7 @@ def test_jobs_that_fail_their_check_count_as_failed_until_they_succeed(corpus: P
 
 def test_a_dry_run_prints_the_size_of_every_job_and_writes_no_run(corpus: Path, tmp_path: Path) -> None:
     settings = (f"data.path={corpus}", f"out_dir={tmp_path / 'out'}", "train.tokens=6400", "dry_run=true")
-    result = command("-m", *TINY, *settings, "dispersion.lambda_disp=0,0.1")
+    result = forked.train("-m", *TINY, *settings, "dispersion.lambda_disp=0,0.1")
     assert result.returncode == 0, result.stderr
     *lines, total = result.stdout.splitlines()
     assert len(lines) == 2
@@ -87,8 +85,8 @@ def test_a_dry_run_prints_the_size_of_every_job_and_writes_no_run(corpus: Path, 
 
 def test_a_dry_run_says_what_is_done_already(corpus: Path, tmp_path: Path) -> None:
     settings = (*TINY, f"data.path={corpus}", f"out_dir={tmp_path}", "train.steps=4", "train.sample_tokens=0")
-    assert command(*settings, "seed=1").returncode == 0
-    result = command(*settings, "seed=1,2", "-m", "dry_run=true")
+    assert forked.train(*settings, "seed=1").returncode == 0
+    result = forked.train(*settings, "seed=1,2", "-m", "dry_run=true")
     one, two, total = result.stdout.splitlines()
     assert one.endswith("256 tokens, done already")
     assert "done" not in two
@@ -116,22 +114,20 @@ def test_parallel_dry_runs_have_a_total(corpus: Path, tmp_path: Path) -> None:
 
 def test_a_killed_and_resumed_sweep_has_the_table_of_an_uninterrupted_one(corpus: Path, tmp_path: Path) -> None:
     def sweep(folder: Path) -> list[str]:
-        settings = (f"data.path={corpus}", f"out_dir={folder}", "train.steps=200", "train.checkpoint_interval=20")
-        return ["-m", *TINY, *settings, "dispersion.lambda_disp=0,0.5", "seed=1,2"]
+        settings = (f"data.path={corpus}", f"out_dir={folder}", "train.steps=100", "train.checkpoint_interval=10")
+        return ["-m", *TINY, *settings, "dispersion.lambda_disp=0,0.5,1"]
 
     def table(folder: Path) -> list[dict[str, str]]:
         report.main([str(folder)])
         with (folder / "report" / "runs.csv").open() as file:
             return [{**row, "tokens_per_second": "", "command": ""} for row in csv.DictReader(file)]
 
-    assert command(*sweep(tmp_path / "whole")).returncode == 0
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as `command` has: other threads, other last digits
-    with subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *sweep(tmp_path / "killed")], stdout=subprocess.DEVNULL, env=one_thread
-    ) as process:
-        while len(list((tmp_path / "killed").glob("*/checkpoints"))) < 2 and process.poll() is None:
-            time.sleep(0.01)
-        process.kill()
-    assert len(list((tmp_path / "killed").glob("*/checkpoints"))) == 2, "killed in its second job of four"
-    assert command(*sweep(tmp_path / "killed")).returncode == 0
+    assert forked.train(*sweep(tmp_path / "whole")).returncode == 0
+    killed = forked.Forked(ROOT / "train.py", *sweep(tmp_path / "killed"))
+    while len(list((tmp_path / "killed").glob("*/checkpoints"))) < 2 and killed.process.is_alive():
+        time.sleep(0.01)
+    killed.process.kill()
+    killed.process.join()
+    assert len(list((tmp_path / "killed").glob("*/checkpoints"))) == 2, "killed in its second job of three"
+    assert forked.train(*sweep(tmp_path / "killed")).returncode == 0
     assert table(tmp_path / "killed") == table(tmp_path / "whole")

@@ -7,12 +7,12 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from conftest import ROOT, TINY, command, compose, losses, records, weights, write_corpus
@@ -247,7 +247,7 @@ def test_two_ranks_have_the_loss_curve_of_one(run: Run, corpus: Path, tmp_path: 
     settings = ("train.steps=50", "train.log_interval=1")
     one = run(*settings, name="one")
     where = (f"data.path={corpus}", f"out_dir={tmp_path}", "run_name=two", "train.micro_batch_size=1")
-    result = command(*TINY, *where, *settings, ranks=2)
+    result = forked.train(*TINY, *where, *settings, ranks=2)
     assert result.returncode == 0, result.stderr
     two = tmp_path / "two"
     assert len(losses(two)) == 50
@@ -272,19 +272,13 @@ def test_other_precisions_and_optimizers_also_learn(run: Run, options: tuple[str
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
-def test_a_compiled_run_has_the_same_loss_curve(run: Run) -> None:
-    settings = ("train.steps=5", "train.log_interval=1")
-    plain, compiled = run(*settings, name="a"), run(*settings, "train.compile=true", name="b")
-    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
-def test_a_compiled_run_breaks_no_graph_and_compiles_nothing_after_its_first_steps(
+def test_a_compiled_run_has_the_same_curve_breaks_no_graph_and_compiles_nothing_after_its_first_steps(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torch._dynamo.utils import counters
 
+    settings = ("train.steps=6", "train.log_interval=1", "train.eval_interval=2", "train.eval_windows=6")  # 4, then 2
+    plain = run(*settings, name="plain")
     counters.clear()
     compiled_by_step = []
     update = train.optim.update
@@ -294,7 +288,8 @@ def test_a_compiled_run_breaks_no_graph_and_compiles_nothing_after_its_first_ste
         return update(*arguments)
 
     monkeypatch.setattr(train.optim, "update", counting)
-    run("train.steps=6", "train.eval_interval=2", "train.eval_windows=6", "train.compile=true")  # 4 windows, then 2
+    compiled = run(*settings, "train.compile=true", name="compiled")
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
     assert not counters["graph_break"]
     assert compiled_by_step == [3] * 6, "the step, and the validation of a full and of a partial batch"
 
@@ -477,21 +472,24 @@ def test_a_run_that_diverges_says_so_and_completes(run: Run, capsys: pytest.Capt
     assert capsys.readouterr().out.count("the loss is not finite") == 2
 
 
+# of Triton's interpreter, which is slow
+FEW = ("train.steps=60", "train.batch_size=1", "dispersion.layers=last", "dispersion.max_tokens=4")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "dtype", "tolerance", "options"),
     [
-        ("cpu", "float32", 1e-4, ()),
-        ("cpu", "bfloat16", 2e-2, ()),
-        # few sequences and tokens: Triton's interpreter is slow
-        ("triton", "float32", 1e-4, ("train.batch_size=1", "dispersion.layers=last", "dispersion.max_tokens=4")),
-        ("triton", "bfloat16", 2e-2, ("train.batch_size=1", "dispersion.layers=last", "dispersion.max_tokens=4")),
+        ("cpu", "float32", 1e-4, ("train.steps=200",)),
+        ("cpu", "bfloat16", 2e-2, ("train.steps=200",)),
+        ("triton", "float32", 1e-4, FEW),
+        ("triton", "bfloat16", 2e-2, FEW),
     ],
 )
 def test_every_backend_of_the_loss_gives_the_same_curve(
     run: Run, backend: str, dtype: str, tolerance: float, options: tuple[str, ...]
 ) -> None:
-    settings = ("train.steps=200", "train.log_interval=10", "optim.lr=1e-3", f"train.dtype={dtype}", *options)
+    settings = ("train.log_interval=10", "optim.lr=1e-3", f"train.dtype={dtype}", *options)
     plain = run(*settings, "dispersion.backend=reference", name="reference")
     fused = run(*settings, f"dispersion.backend={backend}", name=backend)
     for key in ("loss", "dispersion"):
@@ -502,19 +500,14 @@ def test_every_backend_of_the_loss_gives_the_same_curve(
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(corpus: Path, tmp_path: Path, name: str) -> None:
     settings = [*TINY, f"data.path={corpus}", f"out_dir={tmp_path}", "run_name=run", "train.checkpoint_interval=100000"]
-    with subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *settings, "train.steps=100000", "train.log_interval=1"],
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("step      3/"):
-                process.send_signal(getattr(signal, name))
-                break
-        rest = process.stdout.read()
-    assert process.returncode == EXIT_CODE
-    (step,) = re.findall(rf"{name}: saved at step (\d+); the same command resumes", rest)
+    training = forked.Forked(ROOT / "train.py", *settings, "train.steps=100000", "train.log_interval=1")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and '"step": 3,' in metrics.read_text()) and training.process.is_alive():
+        time.sleep(0.01)
+    os.kill(training.process.pid, getattr(signal, name))
+    ended = training.finish()
+    assert ended.returncode == EXIT_CODE, ended.stderr
+    (step,) = re.findall(rf"{name}: saved at step (\d+); the same command resumes", ended.stdout)
     assert checkpoint.find(tmp_path / "run").name == f"step_{int(step):08d}"
     assert not (tmp_path / "run" / "error.txt").exists()
 

@@ -7,6 +7,7 @@ import gc
 import gzip
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +15,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import write_corpus
+from conftest import TINY, compose, write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor, nn
 
+import train
 from bench.condensation import package_on
 from nanodisp.condensation import __main__ as condensation
 from nanodisp.condensation.cosine import mean_cosine, trend
@@ -285,9 +287,22 @@ def test_layer_means_agree_with_the_embedding_condensation_package() -> None:
 # --- the command -----------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    settings = ("train.steps=1", "train.sample_tokens=0", f"data.path={corpus}", f"out_dir={folder}", "run_name=run")
+    train.train(compose(*TINY, *settings))
+    return folder / "run"
+
+
+@pytest.fixture
+def folder(trained: Path, tmp_path: Path) -> Path:
+    """A run of one step, to measure into."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
 @pytest.mark.slow
-def test_a_run_is_measured_and_plotted(run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
-    folder = run("train.steps=1", "train.sample_tokens=0")
+def test_a_run_is_measured_and_plotted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     condensation.main([f"checkpoint={folder}", "windows=5"])
     out = capsys.readouterr().out
     assert "eff. rank" in out
@@ -303,8 +318,7 @@ def test_a_run_is_measured_and_plotted(run: Callable[..., Path], capsys: pytest.
 
 
 @pytest.mark.slow
-def test_a_text_file_can_be_measured_on(run: Callable[..., Path], tmp_path: Path) -> None:
-    folder = run("train.steps=1", "train.sample_tokens=0")
+def test_a_text_file_can_be_measured_on(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("some words " * 50)
     condensation.main(
         [
@@ -354,10 +368,7 @@ def test_a_hugging_face_folder_is_measured(corpus: Path, tmp_path: Path) -> None
         (["checkpoint=nowhere", "projection=sphere"], "choose one of pca, tsne, umap"),
     ],
 )
-def test_mistakes_are_reported_in_one_line(
-    run: Callable[..., Path], tmp_path: Path, arguments: list[str], message: str
-) -> None:
-    folder = run("train.steps=1", "train.sample_tokens=0") if "{run}" in arguments[0] else Path()
+def test_mistakes_are_reported_in_one_line(folder: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "short").write_text("words")
     (tmp_path / "latin1").write_bytes(b"caf\xe9 " * 20)
     write_corpus(tmp_path / "shards", n_val=11)
@@ -382,17 +393,15 @@ def test_the_data_of_a_run_must_be_there_and_the_same(run: Callable[..., Path], 
         condensation.main([f"checkpoint={folder}"])
 
 
-def test_a_mark_of_utf_8_is_no_text(run: Callable[..., Path], tmp_path: Path) -> None:
-    folder = run("train.steps=1", "train.sample_tokens=0")
+def test_a_mark_of_utf_8_is_no_text(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("\ufeff" + "word" * 3)
     with pytest.raises(UserError, match="has 12 tokens, a window 16"):
         condensation.main([f"checkpoint={folder}", f"text={tmp_path / 'text.txt'}"])
 
 
 @pytest.mark.parametrize(("name", "mark"), [("a.txt.gz", b""), ("A.TXT.GZ", codecs.BOM_UTF8), ("a.txt", "utf-16")])
-def test_a_text_is_read_as_data_are(run: Callable[..., Path], tmp_path: Path, name: str, mark: bytes | str) -> None:
+def test_a_text_is_read_as_data_are(folder: Path, tmp_path: Path, name: str, mark: bytes | str) -> None:
     """Gzip by its name, the encoding by a byte order mark."""
-    folder = run("train.steps=1", "train.sample_tokens=0")
     text, path = "words and more words " * 20, tmp_path / name
     raw = text.encode(mark) if isinstance(mark, str) else mark + text.encode()
     path.write_bytes(gzip.compress(raw) if name.lower().endswith(".gz") else raw)
@@ -413,15 +422,13 @@ def test_a_text_is_read_as_data_are(run: Callable[..., Path], tmp_path: Path, na
     ],
     ids=["plain", "truncated", "pdf"],
 )
-def test_what_is_no_text_is_reported(run: Callable[..., Path], tmp_path: Path, raw: bytes, message: str) -> None:
-    folder = run("train.steps=1", "train.sample_tokens=0")
+def test_what_is_no_text_is_reported(folder: Path, tmp_path: Path, raw: bytes, message: str) -> None:
     (tmp_path / "a.txt.gz").write_bytes(raw)
     with pytest.raises(UserError, match=message):
         condensation.main([f"checkpoint={folder}", f"text={tmp_path / 'a.txt.gz'}"])
 
 
-def test_weights_that_are_not_finite_are_reported(run: Callable[..., Path]) -> None:
-    folder = run("train.steps=1", "train.sample_tokens=0")
+def test_weights_that_are_not_finite_are_reported(folder: Path) -> None:
     saved = checkpoint.load(checkpoint.find(folder))
     saved.model["ln_f.weight"][0] = math.inf
     state = {key: value for key, value in saved.state.items() if key not in ("sha256", "format_version")}

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
-from conftest import TINY, command, compose, write_run
+from conftest import TINY, compose, write_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -87,7 +88,7 @@ def test_a_file_cut_anywhere_is_read_up_to_the_cut(tmp_path_factory: pytest.Temp
 def test_a_run_of_a_sweep_keeps_the_command_that_reproduces_it(corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "a b"
     settings = ("train.steps=2", "train.sample_tokens=0", "dispersion.layers=[1,2]", f"out_dir={folder}", "seed=3,4")
-    result = command(*TINY, f"data.path={corpus}", *settings, "-m", "run_name=${seed}")
+    result = forked.train(*TINY, f"data.path={corpus}", *settings, "-m", "run_name=${seed}")
     assert result.returncode == 0, result.stderr
     read = read_run(folder / "4")
     assert (read.status, read.step, read.total_steps) == ("finished", 2, 2)

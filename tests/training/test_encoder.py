@@ -9,11 +9,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, command, compose, losses, records, weights
+from conftest import TINY, compose, losses, records, weights
 from tiny_models import write_checkpointed_run
 
 import sample
@@ -136,7 +137,7 @@ def test_ranks_sharded_or_not_have_the_curve_of_one_process(run: Run, corpus: Pa
     teacher = run("train.steps=20", "optim.lr=3e-2", ENCODER, name="teacher")
     settings = (*CURVE, "train.eval_windows=5", "intervention.forget_interval=4", f"intervention.teacher={teacher}")
     one = run(*settings, name="one")
-    result = command(
+    result = forked.train(
         *("-m", *(s for s in TINY if "sample" not in s), *settings, f"data.path={corpus}", f"out_dir={tmp_path}"),
         *("run_name=${train.parallel}", "train.micro_batch_size=1", "train.parallel=ddp,fsdp"),
         ranks=2,

@@ -8,10 +8,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, command, compose, losses, records, weights, write_run
+from conftest import TINY, compose, losses, records, weights, write_run
 from torch import Tensor
 
 import train
@@ -243,7 +244,7 @@ def test_ranks_sharded_or_not_have_the_curve_of_one_process(
     settings = ("train.steps=10", "train.log_interval=1", "train.eval_interval=4", "train.condensation_interval=4")
     settings += (FORGET, f"intervention.teacher={teacher}")
     one = run(*settings, name="one")
-    result = command(
+    result = forked.train(
         *("-m", *TINY, *settings, f"data.path={corpus}", f"out_dir={tmp_path}", "run_name=${train.parallel}"),
         *("train.micro_batch_size=1", "train.parallel=ddp,fsdp"),
         ranks=2,

@@ -6,11 +6,12 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, command, compose, records
+from conftest import TINY, compose, records
 from tiny_models import decided_model
 
 from nanodisp.condensation.cosine import mean_cosine
@@ -108,7 +109,7 @@ def test_two_ranks_with_fsdp_score_as_one_does(run: Run, corpus: Path, task: Pat
     settings = ("train.steps=2", "train.eval_interval=1", "optim.lr=0.05", f"train.eval_task={task}")
     one = run(*settings)
     given = (*TINY, f"data.path={corpus}", f"out_dir={tmp_path}", "run_name=two", "train.parallel=fsdp", *settings)
-    done = command(*given, ranks=2)
+    done = forked.train(*given, ranks=2)
     assert done.returncode == 0, done.stderr
     assert [line["accuracy"] for line in records(tmp_path / "two", "task")] == [
         line["accuracy"] for line in records(one, "task")
