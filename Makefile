@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 HAVE = $(or $(wildcard $(BIN)/python),$(PYTHON))
 RUNS ?= out
 EXPERIMENT ?= lambda
+JOBS ?= 2
 INSTALLED := $(VENV)/installed-$(EXTRAS)
 
 .PHONY: help install run test test-fast mutants lint format bench bench-train bench-data bench-gpu gpu-wheels verify-data
@@ -25,8 +26,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 run: install ## train the default model on the standard library's text, then sample from it
 	$(BIN)/python train.py
 
-test: install ## run all tests
-	$(BIN)/python -m pytest
+test: install ## run all tests, in JOBS processes (JOBS=0: in one, as `pytest` alone does)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 test-fast: install ## run the tests that start no process and no compiler: under a minute on two cores
 	$(BIN)/python -m pytest -m "not slow"

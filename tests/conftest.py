@@ -14,6 +14,8 @@ from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; must be set before triton is imported
 os.environ["WANDB_MODE"] = "offline"
+if IN_PARALLEL := "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the cores are shared; before torch and numpy are imported
 
 import forked
 import hydra
@@ -31,7 +33,6 @@ from nanodisp.data import shards
 from nanodisp.dispersion.kernels import compiled
 from nanodisp.runs import checkpoint
 
-IN_PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
 torch.set_num_threads(1 if IN_PARALLEL else 2)
 hypothesis.settings.register_profile("nanodisp", deadline=None)  # a machine that does much else is no failure
 hypothesis.settings.load_profile("nanodisp")
