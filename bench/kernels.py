@@ -37,7 +37,7 @@ from bench.measure import (
 
 FAMILY = ("angular", "orthogonalization", "cosine")
 ERROR_LIMIT = {"float32": 1e-5, "bfloat16": 4e-3}
-INTERPRETED_LIMIT = 1e-2  # of bfloat16 in Triton's interpreter, which truncates where a GPU rounds
+INTERPRETED_LIMIT = 3e-2  # of bfloat16 in the interpreter, which truncates u and h where a GPU rounds
 MATMULS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
 GPU_SHAPES = [(16, 1024, 768), (192, 256, 768), (8, 1024, 1600), (4, 2048, 1024)]  # 192: 16 of each of 12 layers
 TIME_LIMIT = 240.0  # seconds after which no row is started
