@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from nanodisp.dispersion.kernels import FAMILY, gpu, triton_kernels
+from nanodisp.models import head_gpu
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 N_TOKENS, N_FEATURES = 1024, 768
@@ -80,6 +81,12 @@ def loss(capability: int) -> Any:
     return compiled(triton_kernels.mean_loss, types, {"LOG": True, "N_TILES": 36, "TILES": 64}, capability)
 
 
+def head_rows(capability: int) -> Any:
+    types = {"product_pointer": "*bf16", "bias_pointer": "*fp32", "target_pointer": "*i64", "loss_pointer": "*fp32"}
+    constants = {"with_grad": True, "block": 4096, "num_warps": 8}
+    return compiled(head_gpu.row_kernel, types | {"n_columns": "i32"}, constants, capability)
+
+
 def options_of(configuration: triton.Config) -> dict[str, int]:
     return {**configuration.kwargs, "num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
 
@@ -94,6 +101,7 @@ def kernels(capability: int) -> Iterator[tuple[str, Any]]:
     yield "gradient float32", gradient(capability, torch.float32, triton_kernels.GRADIENT[0])
     yield "prepare", prepare(capability)
     yield "loss", loss(capability)
+    yield "head's rows", head_rows(capability)
 
 
 def main(capability: int) -> None:
