@@ -91,15 +91,15 @@ def test_the_number_of_threads_does_not_change_a_bit(matmul_dtype: torch.dtype) 
 # --- without a compiler -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("condensed", [False, True], ids=["spread", "condensed"])
+@pytest.mark.parametrize("cosine", [0.0, 0.9])
 @pytest.mark.parametrize("shape", [(2, 130, 96), (1, 515, 96)], ids=str)
 @pytest.mark.parametrize("matmul_dtype", DTYPES)
 @pytest.mark.parametrize("variant", FAMILY)
 def test_the_gradient_without_a_compiler(
-    variant: str, matmul_dtype: torch.dtype, shape: tuple[int, ...], condensed: bool, monkeypatch: pytest.MonkeyPatch
+    variant: str, matmul_dtype: torch.dtype, shape: tuple[int, ...], cosine: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiled, "library", lambda: None)
-    check(tokens(*shape, condensed=condensed), variant, 1.0, "cpu", matmul_dtype)
+    check(tokens(*shape, cosine=cosine), variant, 1.0, "cpu", matmul_dtype)
 
 
 @pytest.fixture
