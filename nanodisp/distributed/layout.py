@@ -55,8 +55,9 @@ def place(
     if parallel == "fsdp":
         shard(cast(nn.Module, model), model.blocks, world)
         return module
-    # no module has buffers that change; gradients are views of what the ranks exchange, not copies
-    return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+    replicated = DistributedDataParallel(module, gradient_as_bucket_view=True)  # gradients are not copied to be sent
+    replicated.broadcast_buffers = False  # none changes; PyTorch 2.13 gave the argument another name
+    return replicated
 
 
 def shard(model: nn.Module, blocks: nn.ModuleList, world: World) -> None:
