@@ -47,7 +47,7 @@ class TrainConfig:
         and optimizer state. No difference for a single process.
     activation_checkpointing: recompute each block in backward instead of keeping its activations: less memory for one
         more forward pass.
-    timeout_minutes: how long ranks wait for one that hangs, or for rank 0 to prepare the data, before they fail.
+    timeout_minutes: how long ranks wait for one that hangs, or for a machine's first to prepare data, before they fail.
     log_interval: steps between records of training figures.
     eval_interval: steps between validations.
     condensation_interval: steps between records of the layers' figures on four of the validation windows; null for

@@ -55,7 +55,8 @@ def softmax_minus_one_hot_(product: Tensor, bias: Tensor, targets: Tensor, with_
     """As `head.softmax_minus_one_hot_`, without scratch. `product` [n, V] is contiguous."""
     losses = torch.empty(len(product), dtype=torch.float32, device=product.device)
     block = min(4096, triton.next_power_of_2(product.size(1)))
-    row_kernel[(len(product),)](
-        product, bias, targets, losses, product.size(1), with_grad=with_grad, block=block, num_warps=8
-    )
+    with torch.cuda.device_of(product):
+        row_kernel[(len(product),)](
+            product, bias, targets, losses, product.size(1), with_grad=with_grad, block=block, num_warps=8
+        )
     return losses

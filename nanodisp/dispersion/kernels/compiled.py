@@ -9,6 +9,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import subprocess
 import tempfile
 import warnings
@@ -51,7 +52,7 @@ def build(folder: Path) -> Path:
 
     Raises OSError or subprocess.SubprocessError: no compiler, it fails, or the folder is another user's.
     """
-    compiler = [os.environ.get("CXX") or "g++", *FLAGS]
+    compiler = [*shlex.split(os.environ.get("CXX") or "g++"), *FLAGS]
     compiler += ARCHITECTURE.get(torch.backends.cpu.get_cpu_capability(), [])
     made_from = "\n".join([SOURCE.read_text(), *compiler])
     built = folder / f"loops-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
