@@ -59,7 +59,7 @@ bench-data: install ## time loader and sampling; with TOKENIZER=<.tiktoken file>
 
 bench-gpu: ## check, then time kernels and steps on one GPU; run it again for what is missing; needs only torch, triton and numpy
 	$(HAVE) -m bench.gpu smoke
-	$(HAVE) -m bench.kernels --device cuda
+	-$(HAVE) -m bench.kernels --device cuda
 	$(HAVE) -m bench.gpu step-16 step-32 $(if $(BASELINE),--baseline $(BASELINE)) --seconds 120
 
 gpu-wheels: ## build the wheels that train.py and pytest need beside torch, triton and numpy, for a machine without a network

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from bench import measure
+from bench import kernels, measure
 from bench.train_step import DISPERSED, RECIPES, Recipe, training_step
 from nanodisp.dispersion import DispersionLoss
 from nanodisp.distributed import hardware
@@ -61,10 +61,14 @@ class Setting:
 def smoke(setting: Setting) -> dict[str, Any]:
     """Gradients against float64, a CUDA graph, five compiled steps with their losses, memory, time by kernel."""
     figures: dict[str, Any] = {"gradient_error": {}}
-    for variant in ("angular", "orthogonalization", "cosine"):
+    noise = torch.randn(2, 512, 768, generator=torch.Generator().manual_seed(0))
+    condensed = (noise + 3 * noise[:, :1]).to(setting.device)
+    for variant in kernels.FAMILY:
         for dtype in (torch.float32, torch.bfloat16):
+            z = condensed.to(dtype, copy=True).requires_grad_()
+            gradient = torch.autograd.grad(DispersionLoss(variant)(z), z)[0]
             name = f"{variant} {str(dtype).removeprefix('torch.')}"
-            figures["gradient_error"][name] = gradient_error(variant, dtype, setting.device)
+            figures["gradient_error"][name] = kernels.gradient_error(gradient, variant, z)
             print(f"  {name:30} gradient's error {figures['gradient_error'][name]:.1e}")
     if setting.device.type == "cuda":
         figures["graph_equals_eager"] = graph_equals_eager(setting.device)
@@ -84,18 +88,6 @@ def smoke(setting: Setting) -> dict[str, Any]:
     for name, share in figures["shares"].items():
         print(f"  {share:6.1%} {name[:100]}")
     return figures
-
-
-def gradient_error(variant: str, dtype: torch.dtype, device: torch.device) -> float:
-    """Of the kernel at 2 x 512 x 768 with condensed tokens, relative to the formula in float64."""
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(2, 512, 768, generator=generator) + 3 * torch.randn(2, 1, 768, generator=generator)
-    gradients: list[torch.Tensor] = []
-    for each, backend in ((z.to(device, dtype), "auto"), (z.to(dtype).double(), "reference")):
-        each.requires_grad_()
-        gradients += torch.autograd.grad(DispersionLoss(variant, 1.0, backend)(each), each)
-    ours, exact = gradients[0].double().cpu(), gradients[1]
-    return ((ours - exact).norm() / exact.norm()).item()
 
 
 def graph_equals_eager(device: torch.device) -> bool:

@@ -1,18 +1,20 @@
 """Time of the fused dispersion loss against the formula in plain PyTorch, eager and compiled.
 
     python -m bench.kernels                     # the CPU kernel; about a minute
-    python -m bench.kernels --device cuda       # the Triton kernel: checks, then times; starts no row after 4 minutes
+    python -m bench.kernels --device cuda       # the Triton kernel: checks, then times; starts no row after 4 minutes,
+                                                # and, started again, goes on with those that are missing
     python -m bench.kernels --dry-run           # the code of --device cuda in Triton's interpreter, at toy sizes
 
 Forward and backward together, the implementations in alternation; reported are the median of the rounds and their
 interquartile range. The report is written to bench/results/ (or the folder $OUT) with the device's name in the
-file's name. A dry run writes nothing, because its times are meaningless.
+file's name, on a GPU after each row. A dry run writes nothing, because its times are meaningless.
 
 Needs only torch, numpy, triton (for --device cuda) and nanodisp.dispersion.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import time
 import weakref
@@ -37,7 +39,6 @@ from bench.measure import (
 
 FAMILY = ("angular", "orthogonalization", "cosine")
 ERROR_LIMIT = {"float32": 1e-5, "bfloat16": 4e-3}
-INTERPRETED_LIMIT = 3e-2  # of bfloat16 in the interpreter, which truncates u and h where a GPU rounds
 MATMULS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
 GPU_SHAPES = [(16, 1024, 768), (192, 256, 768), (8, 1024, 1600), (4, 2048, 1024)]  # 192: 16 of each of 12 layers
 TIME_LIMIT = 240.0  # seconds after which no row is started
@@ -55,14 +56,21 @@ def main() -> None:
 
     report: dict[str, Any] = {}
     if arguments.dry_run:
+        from triton.runtime import interpreter
+
+        interpreter._convert_float = rounding(interpreter._convert_float)
         gpu_report(report, Interpreter(), [(2, 70, 24)], rounds=1)
         print("dry run: no file written")
-        return
-    if arguments.device == "cuda":
+    elif arguments.device == "cuda":
+        file = measure.path_of("kernels", device_name("cuda"))
+        report["rows"] = json.loads(file.read_text())["rows"] if file.exists() else []
         gpu_report(report, Gpu(), GPU_SHAPES, rounds=15)
     else:
         cpu_report(report)
-    measure.write("kernels", report)
+    if not arguments.dry_run:
+        measure.write("kernels", report)
+    if wrong := [check for check in report.get("checks", ()) if not check["is_right"]]:
+        raise SystemExit(f"{len(wrong)} gradients are wrong, see above")
 
 
 # --- measurements -------------------------------------------------------------------------
@@ -190,6 +198,22 @@ class Gpu(measure.Cuda):
     matmul_size = 8192
 
 
+def rounding(convert: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton's interpreter's `_convert_float`, but to bfloat16 as a GPU rounds.
+
+    By itself it truncates: twice the error, all of one sign.
+    """
+    import triton.language as tl
+
+    def rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(data, source, target, mode)
+        bits = torch.from_numpy(data.copy()).bfloat16().view(torch.int16)
+        return bits.numpy().view("uint16").reshape(data.shape)
+
+    return rounded
+
+
 class Interpreter:
     """Replaces `Gpu` in a dry run on the CPU."""
 
@@ -223,14 +247,18 @@ def gpu_report(
     print(f"bfloat16 matmul of {machine.matmul_size}^3: {report['matmul_tflops']:.0f} TFLOP/s")
     print("forward + backward, ms; fused also as a CUDA graph, without Python between kernels")
     print(f"{'':46}{'eager':>16}{'compiled':>17}{'fused':>17}{'graph':>17}   against   peak MiB   of matmul")
-    report["rows"], report["left_out"] = [], []
+    rows, report["left_out"] = report.setdefault("rows", []), []
+    done = [(row["variant"], tuple(row["shape"]), row["dtype"]) for row in rows]
     for shape in shapes:
         for dtype in (torch.bfloat16, torch.float32):
             for variant in FAMILY:
-                if time.perf_counter() - start > TIME_LIMIT:
-                    report["left_out"].append([variant, shape, str(dtype)])
-                    continue
-                report["rows"].append(gpu_row(machine, variant, shape, dtype, rounds, report["matmul_tflops"]))
+                row = (variant, shape, str(dtype).removeprefix("torch."))
+                if row not in done and time.perf_counter() - start > TIME_LIMIT:
+                    report["left_out"].append(row)
+                elif row not in done:
+                    rows.append(gpu_row(machine, variant, shape, dtype, rounds, report["matmul_tflops"]))
+                    if machine.device == "cuda":
+                        measure.write("kernels", report, say=False)
     report["seconds"] = time.perf_counter() - start
     if report["left_out"]:
         print(f"not enough time for {len(report['left_out'])} rows")
@@ -251,11 +279,14 @@ def random_tokens(machine: Gpu | Interpreter, shape: tuple[int, ...], dtype: tor
 
 
 def check_gradients(machine: Gpu | Interpreter) -> list[dict[str, Any]]:
-    """Compare gradients with float64, and two runs bit for bit, before anything is timed."""
+    """Compare gradients with float64, and two runs bit for bit, before anything is timed.
+
+    A gradient over its limit is said and kept as `is_right`; `main` fails for it once everything is measured.
+    """
     checks: list[dict[str, Any]] = []
     on_gpu = machine.device == "cuda"
     # (160, 1024, 64) takes more than one group; every shape tunes anew, so they are few
-    shapes = [(2, 2, 3), (3, 300, 768), (1, 129, 4096), (160, 1024, 64)] if on_gpu else [(1, 5, 3)]
+    shapes = [(2, 70, 64), (3, 300, 768), (1, 129, 4096), (160, 1024, 64)] if on_gpu else [(2, 70, 64)]
     for shape in shapes:
         for dtype, autocast in ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True)):
             for variant in FAMILY:
@@ -263,13 +294,12 @@ def check_gradients(machine: Gpu | Interpreter) -> list[dict[str, Any]]:
                 step = under_autocast(forward_and_backward(loss_of(variant, "triton"), z), machine.device, autocast)
                 error = gradient_error(step(), variant, z)
                 name = "bfloat16" if autocast else str(dtype).removeprefix("torch.")
-                limit = ERROR_LIMIT[name] if on_gpu or name == "float32" else INTERPRETED_LIMIT
                 checks.append({"variant": variant, "shape": shape, "dtype": name, "gradient_error": error})
                 checks[-1]["autocast"] = autocast
                 if not torch.equal(step(), step()):
                     raise SystemExit(f"two runs differ: {checks[-1]}")
-                if not error <= limit:
-                    raise SystemExit(f"the gradient is wrong, more than {limit}: {checks[-1]}")
+                if checks[-1].setdefault("is_right", error <= ERROR_LIMIT[name]) is False:
+                    print(f"the gradient is wrong by more than {ERROR_LIMIT[name]}: {checks[-1]}")
     for name in ERROR_LIMIT:
         worst = max(check["gradient_error"] for check in checks if check["dtype"] == name)
         print(f"gradients checked: largest error in {name} {worst:.1e}")

@@ -112,13 +112,14 @@ def path_of(name: str, device: str) -> Path:
     return folder / f"{name}-{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
 
 
-def write(name: str, report: dict[str, Any]) -> None:
-    """Write the report to `path_of(name, report["device"])`."""
+def write(name: str, report: dict[str, Any], say: bool = True) -> None:
+    """Write the report to `path_of(name, report["device"])`, and say so."""
     path = path_of(name, report["device"])
     path.parent.mkdir(parents=True, exist_ok=True)
     report = {**report, "torch": torch.__version__, "python": platform.python_version()}
     path.write_text(json.dumps(report, indent=1, default=str) + "\n")
-    print(f"written to {path}")
+    if say:
+        print(f"written to {path}")
 
 
 def parser_of(module_docstring: str | None) -> argparse.ArgumentParser:

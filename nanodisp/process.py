@@ -7,7 +7,7 @@ GOMP_SPINCOUNT when it is loaded; it is set here unless the user has set it or O
 
 Ctrl-C ends a command of ours at once and without a traceback. A KeyboardInterrupt could not do that: while torch and
 others are loaded, which takes seconds, they turn it into errors of their own. A training run saves first
-(`training/signals.py`).
+(`training/signals.py`), and chooses when Python collects garbage.
 """
 
 from __future__ import annotations

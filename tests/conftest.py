@@ -136,6 +136,23 @@ def run(corpus: Path, tmp_path: Path) -> Callable[..., Path]:
     return go
 
 
+@pytest.fixture(scope="session")
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny run of three steps, which tests read only."""
+    import train
+
+    folder = tmp_path_factory.mktemp("trained")
+    settings = ("train.steps=3", "train.sample_tokens=0", f"data.path={corpus}", f"out_dir={folder}", "run_name=run")
+    train.train(compose(*TINY, *settings))
+    return folder / "run"
+
+
+@pytest.fixture
+def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile traces the same graphs, but runs them as they are: no C++ compiler, and no half minute."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+
+
 def command(
     *arguments: str, ranks: int | None = None, stdout: int = subprocess.PIPE, **environment: str
 ) -> subprocess.CompletedProcess[str]:

@@ -12,22 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, compose, records
+from conftest import ROOT, records
 from tiny_models import export, write_checkpointed_run, write_ranks_file
 
 import sample
-import train
 from nanodisp.distributed import hardware
 from nanodisp.errors import UserError
 from nanodisp.runs import checkpoint
-
-
-@pytest.fixture(scope="module")
-def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    settings = ("train.steps=3", "train.sample_tokens=0", f"data.path={corpus}", f"out_dir={folder}", "run_name=run")
-    train.train(compose(*TINY, *settings))
-    return folder / "run"
 
 
 def text(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

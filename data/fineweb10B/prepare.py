@@ -5,12 +5,13 @@ training, of which `chunks` are downloaded, 200 MB each. Needs `pip install 'nan
 The manifest written beside them has no bytes per token, because the size of the text is not published.
 """
 
+import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from nanodisp.data.prepare import DATA, DataConfig, main
 from nanodisp.data.shards import MANIFEST, Manifest, describe_shard
+from nanodisp.data.writer import locked
 from nanodisp.errors import UserError
 
 REPO = "kjj0/fineweb10B-gpt2"
@@ -37,18 +38,26 @@ def prepare(config: DataConfig, fetch: Callable[[str, Path], None] = download) -
     if (folder / MANIFEST).exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        folder.mkdir(exist_ok=True)  # another process may have failed while we waited, and removed it
+        if not (folder / MANIFEST).exists():  # or it has succeeded
+            make(folder, config.chunks, fetch)
+    return folder
+
+
+def make(folder: Path, chunks: int, fetch: Callable[[str, Path], None]) -> None:
+    """Fetch the shards and write the manifest."""
     shards = []
-    for split, number in [("val", 0), *(("train", number) for number in range(1, config.chunks + 1))]:
+    for split, number in [("val", 0), *(("train", number) for number in range(1, chunks + 1))]:
         file = f"fineweb_{split}_{number:06d}.bin"
         try:
             fetch(file, folder)
         except UserError:
-            with suppress(OSError):  # unless it holds shards already, for the next attempt
-                folder.rmdir()
+            if not list(folder.glob("*.bin")):  # else the next attempt goes on with them
+                shutil.rmtree(folder)
             raise
         shards.append(describe_shard(folder / file, split))
     Manifest("gpt2", 50_257, REPO, {}, shards).save(folder)
-    return folder
 
 
 if __name__ == "__main__":

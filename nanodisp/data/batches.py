@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from nanodisp.data.shards import Tokens, check_tokens
+from nanodisp.distributed import hardware
 from nanodisp.errors import UserError
 from nanodisp.models.head import IGNORED
 
@@ -159,32 +160,22 @@ def prefetch(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of `steps` on `device`, read one ahead in a thread; on CUDA from pinned memory."""
 
-    def read(step: int) -> list[Tensor]:
-        return [pinned(each, device) for each in batches.batch(step, rank, world_size)]
+    def read(step: int) -> tuple[Tensor, Tensor]:
+        x, y = batches.batch(step, rank, world_size)
+        return hardware.pinned(x, device), hardware.pinned(y, device)
+
+    def sent(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        x, y = batch
+        return hardware.send(x, device), hardware.send(y, device)
 
     with ThreadPoolExecutor(max_workers=1) as reader:
         ahead = None
         for step in steps:
             current, ahead = ahead, reader.submit(read, step)
             if current is not None:
-                yield _sent(current.result(), device)
+                yield sent(current.result())
         if ahead is not None:
-            yield _sent(ahead.result(), device)
-
-
-def _sent(batch: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    x, y = batch
-    return send(x, device), send(y, device)
-
-
-def pinned(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU in memory from which a GPU copies without the CPU's help; for a CPU, the tensor."""
-    return tensor.pin_memory() if device.type == "cuda" else tensor
-
-
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on `device`, without waiting for it; on a CPU the tensor itself."""
-    return pinned(tensor, device).to(device, non_blocking=True)
+            yield sent(ahead.result())
 
 
 def spread_windows(n_windows: int, wanted: int | None) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What this machine has: number formats, FLOP/s, a compiler, memory."""
+"""What this machine has: number formats, FLOP/s, a compiler, memory, and a way to its GPU."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 
 def prepare(device: torch.device, dtype: torch.dtype) -> None:
@@ -98,3 +99,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU in memory from which a GPU copies without the CPU's help; for a CPU, the tensor."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on `device`, without waiting for it; on a CPU the tensor itself."""
+    return pinned(tensor, device).to(device, non_blocking=True)

@@ -113,7 +113,7 @@ def of_torchrun(name: str, default: int) -> int:
     """A number that torchrun sets in the environment; UserError for something else."""
     text = os.environ.get(name, str(default))
     if not text.isdecimal():
-        raise UserError(f"the environment variable {name}={text} is not a number: torchrun sets it; unset it")
+        raise UserError(f"the environment variable {name}={text} is not a whole number: torchrun sets it; unset it")
     return int(text)
 
 
@@ -180,11 +180,14 @@ def group_of_ranks() -> Iterator[None]:
     except BaseException as error:
         if not dist.is_initialized():
             raise
-        if not isinstance(error, SystemExit):
-            traceback.print_exc()
-        with contextlib.suppress(OSError):
+        code = error.code if isinstance(error, SystemExit) else 1
+        with contextlib.suppress(OSError):  # nobody reads any more
+            if not isinstance(error, SystemExit):
+                traceback.print_exc()
+            elif isinstance(code, str):
+                print(code, file=sys.stderr)
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
+        os._exit(code if isinstance(code, int) else code is not None)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -89,9 +89,9 @@ def softmax_minus_one_hot_(product: Tensor, logits: Tensor, bias: Tensor, target
         with_grad: without it `product` is not changed in a useful way.
     """
     if product.is_cuda:
-        from nanodisp.models.head_gpu import softmax_minus_one_hot_  # needs triton
+        from nanodisp.models import head_gpu  # needs triton
 
-        return softmax_minus_one_hot_(product, bias, targets, with_grad)
+        return head_gpu.softmax_minus_one_hot_(product, bias, targets, IGNORED, with_grad)
     counts = (targets != IGNORED)[:, None]
     target = targets[:, None].where(counts, 0)
     logits.copy_(product).add_(bias)

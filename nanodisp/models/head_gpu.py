@@ -7,13 +7,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-IGNORED = tl.constexpr(-100)
 LOWEST = tl.constexpr(-3e38)  # instead of -inf, which would give exp(-inf + inf) for a block without a predicted token
 
 
 @triton.jit
 def row_kernel(
-    product_pointer, bias_pointer, target_pointer, loss_pointer, n_columns, with_grad: tl.constexpr, block: tl.constexpr
+    product_pointer,
+    bias_pointer,
+    target_pointer,
+    loss_pointer,
+    n_columns,
+    ignored: tl.constexpr,
+    with_grad: tl.constexpr,
+    block: tl.constexpr,
 ):
     """One row of the logits l = product [n, V] + bias [V], with target t: log sum exp(l) - l_t into loss [n], float32.
 
@@ -23,7 +29,7 @@ def row_kernel(
     row = tl.program_id(0).to(tl.int64)
     row_pointer = product_pointer + row * n_columns
     target = tl.load(target_pointer + row)
-    counts = target != IGNORED
+    counts = target != ignored
     offsets = tl.arange(0, block)
     column = tl.where(counts, target, 0)  # read before any thread writes: the reductions below are barriers
     logit = tl.load(row_pointer + column).to(tl.float32) + tl.load(bias_pointer + column)
@@ -51,12 +57,12 @@ def row_kernel(
             tl.store(row_pointer + columns, gradient.to(product_pointer.dtype.element_ty), mask=inside)
 
 
-def softmax_minus_one_hot_(product: Tensor, bias: Tensor, targets: Tensor, with_grad: bool) -> Tensor:
-    """As `head.softmax_minus_one_hot_`, without scratch. `product` [n, V] is contiguous."""
+def softmax_minus_one_hot_(product: Tensor, bias: Tensor, targets: Tensor, ignored: int, with_grad: bool) -> Tensor:
+    """As `head.softmax_minus_one_hot_`, without scratch. `product` [n, V] is contiguous; `ignored` is no target."""
     losses = torch.empty(len(product), dtype=torch.float32, device=product.device)
     block = min(4096, triton.next_power_of_2(product.size(1)))
     with torch.cuda.device_of(product):
         row_kernel[(len(product),)](
-            product, bias, targets, losses, product.size(1), with_grad=with_grad, block=block, num_warps=8
+            product, bias, targets, losses, product.size(1), ignored, with_grad, block, num_warps=8
         )
     return losses

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nanodisp.data.batches import count_masked, send
+from nanodisp.data.batches import count_masked
 from nanodisp.dispersion import DispersionLoss
 from nanodisp.dispersion.placement import DispersionConfig, lambda_at, sample_positions, select_layers
-from nanodisp.distributed import World, layout
+from nanodisp.distributed import World, hardware, layout
 from nanodisp.models.gpt import GPT, SoftTargets
 from nanodisp.training.interventions import InterventionConfig, soft_targets
 
@@ -102,7 +102,7 @@ class Objective:
         self.weights, self.positions = self.weights_at(step), None
         if self.dispersion.lambda_disp > 0:
             drawn = sample_positions(self.seed, step, self.layers, self.block_size, self.dispersion.max_tokens)
-            self.positions = send(drawn, self.device)
+            self.positions = hardware.send(drawn, self.device)
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a micro-batch, int64 [B, T] each, and its terms by name."""

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from nanodisp.condensation.layers import LAYER_FIGURES, figures_of
-from nanodisp.data.batches import count_windows, mask_tokens, read_windows, send, spread_windows
+from nanodisp.data.batches import count_windows, mask_tokens, read_windows, spread_windows
 from nanodisp.data.corpus import Corpus
 from nanodisp.data.questions import Question
 from nanodisp.data.shards import Tokens
-from nanodisp.distributed.world import World
+from nanodisp.distributed import World, hardware
 from nanodisp.models.gpt import GPT
 from nanodisp.models.score import loglikelihoods
 from nanodisp.training.objective import n_targets
@@ -89,7 +89,7 @@ class Validation:
             text, y = read_windows(tokens, read, self.block_size, model.vocab_size)
             x, y = (text, y) if model.config.causal else mask_tokens(text, read, MASKS, model.vocab_size)
             with self.autocast():
-                figures = look(model, *(send(each, world.device) for each in (text, x, y)))
+                figures = look(model, *(hardware.send(each, world.device) for each in (text, x, y)))
             sums = sums + len(chunk) * figures.double()
         return (world.sum(sums) / n_windows).tolist()
 
@@ -99,7 +99,9 @@ class Validation:
         x, _ = read_windows(self.corpus.val, self.followed, self.block_size, model.vocab_size)
         model.eval()
         with self.autocast():
-            figures = figures_of(model.hidden_states(send(x, self.world.device)))  # on every rank: FSDP needs all
+            figures = figures_of(
+                model.hidden_states(hardware.send(x, self.world.device))
+            )  # on every rank: FSDP needs all
         model.train()
         return named(figures.flatten().tolist())
 

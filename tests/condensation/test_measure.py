@@ -15,13 +15,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, compose, write_corpus
+from conftest import write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor, nn
 
-import train
 from bench.condensation import package_on
 from nanodisp.condensation import __main__ as condensation
 from nanodisp.condensation.cosine import mean_cosine, trend
@@ -287,17 +286,9 @@ def test_layer_means_agree_with_the_embedding_condensation_package() -> None:
 # --- the command -----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    settings = ("train.steps=1", "train.sample_tokens=0", f"data.path={corpus}", f"out_dir={folder}", "run_name=run")
-    train.train(compose(*TINY, *settings))
-    return folder / "run"
-
-
 @pytest.fixture
 def folder(trained: Path, tmp_path: Path) -> Path:
-    """A run of one step, to measure into."""
+    """A run to measure into."""
     return shutil.copytree(trained, tmp_path / "run")
 
 
@@ -331,7 +322,7 @@ def test_a_text_file_can_be_measured_on(folder: Path, tmp_path: Path) -> None:
     )
     summary = json.loads((tmp_path / "measured" / "condensation.json").read_text())
     assert (summary["windows"], summary["without"]) == (550 // 8, 2)
-    assert summary["source"] == "run at step 1 without 2 directions"
+    assert summary["source"] == "run at step 3 without 2 directions"
 
 
 @pytest.mark.slow
@@ -364,7 +355,7 @@ def test_a_hugging_face_folder_is_measured(corpus: Path, tmp_path: Path) -> None
         (["checkpoint={run}", "data="], "data= is empty"),
         (["checkpoint={run}", "out="], "out= is empty"),
         (["checkpoint={run}", "tokenizer=gpt"], "tokenizer=gpt is unknown"),
-        (["checkpoint={run}@7"], "has checkpoints of steps 1, and @7 is not one"),
+        (["checkpoint={run}@7"], "has checkpoints of steps 3, and @7 is not one"),
         (["checkpoint=nowhere", "projection=sphere"], "choose one of pca, tsne, umap"),
     ],
 )
@@ -432,11 +423,11 @@ def test_weights_that_are_not_finite_are_reported(folder: Path) -> None:
     saved = checkpoint.load(checkpoint.find(folder))
     saved.model["ln_f.weight"][0] = math.inf
     state = {key: value for key, value in saved.state.items() if key not in ("sha256", "format_version")}
-    checkpoint.save(folder / "checkpoints", saved.model, saved.optimizer, {**state, "step": 2})
-    with pytest.raises(UserError, match=r"step_00000002 cannot be used: its ln_f.weight has values that are NaN or"):
+    checkpoint.save(folder / "checkpoints", saved.model, saved.optimizer, {**state, "step": 4})
+    with pytest.raises(UserError, match=r"step_00000004 cannot be used: its ln_f.weight has values that are NaN or"):
         condensation.main([f"checkpoint={folder}"])
     condensation.main([f"checkpoint={folder}@best"])
-    assert json.loads((folder / "condensation.json").read_text())["source"] == "run at step 1"
+    assert json.loads((folder / "condensation.json").read_text())["source"] == "run at step 3"
 
 
 def test_results_of_another_checkpoint_are_kept(run: Callable[..., Path], tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import runpy
 import sysconfig
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -149,3 +151,15 @@ def test_published_shards_get_a_manifest(tmp_path):
     assert not (tmp_path / "prepared" / "gpt2-3").exists()
     with pytest.raises(UserError, match="more than the 103"):
         script("fineweb10B").prepare(config(tmp_path, chunks=104), fetch)
+
+    fetched = []
+
+    def fetch_slowly(file, folder):
+        fetched.append(file)
+        time.sleep(0.1)
+        fetch(file, folder)
+
+    with ThreadPoolExecutor(2) as machines:  # on a shared disk
+        made = [machines.submit(script("fineweb10B").prepare, config(tmp_path, chunks=4), fetch_slowly) for _ in "12"]
+    assert made[0].result() == made[1].result()
+    assert len(fetched) == 5

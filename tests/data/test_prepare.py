@@ -1,7 +1,6 @@
 """Preparation: text in every format becomes shards, with the same bytes after any number of interruptions."""
 
 import base64
-import contextlib
 import gzip
 import json
 import os
@@ -16,15 +15,13 @@ from unittest import mock
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanodisp.data import corpus, documents
+from nanodisp.data import documents
 from nanodisp.data.prepare import DATA, DataConfig, prepare, prepare_documents
 from nanodisp.data.shards import Manifest, open_split, read_shard, verify
 from nanodisp.data.tokenizer import load_tokenizer
-from nanodisp.distributed import World
 from nanodisp.errors import UserError
 
 EOT = 256
@@ -444,29 +441,3 @@ def test_the_script_reports_a_mistake_in_one_line(monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert (exit.value.code, out) == (2, "")
     assert err.count("\n") == 1 and "colour=blue" in err and "val_fraction" in err
-
-
-@pytest.mark.parametrize(("rank", "local_rank", "turn"), [(0, 0, 1), (2, 0, 1), (3, 1, 2)])
-def test_the_first_rank_of_each_machine_prepares_the_data_and_the_others_find_it(
-    rank, local_rank, turn, tmp_path, monkeypatch
-):
-    text = tmp_path / "text.txt"
-    text.write_text("to be or not to be. " * 200)
-    turns, prepared = 0, []
-
-    @contextlib.contextmanager
-    def together(_):
-        nonlocal turns
-        turns += 1
-        yield
-
-    def prepare_and_note(config):
-        prepared.append(turns)
-        return prepare(config)
-
-    monkeypatch.setattr(World, "together", together)
-    monkeypatch.setattr(corpus, "prepare", prepare_and_note)
-    world = World(rank, 4, torch.device("cpu"), local_rank)
-    assert len(corpus.open_for(config(tmp_path, text, tokenizer="byte"), world).train) > 3000
-    assert prepared == [turn]
-    assert turns == 2, "every rank waits twice"

@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 
 from nanodisp.dispersion.kernels import FAMILY, gpu, triton_kernels
 from nanodisp.models import head_gpu
+from nanodisp.models.head import IGNORED
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 N_TOKENS, N_FEATURES = 1024, 768
@@ -78,12 +79,12 @@ def prepare(capability: int) -> Any:
 
 def loss(capability: int) -> Any:
     types = {"sums": "*fp32", "loss": "*fp32", "n_sequences": "i32", "inverse_pairs": "fp32", "offset": "fp32"}
-    return compiled(triton_kernels.mean_loss, types, {"LOG": True, "N_TILES": 36, "TILES": 64}, capability)
+    return compiled(triton_kernels.mean_loss, types, {"LOG": True, "N_TILES": 36, "TILES": 64, "ROWS": 64}, capability)
 
 
 def head_rows(capability: int) -> Any:
     types = {"product_pointer": "*bf16", "bias_pointer": "*fp32", "target_pointer": "*i64", "loss_pointer": "*fp32"}
-    constants = {"with_grad": True, "block": 4096, "num_warps": 8}
+    constants = {"ignored": IGNORED, "with_grad": True, "block": 4096, "num_warps": 8}
     return compiled(head_gpu.row_kernel, types | {"n_columns": "i32"}, constants, capability)
 
 

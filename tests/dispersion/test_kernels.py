@@ -7,27 +7,22 @@ compiles for real GPUs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.kernels import rounding
 from nanodisp.dispersion import VARIANTS, DispersionLoss, kernels
 from nanodisp.dispersion.kernels import FAMILY, cpu, pairwise
 from nanodisp.dispersion.placement import DispersionConfig
 
 triton = pytest.importorskip("triton")
-import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
-from nanodisp.dispersion.kernels import gpu, triton_kernels  # noqa: E402
+from nanodisp.dispersion.kernels import gpu  # noqa: E402
 
 FUSED = ("cpu", "triton")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}  # relative to float64
@@ -35,16 +30,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}  # relative to float64
 
 @pytest.fixture(autouse=True)
 def the_interpreter_rounds_as_a_gpu_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By itself it truncates float32 to bfloat16: twice the error, all of one sign."""
-    convert = interpreter._convert_float
-
-    def rounding(data: np.ndarray, source: tl.dtype, target: tl.dtype, mode: Any) -> np.ndarray:
-        if (source, target) != (tl.float32, tl.bfloat16):
-            return convert(data, source, target, mode)
-        rounded = torch.from_numpy(np.ascontiguousarray(data)).bfloat16()
-        return rounded.view(torch.int16).numpy().view(np.uint16).reshape(data.shape)
-
-    monkeypatch.setattr(interpreter, "_convert_float", rounding)
+    monkeypatch.setattr(interpreter, "_convert_float", rounding(interpreter._convert_float))
 
 
 def tokens(*shape: int, seed: int = 0, cosine: float = 0.0) -> Tensor:
@@ -300,54 +286,6 @@ def test_a_nan_is_propagated() -> None:
     z[0, 0, 0] = float("nan")
     for backend in FUSED:
         assert DispersionLoss(backend=backend)(z).isnan()
-
-
-# --- launches of the Triton path ---------------------------------------------------------------
-
-
-class Launches(TorchDispatchMode):
-    """Records kernels that would run on the GPU: PyTorch's operators, and stubs in place of the Triton kernels."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().__init__()
-        self.names: list[str] = []
-        for name in ("prepare", "pairs", "gradient", "mean_loss"):
-            monkeypatch.setattr(triton_kernels, name, Stub(name, self.names))
-
-    def __torch_dispatch__(self, operator: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
-        name = operator.name()
-        if (
-            name.startswith("aten::")
-            and not operator.is_view
-            and not name.startswith(("aten::empty", "aten::new_empty"))
-        ):
-            self.names.append(name)
-        return operator(*arguments, **(keywords or {}))
-
-
-class Stub:
-    def __init__(self, name: str, launched: list[str]) -> None:
-        self.name, self.launched = name, launched
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        (n_programs,) = grid({"BLOCK_I": 128, "BLOCK_F": 128}) if callable(grid) else grid
-        assert 0 < n_programs < 2**31
-        return lambda *_, **__: self.launched.append(self.name)
-
-
-@pytest.mark.parametrize(("n_tokens", "groups"), [(256, 1), (1024, 2)])
-def test_all_layers_of_a_step_take_at_most_eight_launches(
-    n_tokens: int, groups: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """12 layers x 16 sequences, on tensors that are nowhere: they would raise if a value were read on the host."""
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9))
-    monkeypatch.setattr(triton_kernels, "INTERPRETED", tl.constexpr(False))
-    with FakeTensorMode(), Launches(monkeypatch) as launches:
-        z = torch.empty(12 * 16, n_tokens, 768, device="cuda")
-        loss, dz = gpu.pairwise_cosine(z, "angular", 1.0, torch.bfloat16, True)
-        kernels._backward(SimpleNamespace(saved_tensors=(dz,), z_dtype=z.dtype), loss, None)
-    assert launches.names == ["prepare", *["pairs", "gradient"] * groups, "mean_loss", "aten::mul.Tensor"]
-    assert dz.shape == z.shape
 
 
 # --- as a PyTorch operator -------------------------------------------------------------------

@@ -147,7 +147,14 @@ def test_a_changed_source_is_compiled_again(uncompiled: Path, tmp_path: Path, mo
     assert compiled.build(uncompiled) != first
 
 
-def test_another_users_folder_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_others_may_have_written_into_is_not_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o775)
+    with pytest.raises(OSError, match="others may write into it"):
+        compiled.build(shared)
     monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
     with pytest.raises(OSError, match="belongs to another user"):
         compiled.build(tmp_path)

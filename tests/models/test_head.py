@@ -78,13 +78,15 @@ def test_the_gpus_kernel_gives_the_losses_and_gradients_of_rows(vocab_size: int,
     product = (x @ weight.T).to(dtype)
     logits = torch.empty_like(product, dtype=torch.float32)
     ours, theirs = product.clone(), product.clone()
-    losses = head_gpu.softmax_minus_one_hot_(ours, bias, targets, with_grad=True)
+    losses = head_gpu.softmax_minus_one_hot_(ours, bias, targets, head.IGNORED, with_grad=True)
     right = head.softmax_minus_one_hot_(theirs, logits, bias, targets, with_grad=True)
     torch.testing.assert_close(losses, right)
     assert (losses == 0).sum() == 2, "of the ignored targets"
     torch.testing.assert_close(ours, theirs, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
     kept = product.clone()
-    torch.testing.assert_close(head_gpu.softmax_minus_one_hot_(kept, bias, targets, with_grad=False), right)
+    torch.testing.assert_close(
+        head_gpu.softmax_minus_one_hot_(kept, bias, targets, head.IGNORED, with_grad=False), right
+    )
     assert torch.equal(kept, product)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -121,8 +120,8 @@ def test_micro_batches_and_recomputation_do_not_change_the_run(run: Run) -> None
 
 
 @pytest.mark.slow
-def test_a_compiled_run_has_the_same_curve(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # without g++: faster
+@pytest.mark.usefixtures("without_inductor")
+def test_a_compiled_run_has_the_same_curve(run: Run) -> None:
     settings = ("train.steps=3", "train.log_interval=1", "model.n_layer=1", ENCODER)
     plain, compiled = run(*settings, name="a"), run(*settings, "train.compile=true", name="b")
     assert losses(compiled, "masked_loss") == pytest.approx(losses(plain, "masked_loss"), rel=1e-4)

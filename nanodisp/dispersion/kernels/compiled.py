@@ -9,6 +9,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
 import shlex
 import subprocess
 import tempfile
@@ -36,7 +37,8 @@ def library() -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(build(cache_folder())))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        told = getattr(error, "stderr", None)  # bytes, where the compiler took too long
+        lines = (told if told and isinstance(told, str) else str(error)).strip().splitlines()
         reason = next((line for line in lines if "error" in line), lines[-1] if lines else type(error).__name__)
         warnings.warn(f"the dispersion loss on the CPU runs uncompiled, which takes longer: {reason}", stacklevel=2)
         return None
@@ -54,13 +56,13 @@ def build(folder: Path) -> Path:
     """
     compiler = [*shlex.split(os.environ.get("CXX") or "g++"), *FLAGS]
     compiler += ARCHITECTURE.get(torch.backends.cpu.get_cpu_capability(), [])
-    made_from = "\n".join([SOURCE.read_text(), *compiler])
+    made_from = "\n".join([SOURCE.read_text(), platform.machine(), *compiler])
     built = folder / f"loops-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
     if not hasattr(os, "getuid"):
         raise OSError("it is compiled on Linux and macOS only")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise OSError(f"{folder} belongs to another user")  # who could have put any library there
+    if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022:  # somebody could have put a library there
+        raise OSError(f"{folder} belongs to another user, or others may write into it")
     if not built.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             object_file, linked = f"{scratch}/loops.o", f"{scratch}/loops.so"

@@ -101,5 +101,6 @@ def pairwise_cosine(
                 *operands, *some_z.stride(), n_tokens, share, logarithmic, n_features, **sizes, **tiles
             )
     n_pairs = n_tokens * (n_tokens - 1)
-    kernels.mean_loss[(1,)](sums, loss, n_sequences, 1 / n_pairs, offset, logarithmic, **tiles)
+    rows = max(1, 4096 // tiles["TILES"])
+    kernels.mean_loss[(1,)](sums, loss, n_sequences, 1 / n_pairs, offset, logarithmic, **tiles, ROWS=rows)
     return loss, dz

@@ -301,16 +301,24 @@ def gradient(
 
 @triton.jit
 def mean_loss(
-    sums, loss, n_sequences, inverse_pairs, offset, LOG: tl.constexpr, N_TILES: tl.constexpr, TILES: tl.constexpr
+    sums,
+    loss,
+    n_sequences,
+    inverse_pairs,
+    offset,
+    LOG: tl.constexpr,
+    N_TILES: tl.constexpr,
+    TILES: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """The mean over the sequences of log(S / P) - offset, or of S / P without LOG; one program.
 
     sums: [B, N_TILES], float32. loss: a float32 scalar. inverse_pairs: 1 / P, P = N (N - 1).
-    TILES: a power of two, at least N_TILES.
+    TILES: a power of two, at least N_TILES. ROWS: sequences at a time, a power of two.
     """
     tile = tl.arange(0, TILES)
-    b = tl.arange(0, 64)
-    added = tl.zeros((64,), tl.float32)
+    b = tl.arange(0, ROWS)
+    added = tl.zeros((ROWS,), tl.float32)
     first = 0
     while first < n_sequences:
         inside = first + b < n_sequences
@@ -320,5 +328,5 @@ def mean_loss(
         if LOG:
             mean = tl.log(mean) - offset
         added += tl.where(inside, mean, 0.0)
-        first += 64
+        first += ROWS
     tl.store(loss, tl.sum(added) / n_sequences)
