@@ -101,6 +101,7 @@ def main(argv: Sequence[str]) -> None:
     model, tokenizer, first_token = open_for_text(config.checkpoint, config.tokenizer)
     model = model.to(device, hardware.matmul_dtype(config.dtype, device))
     if config.compile:
+        hardware.keep_compiled()
         model.compile_one_token()
     prompt = tokenizer.encode(text).tolist()
     unprompted = [] if prompt else [first_token]
