@@ -24,7 +24,7 @@ def matrices(model: nn.Module) -> dict[str, Tensor]:
 
 @given(
     st.integers(2, 8),
-    st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=40),
+    st.lists(st.floats(-1e3, 1e3).filter(lambda x: x == 0 or abs(x) > 1e-20), min_size=1, max_size=40),
     st.sampled_from([None, 1, 3, 7, 128]),
 )
 def test_a_number_moves_by_at_most_half_a_step_of_its_group(bits: int, numbers: list[float], group: int | None) -> None:
