@@ -5,7 +5,7 @@
     w8a8    int8, and the inputs of the matrix product in 8 bits, token by token
     w4a4    int4, and the inputs in 4 bits, token by token
 
-Levels are symmetric: q = round(x / scale), scale = max|x| / (2^(bits - 1) - 1), found anew for each row, group or token;
+Levels are symmetric: q = round(x / scale), scale = max|x| / (2^(bits - 1) - 1), found anew for each row, group, token;
 no calibration. The rounded numbers are stored and multiplied in floating point, so a model takes as much memory and
 time as before: what is simulated is the loss of precision. Only the matrices of the blocks are rounded; embeddings,
 output head, norms and biases stay, as in GPTQ (arXiv 2210.17323).
