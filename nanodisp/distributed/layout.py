@@ -20,7 +20,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from nanodisp.distributed import hardware
 from nanodisp.distributed.world import World
 
 PARALLEL = ("ddp", "fsdp")
@@ -46,7 +45,6 @@ def place(
     Returns the module to call from now on.
     """
     if compiled:
-        hardware.keep_compiled()
         torch.compiler.reset()  # an earlier run of a sweep compiled other shapes
         module.compile(dynamic=False)
     if recomputed:

@@ -465,7 +465,7 @@ def test_a_quantized_model_is_measured_after_rounding_and_its_results_are_its_ow
     assert cosines["int8"][0] == cosines["w4a4"][0] == cosines["null"][0], "the embedding is not rounded"
     moved = {name: np.abs(cosines[name] - cosines["null"])[1:].max() for name in ("int8", "w4a4")}
     assert 0 < moved["int8"] < moved["w4a4"]
-    with pytest.raises(UserError, match="w4a4/condensation.json is of run at step 3 in w4a4, this is run at step 3"):
+    with pytest.raises(UserError, match=r"w4a4/condensation.json is of run at step 3 in w4a4, this is run at step 3"):
         condensation.main([f"checkpoint={trained}", f"out={tmp_path / 'w4a4'}"])
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, compose
+from conftest import compose
 from omegaconf import OmegaConf
 
 from nanodisp.distributed import hardware, start
@@ -67,25 +64,3 @@ def test_a_dtype_that_does_not_exist_is_not_taken_from_a_runs_config(tmp_path: P
     (tmp_path / "run" / "config.yaml").write_text("train: {dtype: float99}")
     config = compose(f"out_dir={tmp_path}", "run_name=run", "device=cpu")
     assert choose_dtype(config, start("cpu")) in (torch.float32, torch.bfloat16)
-
-
-KEPT_IN = """
-import os, train
-from nanodisp.distributed import hardware
-import torch._inductor.config  # sets a default
-hardware.keep_compiled()
-print(os.environ["TORCHINDUCTOR_CACHE_DIR"])
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("theirs", [None, "/theirs"])
-def test_compiled_code_is_kept_in_the_users_cache_folder_unless_another_is_named(
-    tmp_path: Path, theirs: str | None
-) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "TORCHINDUCTOR_CACHE_DIR"}
-    environment |= {"XDG_CACHE_HOME": str(tmp_path)} | ({"TORCHINDUCTOR_CACHE_DIR": theirs} if theirs else {})
-    result = subprocess.run(
-        [sys.executable, "-c", KEPT_IN], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert result.stdout.split() == [theirs or f"{tmp_path}/nanodisp/torch"]
