@@ -208,8 +208,9 @@ class Group:
     baseline: str
     scores: dict[str, dict[int, Score]]
 
-    def mean(self, column: str) -> float:
-        return statistics.fmean(value for value, _ in self.scores[column].values())
+
+def group_mean(seeds: dict[int, Score]) -> float:
+    return statistics.fmean(value for value, _ in seeds.values())
 
 
 def make_task_table(
@@ -240,27 +241,27 @@ def make_task_table(
     groups = [group for group in groups if group.scores]
     shared = [column for column in rising if all(column in group.scores for group in groups)]
     averaged = [column for column in shared if rising[column]]
-    by_label = {group.label: group for group in groups}
     cells: dict[str, list[Cell]] = {group.label: [] for group in groups}
 
-    def difference(group: Group, scores_of: Callable[[Group], dict[int, Score]]) -> str:
-        baseline = by_label.get(group.baseline)
-        values, others = ({seed: v for seed, (v, _) in scores_of(g).items()} if g else {} for g in (group, baseline))
-        return _difference(SCORE, values, others, disp=1.0)
+    def add(scores: dict[str, dict[int, Score]], best: float | None = None) -> None:
+        """A cell for each group, of its seeds' scores; those whose mean is `best` are marked."""
+        for group in groups:
+            cell = _cell(scores[group.label], bool(scores[group.label]) and group_mean(scores[group.label]) == best)
+            values, baseline = (
+                {seed: value for seed, (value, _) in scores.get(label, {}).items()}
+                for label in (group.label, group.baseline)
+            )
+            cell.difference = _difference(SCORE, values, baseline, disp=1.0)
+            cells[group.label].append(cell)
 
     for column, higher_is_better in rising.items():
-        means = {group.label: group.mean(column) for group in groups if column in group.scores}
-        best = (max if higher_is_better else min)(means.values()) if len(means) > 1 else None
-        for group in groups:
-            cell = _cell(group.scores.get(column, {}), means.get(group.label) == best)
-            cell.difference = difference(group, lambda g, column=column: g.scores.get(column, {}))
-            cells[group.label].append(cell)
+        scores = {group.label: group.scores.get(column, {}) for group in groups}
+        means = [group_mean(seeds) for seeds in scores.values() if seeds]
+        add(scores, (max if higher_is_better else min)(means) if len(means) > 1 else None)
+    add({group.label: _mean_scores(group, averaged) for group in groups})
     for group in groups:
         ranks = [_rank(group, groups, column, rising[column]) for column in shared]
-        rank = f"{statistics.fmean(ranks):.2f}" if ranks else NOTHING
-        mean = _cell(_mean_scores(group, averaged))
-        mean.difference = difference(group, lambda g: _mean_scores(g, averaged))
-        cells[group.label] += [mean, Cell(rank)]
+        cells[group.label].append(Cell(f"{statistics.fmean(ranks):.2f}" if ranks else NOTHING))
     return [*rising, f"mean of {len(averaged)}", f"mean rank of {len(shared)}"], cells
 
 
@@ -315,6 +316,6 @@ def _cell(seeds: dict[int, Score], best: bool = False) -> Cell:
 
 def _rank(group: Group, groups: Sequence[Group], task: str, rising: bool) -> float:
     """1 to len(groups); ties share their mean rank."""
-    own, others = group.mean(task), [other.mean(task) for other in groups if other is not group]
+    own, *others = (group_mean(each.scores[task]) for each in (group, *(g for g in groups if g is not group)))
     before = sum(value > own if rising else value < own for value in others)
     return 1 + before + sum(value == own for value in others) / 2
