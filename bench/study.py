@@ -1,11 +1,13 @@
 """The queue of the study: the jobs of docs/study/plan.md, in order of priority.
 
     python -m bench.study run --corpus <folder of the English corpus>   # one worker, one thread; again to resume
+    python -m bench.study evaluate --benchmarks <folder>                # the benchmarks of finished runs
     python -m bench.study list                                          # every job that is known now, and its state
     python -m bench.study records                                       # finished runs -> docs/study/records/*.jsonl
 
-Each job of `bench.study_plan` is one `python train.py` under out/study/. Runs that stand in docs/study/records/ are
-finished, even if their folders are on another machine.
+Each job of `bench.study_plan` is one `python train.py` under out/study/; with --benchmarks, its last checkpoint is then
+evaluated by `nanodisp.evaluate`. Runs that stand in docs/study/records/ are finished, even if their folders are on
+another machine. A second worker on the same machine runs other jobs: one whose folder is in use fails at once.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +27,12 @@ from omegaconf import OmegaConf
 
 from bench.measure import device_name
 from bench.study_plan import Losses, Size, jobs
+from nanodisp.runs.evaluation import EVALUATION, read_evaluation
 from nanodisp.runs.metrics import METRICS, read_records
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "docs" / "study" / "records"
+TASKS = ("blimp", "lambada")
 EXITED_EARLY = 75  # train.py was asked to stop and has saved
 
 
@@ -60,11 +65,26 @@ def known_losses(out: Path) -> Losses:
     return losses
 
 
-def work(out: Path, corpus: Path) -> None:
+def call(command: Sequence[str], log: Path) -> int:
+    """The exit code of a Python command with one thread, whose output is added to a file."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with log.open("a") as f:
+        return subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=environment, stdout=file, stderr=file
+        ).returncode
+
+
+def evaluate(folder: Path, benchmarks: Path) -> None:
+    """Benchmarks of a run's last checkpoint into its evaluation.json; those that it has are not made again."""
+    settings = (f"checkpoint={folder}", f"tasks={','.join(TASKS)}", f"task_data={benchmarks}", "batch_size=32")
+    code = call(("-m", "nanodisp.evaluate", *settings), folder / "log.txt")
+    print(f"    {folder.name}: evaluated, exit code {code}", flush=True)
+
+
+def work(out: Path, corpus: Path, benchmarks: Path | None) -> None:
     """Run job after job until none is left; a job that fails is left for the next call."""
     os.nice(19)
     failed: set[str] = set()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     about = {"machine": device_name().partition(",")[0], "torch": torch.__version__, "code": revision}
     while True:
@@ -79,14 +99,14 @@ def work(out: Path, corpus: Path) -> None:
         (folder / "machine.json").write_text(json.dumps(about))
         path = [] if any("data=pystdlib" in override for override in todo.overrides) else [f"data.path={corpus}"]
         print(f"--- {todo.name}", flush=True)
-        with (folder / "log.txt").open("a") as log:
-            command = [sys.executable, "train.py", *todo.overrides, *path, f"run_name={todo.name}"]
-            code = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log).returncode
+        code = call(("train.py", *todo.overrides, *path, f"run_name={todo.name}"), folder / "log.txt")
         if code == EXITED_EARLY:
             return
         if code != 0:
             failed.add(todo.name)
         print(f"    exit code {code}, loss {final_loss(folder)}", flush=True)
+        if code == 0 and benchmarks is not None:
+            evaluate(folder, benchmarks)
 
 
 # --- records ---------------------------------------------------------------------------------
@@ -118,6 +138,7 @@ def record_of(folder: Path) -> dict[str, Any]:
     model = config["model"]
     size = Size(model["n_layer"], model["n_embd"], model["n_head"])
     about = json.loads((folder / "machine.json").read_text())
+    evaluated = read_evaluation(folder / EVALUATION)
     train = ("step", "loss", "dispersion", "grad_norm", "tokens_per_second")
     return {
         **{"name": folder.name, "design": folder.name.partition("-")[0], "loss": validations[-1]["loss"]},
@@ -126,8 +147,16 @@ def record_of(folder: Path) -> dict[str, Any]:
         "val": [compact(r, ("step", "loss", "bpb", "mean_cosine")) for r in validations],
         "train": [compact(r, train) for r in metrics if r["split"] == "train"],
         "condensation": [compact(r, ("step", "mean_cosine")) for r in metrics if r["split"] == "condensation"],
+        "tasks": {
+            task: tasks_entry(entry) for task, entry in read_evaluation(folder / EVALUATION).get("tasks", {}).items()
+        },
         "config": config,
     }
+
+
+def tasks_entry(entry: dict[str, Any]) -> dict[str, Any]:
+    """A benchmark in a record: its number of examples, and each metric's value."""
+    return {"examples": entry["examples"], **{name: figure["value"] for name, figure in entry["metrics"].items()}}
 
 
 def write_records(out: Path) -> None:
@@ -148,14 +177,21 @@ def write_records(out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("run", "list", "records"))
+    parser.add_argument("action", choices=("run", "evaluate", "list", "records"))
     parser.add_argument("--corpus", type=Path, help="the folder of the English corpus, for run")
+    parser.add_argument("--benchmarks", type=Path, help="a folder of benchmarks, for run and evaluate")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "study", help="the runs, for list and records")
     arguments = parser.parse_args()
     if arguments.action == "run":
         if arguments.corpus is None:
             parser.error("run needs --corpus, the folder of the English corpus")
-        work(arguments.out, arguments.corpus.resolve())
+        work(arguments.out, arguments.corpus.resolve(), arguments.benchmarks and arguments.benchmarks.resolve())
+    elif arguments.action == "evaluate":
+        if arguments.benchmarks is None:
+            parser.error("evaluate needs --benchmarks, a folder of benchmarks")
+        for folder in sorted(arguments.out.glob("*/")):
+            if final_loss(folder) not in (None, math.inf):
+                evaluate(folder, arguments.benchmarks.resolve())
     elif arguments.action == "records":
         write_records(arguments.out)
     else:
