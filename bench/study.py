@@ -68,10 +68,9 @@ def known_losses(out: Path) -> Losses:
 def call(command: Sequence[str], log: Path) -> int:
     """The exit code of a Python command with one thread, whose output is added to a file."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with log.open("a") as f:
-        return subprocess.run(
-            [sys.executable, *command], cwd=ROOT, env=environment, stdout=file, stderr=file
-        ).returncode
+    with log.open("a") as file:
+        process = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, stdout=file, stderr=file)
+    return process.returncode
 
 
 def evaluate(folder: Path, benchmarks: Path) -> None:
@@ -147,9 +146,7 @@ def record_of(folder: Path) -> dict[str, Any]:
         "val": [compact(r, ("step", "loss", "bpb", "mean_cosine")) for r in validations],
         "train": [compact(r, train) for r in metrics if r["split"] == "train"],
         "condensation": [compact(r, ("step", "mean_cosine")) for r in metrics if r["split"] == "condensation"],
-        "tasks": {
-            task: tasks_entry(entry) for task, entry in read_evaluation(folder / EVALUATION).get("tasks", {}).items()
-        },
+        "tasks": {task: tasks_entry(entry) for task, entry in evaluated.get("tasks", {}).items()},
         "config": config,
     }
 
