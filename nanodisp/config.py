@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from nanodisp.data.prepare import DataConfig
+from nanodisp.dispersion.formulas import CLAMP, CLAMPED
 from nanodisp.dispersion.placement import DispersionConfig, name_layers, select_layers
 from nanodisp.distributed.layout import PARALLEL
 from nanodisp.models.blocks import SWITCHES, GPTConfig
@@ -227,7 +228,10 @@ NOT_IDENTITY = {
     ),
 }
 # Keys that version 0.1.0 did not have, whose default is what it did: at the default they are left out of the identity.
-ADDED = {f"model.{key}": getattr(GPTConfig(), key) for key in SWITCHES} | {"data.encoding": "utf-8"}
+ADDED = {f"model.{key}": getattr(GPTConfig(), key) for key in SWITCHES} | {
+    "data.encoding": "utf-8",
+    "dispersion.clamp": CLAMP,
+}
 BUDGET = ("train.steps", "train.tokens", "train.tokens_per_param")  # may grow when a run is resumed
 
 
@@ -256,14 +260,15 @@ def all_but(section: str, schema: Any, key: str) -> tuple[str, ...]:
     return tuple(f"{section}.{each.name}" for each in dataclasses.fields(schema) if each.name != key)
 
 
-PUBLISHED = ("pystdlib", "shakespeare", "wikitext103", "fineweb_edu", "openwebtext")  # and fineweb10B
+SPLIT = ("wikitext103", "wikitext103_lines")
+PUBLISHED = ("pystdlib", "shakespeare", *SPLIT, "fineweb_edu", "openwebtext")  # and fineweb10B
 WITHOUT_TAU = ("orthogonalization", "decorrelation", "variance")
 LEAVE = "leave it out"
 # Names of data sets: those that are known not to use the key. A new data set may use all.
 UNUSED = [
     Unused(("data.path",), "data.name", one_of(*PUBLISHED, "fineweb10B"), "add data=text, or data=shards for shards"),
     Unused(("data.tokenizer",), "data.name", one_of("fineweb10B"), f"its shards hold GPT-2's tokens; {LEAVE}"),
-    Unused(("data.val_fraction",), "data.name", one_of("shards", "wikitext103", "fineweb10B"), f"it is split; {LEAVE}"),
+    Unused(("data.val_fraction",), "data.name", one_of("shards", *SPLIT, "fineweb10B"), f"it is split; {LEAVE}"),
     Unused(
         *(("data.encoding",), "data.name"),
         *(one_of("shards", "english", *PUBLISHED, "fineweb10B"), f"it is UTF-8; {LEAVE}"),
@@ -277,6 +282,7 @@ UNUSED = [
         *("dispersion.lambda_disp", one_of(0, None), f"{LEAVE}, or give a lambda above 0"),
     ),
     Unused(("dispersion.tau",), "dispersion.variant", one_of(*WITHOUT_TAU), f"the formula has no tau; {LEAVE}"),
+    Unused(("dispersion.clamp",), "dispersion.variant", no(*CLAMPED, None), f"the formula has no angles; {LEAVE}"),
     Unused(("dispersion.warmup_fraction",), "dispersion.schedule", no("warmup"), "add dispersion.schedule=warmup"),
     Unused(("model.rope_theta",), "model.position", no("rotary", None), "add model.position=rotary"),
     Unused(("train.sample_tokens",), "model.causal", one_of(False), f"a bidirectional model samples no text; {LEAVE}"),

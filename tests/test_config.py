@@ -167,6 +167,7 @@ def test_a_value_that_hydra_cannot_parse_is_answered_with_its_quoted_form(text: 
         ("dispersion=off dispersion.tau=2", ["dispersion.tau=2", "dispersion.lambda_disp=0"]),
         ("dispersion.lambda_disp=0 dispersion.layers=last", ["dispersion.layers=last", "lambda above 0"]),
         ("dispersion=variance dispersion.tau=2", ["dispersion.tau=2", "dispersion.variant=variance", "no tau"]),
+        ("dispersion=cosine dispersion.clamp=0.1", ["dispersion.clamp=0.1", "dispersion.variant=cosine", "no angles"]),
         ("dispersion.warmup_fraction=0.2", ["dispersion.warmup_fraction=0.2", "dispersion.schedule=warmup"]),
         ("optim=adamw optim.muon_lr=1", ["optim.muon_lr=1", "optim=adamw", "optim=muon"]),
         ("optim.warmup_steps=5 optim.warmup_fraction=0.1", ["optim.warmup_steps=5", "optim.warmup_fraction=null"]),

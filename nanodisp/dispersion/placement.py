@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .formulas import VARIANTS
+from .formulas import CLAMP, VARIANTS
 from .loss import check_backend
 
 
@@ -31,6 +31,8 @@ class DispersionConfig:
         `warmup_fraction` of the steps, then constant) or "cosine" (decays to 0 at the end).
     warmup_fraction: length of the warm-up as a fraction of all steps.
     backend: "auto", "reference", "triton" or "cpu"; see `DispersionLoss`.
+    clamp: margin of the cosines, between 0 and 1: the formulas of angles clamp them to [-1 + clamp, 1 - clamp] before
+        arccos, and keep the slope of the edge outside.
     """
 
     variant: str = "angular"
@@ -41,6 +43,7 @@ class DispersionConfig:
     schedule: str = "constant"
     warmup_fraction: float = 0.1
     backend: str = "auto"
+    clamp: float = CLAMP
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
@@ -53,11 +56,13 @@ class DispersionConfig:
             raise ValueError(f"dispersion.lambda_disp={self.lambda_disp} must be 0 (off) or a positive number")
         if not 0 < self.tau < math.inf:
             raise ValueError(f"dispersion.tau={self.tau} must be a positive number")
+        if not 0 < self.clamp < 1:
+            raise ValueError(f"dispersion.clamp={self.clamp} must be between 0 and 1")
         if self.max_tokens is not None and self.max_tokens < 2:
             raise ValueError(f"dispersion.max_tokens={self.max_tokens}: a pair needs 2 tokens; null takes all")
         if not 0 < self.warmup_fraction <= 1:
             raise ValueError(f"dispersion.warmup_fraction={self.warmup_fraction} must be in (0, 1]")
-        check_backend(self.backend, self.variant, self.tau)
+        check_backend(self.backend, self.variant, self.tau, self.clamp)
 
 
 def select_layers(layers: str | Sequence[int], n_layer: int) -> list[int]:

@@ -74,7 +74,7 @@ class Objective:
         teacher: GPT | None = None,
     ) -> None:
         layers = select_layers(dispersion.layers, model.config.n_layer)
-        loss = DispersionLoss(dispersion.variant, dispersion.tau, dispersion.backend)
+        loss = DispersionLoss(dispersion.variant, dispersion.tau, dispersion.backend, dispersion.clamp)
         self.terms: nn.Module = Terms(model, loss, layers)
         self.model, self.teacher, self.layers = model, teacher, layers
         self.dispersion, self.intervention = dispersion, intervention

@@ -126,6 +126,17 @@ def test_wikitext_keeps_its_articles_and_splits(tmp_path, offline_datasets):
     assert documents_of(folder, "val") == ["".join(article)]
 
 
+def test_wikitexts_lines_are_one_text_without_the_empty_ones(tmp_path, offline_datasets):
+    (tmp_path / "hub").mkdir()
+    article = ["", " = Title = \n", "", " Words . \n", " = = Section = = \n", " \n", " More . \n"]
+    for split, n in (("train", 2), ("validation", 1)):
+        write_jsonl(tmp_path / "hub" / f"{split}.jsonl", [{"text": line} for line in article * n])
+    folder = script("wikitext103_lines").prepare(config(tmp_path), repo=str(tmp_path / "hub"), subset=None)
+    kept = " = Title = \n Words . \n = = Section = = \n More . \n"
+    assert documents_of(folder, "train") == [kept * 2]
+    assert documents_of(folder, "val") == [kept]
+
+
 def test_a_data_set_that_cannot_be_read_is_reported(tmp_path, offline_datasets):
     with pytest.raises(UserError, match="cannot be read") as error:
         script("openwebtext").prepare(config(tmp_path), repo=str(tmp_path / "none"))

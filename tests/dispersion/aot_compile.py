@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from nanodisp.dispersion.kernels import FAMILY, gpu, triton_kernels
+from nanodisp.dispersion.kernels.pairwise import arcsin_coefficients
 from nanodisp.models import head_gpu
 from nanodisp.models.head import IGNORED
 
@@ -49,12 +50,21 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {key.lower(): int(re.search(rf"{key}:(\d+)", report)[1]) for key in ("REG", "STACK", "LOCAL")}
 
 
-def pairs(capability: int, dtype: torch.dtype, variant: str, configuration: triton.Config) -> Any:
+def pairs(capability: int, dtype: torch.dtype, variant: str, configuration: triton.Config, clamp: float = 0.25) -> Any:
     pointer = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[dtype]
     types = {"u": pointer, "h": pointer, "sums": "*fp32", "radial": "*fp32", "n_tokens": "i32"}
     types |= {"exponent": "fp32", "inverse_edge": "fp32"}
     side = gpu.tile_side(N_TOKENS, dtype, capability // 10)
-    constants = {"VARIANT": variant, "WITH_GRAD": True, "SIDE": side, **SIZES, **options_of(configuration)}
+    arcsin = arcsin_coefficients(clamp, exact=dtype == torch.float32)
+    constants = {
+        "VARIANT": variant,
+        "BAND": 1 - clamp,
+        "COEFFICIENTS": arcsin,
+        "WITH_GRAD": True,
+        "SIDE": side,
+        **SIZES,
+        **options_of(configuration),
+    }
     return compiled(triton_kernels.pairs.fn, types, constants, capability)
 
 
@@ -99,6 +109,7 @@ def kernels(capability: int) -> Iterator[tuple[str, Any]]:
     for configuration in triton_kernels.GRADIENT:
         yield f"gradient bfloat16 {configuration}", gradient(capability, torch.bfloat16, configuration)
     yield "pairs float32 angular", pairs(capability, torch.float32, "angular", triton_kernels.PAIRS[0])
+    yield "pairs float32 angular 0.1", pairs(capability, torch.float32, "angular", triton_kernels.PAIRS[0], 0.1)
     yield "gradient float32", gradient(capability, torch.float32, triton_kernels.GRADIENT[0])
     yield "prepare", prepare(capability)
     yield "loss", loss(capability)

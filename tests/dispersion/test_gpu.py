@@ -58,7 +58,7 @@ def test_all_layers_of_a_step_take_at_most_eight_launches(
     monkeypatch.setattr(triton_kernels, "INTERPRETED", tl.constexpr(False))
     with FakeTensorMode(), Launches(monkeypatch) as launches:
         z = torch.empty(12 * 16, n_tokens, 768, device="cuda")
-        loss, dz = gpu.pairwise_cosine(z, "angular", 1.0, torch.bfloat16, True)
+        loss, dz = gpu.pairwise_cosine(z, "angular", 1.0, 0.25, torch.bfloat16, True)
         kernels._backward(SimpleNamespace(saved_tensors=(dz,), z_dtype=z.dtype), loss, None)
     assert launches.names == ["prepare", *["pairs", "gradient"] * groups, "mean_loss", "aten::mul.Tensor"]
     assert dz.shape == z.shape

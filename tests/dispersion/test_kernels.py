@@ -40,16 +40,16 @@ def tokens(*shape: int, seed: int = 0, cosine: float = 0.0) -> Tensor:
     return z + 3 * (cosine / (1 - cosine)) ** 0.5 * torch.randn(shape[-1], generator=generator)
 
 
-def loss_and_gradient(z: Tensor, variant: str, tau: float, backend: str) -> tuple[Tensor, Tensor]:
+def loss_and_gradient(z: Tensor, variant: str, tau: float, backend: str, clamp: float = 0.25) -> tuple[Tensor, Tensor]:
     z = z.detach().requires_grad_()
-    loss = DispersionLoss(variant, tau, backend)(z)
+    loss = DispersionLoss(variant, tau, backend, clamp)(z)
     return loss.detach(), torch.autograd.grad(loss, z)[0]
 
 
-def check(z: Tensor, variant: str, tau: float, backend: str, matmul_dtype: torch.dtype) -> None:
+def check(z: Tensor, variant: str, tau: float, backend: str, matmul_dtype: torch.dtype, clamp: float = 0.25) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=matmul_dtype == torch.bfloat16):
-        loss, gradient = loss_and_gradient(z, variant, tau, backend)
-    right_loss, right = loss_and_gradient(z.double(), variant, tau, "reference")
+        loss, gradient = loss_and_gradient(z, variant, tau, backend, clamp)
+    right_loss, right = loss_and_gradient(z.double(), variant, tau, "reference", clamp)
     tolerance = TOLERANCE[matmul_dtype]
     assert loss.dtype == torch.float32
     assert abs(loss - right_loss) <= tolerance * (1 + abs(right_loss))
@@ -85,6 +85,18 @@ def test_bfloat16_autocast_gradient(backend: str, variant: str, cosine: float) -
 def test_condensed_tokens(backend: str, variant: str, matmul_dtype: torch.dtype) -> None:
     """Of their gradient almost everything cancels: rounded errors along u_i would drown what is left."""
     check(tokens(1, 130, 40, cosine=0.99), variant, 1.0, backend, matmul_dtype)
+
+
+@pytest.mark.parametrize("matmul_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("clamp", [0.1, 0.15, 0.6])
+@pytest.mark.parametrize("variant", ["angular", "orthogonalization"])
+@pytest.mark.parametrize("backend", FUSED)
+def test_another_clamp(backend: str, variant: str, clamp: float, matmul_dtype: torch.dtype) -> None:
+    """Tokens whose cosines lie on both sides of each of these edges."""
+    z = torch.cat([tokens(1, 66, 40, cosine=cosine) for cosine in (0.5, 0.9)], dim=1)
+    check(z, variant, 1.0, backend, matmul_dtype, clamp)
+    values = [loss_and_gradient(z, variant, 1.0, backend, each)[0] for each in (clamp, 0.25)]
+    assert abs(values[0] - values[1]) > 1e-3
 
 
 @pytest.mark.parametrize("cosine", COSINES)
@@ -215,8 +227,8 @@ def test_sequences_in_groups_give_the_same_as_all_at_once(
 @pytest.mark.parametrize("backend", FUSED)
 def test_without_gradient_the_loss_is_the_same_and_dz_is_not_computed(backend: str, variant: str) -> None:
     z = tokens(2, 70, 12)
-    loss, dz = kernels._pairwise(z, variant, 1.0, torch.float32, False, backend)
-    assert torch.equal(loss, kernels._pairwise(z, variant, 1.0, torch.float32, True, backend)[0])
+    loss, dz = kernels._pairwise(z, variant, 1.0, 0.25, torch.float32, False, backend)
+    assert torch.equal(loss, kernels._pairwise(z, variant, 1.0, 0.25, torch.float32, True, backend)[0])
     assert dz.numel() == 0
 
 
@@ -298,7 +310,9 @@ def test_the_operator_is_registered_properly(backend: str, with_grad: bool, matm
     z = tokens(2, 9, 6).requires_grad_(with_grad)
     # the remaining check would differentiate dz
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(kernels._pairwise, (z, "angular", 1.0, matmul_dtype, with_grad, backend), test_utils=checks)
+    torch.library.opcheck(
+        kernels._pairwise, (z, "angular", 1.0, 0.25, matmul_dtype, with_grad, backend), test_utils=checks
+    )
 
 
 class Model(nn.Module):
@@ -334,19 +348,26 @@ def test_a_model_with_the_loss_compiles_without_a_graph_break(backend: str, auto
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_auto_is_the_cpu_kernel_for_the_family_and_the_reference_otherwise(variant: str) -> None:
-    chosen = kernels.choose("auto", variant, 1.0, tokens(1, 4, 3))
+    chosen = kernels.choose("auto", variant, 1.0, 0.25, tokens(1, 4, 3))
     assert chosen == ("cpu" if variant in FAMILY else "reference")
 
 
 def test_auto_is_the_reference_if_the_kernels_do_not_support_the_input() -> None:
-    assert kernels.choose("auto", "angular", 1.0, tokens(1, 4, 3).double()) == "reference"
-    assert kernels.choose("auto", "angular", 0.001, tokens(1, 4, 3)) == "reference"
+    assert kernels.choose("auto", "angular", 1.0, 0.25, tokens(1, 4, 3).double()) == "reference"
+    assert kernels.choose("auto", "angular", 0.001, 0.25, tokens(1, 4, 3)) == "reference"
+
+
+def test_the_kernels_have_no_polynomial_for_a_clamp_below_a_tenth() -> None:
+    assert kernels.choose("auto", "angular", 1.0, 0.05, tokens(1, 4, 3)) == "reference"
+    assert kernels.choose("auto", "cosine", 1.0, 0.05, tokens(1, 4, 3)) == "cpu", "which clamps nothing"
+    with pytest.raises(ValueError, match=r"clamp=0\.05 is below 0\.1.*use backend=auto"):
+        DispersionLoss(backend="cpu", clamp=0.05)
 
 
 def test_the_smallest_temperature_is_still_finite() -> None:
     for variant in ("angular", "cosine"):
         for backend in FUSED:
-            check(tokens(1, 6, 4), variant, 1.01 * pairwise.smallest_tau(variant), backend, torch.float32)
+            check(tokens(1, 6, 4), variant, 1.01 * pairwise.smallest_tau(variant, 0.25), backend, torch.float32)
 
 
 @pytest.mark.parametrize("backend", FUSED)

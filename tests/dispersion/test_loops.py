@@ -43,11 +43,13 @@ def test_compiled_directions(shape: tuple[int, int, int], dtype: torch.dtype) ->
 @pytest.mark.parametrize("dtypes", [DTYPES[:1] * 2, DTYPES[1:] * 2, DTYPES], ids=str)
 @pytest.mark.parametrize("n_tokens", [2, 63, 64, 130, 300])
 @pytest.mark.parametrize("tau", [0.1, 1.0])
+@pytest.mark.parametrize("clamp", [0.1, 0.25])
 @pytest.mark.parametrize("variant", FAMILY)
-def test_compiled_pairs(variant: str, tau: float, n_tokens: int, dtypes: list[torch.dtype]) -> None:
+def test_compiled_pairs(variant: str, clamp: float, tau: float, n_tokens: int, dtypes: list[torch.dtype]) -> None:
     c = cosines(2, n_tokens, dtypes[0])
     ours, right = (torch.empty(c.shape, dtype=dtypes[1]) for _ in range(2))
-    for mine, its in zip(compiled.pairs(c, ours, variant, tau), loops.pairs(c, right, variant, tau), strict=True):
+    found = (run.pairs(c, h, variant, tau, clamp) for run, h in ((compiled, ours), (loops, right)))
+    for mine, its in zip(*found, strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-5 * float(its.abs().max()))
     torch.testing.assert_close(ours, right, rtol=NEIGHBOURS[dtypes[1]], atol=1e-7)
     assert torch.equal(ours, ours.mT)
@@ -59,7 +61,7 @@ def test_pairs_in_place_and_without_what_lies_left_of_the_diagonal(run: ModuleTy
     c = cosines(2, 300, dtype)
     strip = torch.arange(300) // loops.STRIP
     right, in_place = torch.empty_like(c), c.masked_fill(strip[None, :] < strip[:, None], torch.nan)
-    results = run.pairs(c, right, "angular", 1.0), run.pairs(in_place, in_place, "angular", 1.0)
+    results = run.pairs(c, right, "angular", 1.0, 0.25), run.pairs(in_place, in_place, "angular", 1.0, 0.25)
     assert torch.equal(in_place, right)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -83,7 +85,7 @@ def test_the_number_of_threads_does_not_change_a_bit(matmul_dtype: torch.dtype) 
     for threads in (1, 2):
         torch.set_num_threads(threads)
         h = torch.empty_like(c)
-        results.append([*compiled.pairs(c, h, "angular", 1.0), h])
+        results.append([*compiled.pairs(c, h, "angular", 1.0, 0.25), h])
     torch.set_num_threads(2)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 

@@ -183,6 +183,14 @@ def test_orthogonal_tokens_have_an_angle_of_one_half() -> None:
     assert DispersionLoss("orthogonalization", backend="reference")(z).item() == pytest.approx(0, abs=1e-12)
 
 
+def test_between_the_edges_the_clamp_changes_nothing() -> None:
+    z = 1000 * torch.tensor([[[1.0, 0], [0.85, math.sqrt(1 - 0.85**2)]]])
+    assert DispersionLoss(backend="reference", clamp=0.1)(z).item() == pytest.approx(
+        -math.acos(0.85) / math.pi, abs=1e-4
+    )
+    assert DispersionLoss(backend="reference")(z).item() == pytest.approx(-math.acos(0.75) / math.pi, abs=1e-6)
+
+
 def test_the_diagonal_is_excluded() -> None:
     """Two opposite tokens: with a term for c_ii = 1 the loss would be larger than its value at the edge."""
     z = torch.tensor([[[100.0, 0], [-100, 0]]])
@@ -190,15 +198,17 @@ def test_the_diagonal_is_excluded() -> None:
     assert DispersionLoss("angular", backend="reference")(z).item() == pytest.approx(-edge, abs=1e-6)
 
 
-@pytest.mark.parametrize("cosine", [0.8, 0.99, 0.9999])
-def test_nearly_parallel_tokens_are_pushed_apart_with_the_slope_at_the_edge(cosine: float) -> None:
+@pytest.mark.parametrize(("cosine", "clamp"), [(0.8, 0.25), (0.99, 0.25), (0.9999, 0.25), (0.95, 0.1)])
+def test_nearly_parallel_tokens_are_pushed_apart_with_the_slope_at_the_edge(cosine: float, clamp: float) -> None:
     second = torch.tensor([cosine, math.sqrt(1 - cosine**2)])
     z = 10 * torch.stack([torch.tensor([1.0, 0.0]), second])[None]
-    loss, gradient = loss_and_gradient("angular", z, 1.0)
-    assert loss.item() == pytest.approx(-math.acos(0.75) / math.pi, abs=1e-6)  # the value at the edge
+    z.requires_grad_()
+    loss = DispersionLoss("angular", 1.0, "reference", clamp)(z)
+    (gradient,) = torch.autograd.grad(loss, z)
+    assert loss.item() == pytest.approx(-math.acos(1 - clamp) / math.pi, abs=1e-6)  # the value at the edge
     assert gradient[0, 0, 1] > 0  # descent turns the first token away from the second
     sine = math.sqrt(1 - cosine**2)
-    slope_of_edge = 1 / (math.pi * math.sqrt(1 - 0.75**2))  # -dD/dc
+    slope_of_edge = 1 / (math.pi * math.sqrt(1 - (1 - clamp) ** 2))  # -dD/dc
     assert gradient[0, 0, 1].item() == pytest.approx(slope_of_edge * sine * 10 / 10.01**2, rel=1e-4)
 
 
@@ -299,6 +309,9 @@ def test_cosine_schedule_decays() -> None:
         {"max_tokens": 1},
         {"warmup_fraction": 0.0},
         {"backend": "cuda"},
+        {"clamp": 0.0},
+        {"clamp": 1.0},
+        {"clamp": math.nan},
     ],
     ids=lambda wrong: next(iter(wrong)),
 )
@@ -308,7 +321,7 @@ def test_the_error_names_a_wrong_setting(wrong: dict) -> None:
         DispersionConfig(**wrong)
 
 
-@pytest.mark.parametrize("wrong", [{"variant": "angle"}, {"tau": 0.0}, {"backend": "cuda"}], ids=str)
+@pytest.mark.parametrize("wrong", [{"variant": "angle"}, {"tau": 0.0}, {"backend": "cuda"}, {"clamp": 0.0}], ids=str)
 def test_the_error_names_a_wrong_argument_of_the_loss(wrong: dict) -> None:
     (name,) = wrong
     with pytest.raises(ValueError, match=name):

@@ -15,19 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .pairwise import FAMILY, gradient_dtype, smallest_tau
+from ..formulas import CLAMPED
+from .pairwise import FAMILY, SMALLEST_CLAMP, gradient_dtype, smallest_tau
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 CPU_HAS_BFLOAT16 = torch.cpu._is_amx_tile_supported()  # AVX512-BF16 alone is slower than float32 on some CPUs
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton runs its kernels on the CPU, slowly, for tests
 
 
-def unsupported(backend: str, variant: str, tau: float, z: Tensor | None = None) -> str | None:
+def unsupported(backend: str, variant: str, tau: float, clamp: float, z: Tensor | None = None) -> str | None:
     """Why "triton" or "cpu" does not support the input, or None if it does; without `z` only what holds for any z."""
     if variant not in FAMILY:
         return f"variant={variant} has no fused kernel, only {', '.join(FAMILY)} have"
-    if tau < smallest_tau(variant):
-        return f"tau={tau} is below {smallest_tau(variant):.3g}, where exp(1/tau) overflows float32"
+    if variant in CLAMPED and clamp < SMALLEST_CLAMP:
+        return f"clamp={clamp} is below {SMALLEST_CLAMP}, where their polynomials for arcsin are inexact"
+    if tau < smallest_tau(variant, clamp):
+        return f"tau={tau} is below {smallest_tau(variant, clamp):.3g}, where exp(1/tau) overflows float32"
     if backend == "triton" and not TRITON_INSTALLED:
         return "triton is not installed (it comes with PyTorch for CUDA)"
     if z is None:
@@ -51,14 +54,14 @@ def unsupported(backend: str, variant: str, tau: float, z: Tensor | None = None)
     return None
 
 
-def require(backend: str, variant: str, tau: float, z: Tensor | None = None) -> None:
+def require(backend: str, variant: str, tau: float, clamp: float, z: Tensor | None = None) -> None:
     """Raises ValueError, with the reason, if "triton" or "cpu" does not support the input."""
-    reason = unsupported(backend, variant, tau, z)
+    reason = unsupported(backend, variant, tau, clamp, z)
     if reason is not None:
         raise ValueError(f"backend={backend} is not available: {reason}; use backend=auto or backend=reference")
 
 
-def choose(backend: str, variant: str, tau: float, z: Tensor) -> str:
+def choose(backend: str, variant: str, tau: float, clamp: float, z: Tensor) -> str:
     """The backend that computes the loss of z: "triton", "cpu" or "reference".
 
     "auto" is the fused backend of z's device if it supports z, else the reference.
@@ -68,13 +71,13 @@ def choose(backend: str, variant: str, tau: float, z: Tensor) -> str:
     """
     if backend == "auto":
         fused = "triton" if z.is_cuda else "cpu"
-        return fused if unsupported(fused, variant, tau, z) is None else "reference"
+        return fused if unsupported(fused, variant, tau, clamp, z) is None else "reference"
     if backend != "reference":
-        require(backend, variant, tau, z)
+        require(backend, variant, tau, clamp, z)
     return backend
 
 
-def pairwise_dispersion(z: Tensor, variant: str, tau: float, backend: str) -> Tensor:
+def pairwise_dispersion(z: Tensor, variant: str, tau: float, clamp: float, backend: str) -> Tensor:
     """The dispersion loss of z [B, N, F], mean over B: a float32 scalar, differentiable once.
 
     Matmuls run in bfloat16 if z is bfloat16 or float16 or autocast selects a 16-bit type, and in float32 otherwise
@@ -87,13 +90,13 @@ def pairwise_dispersion(z: Tensor, variant: str, tau: float, backend: str) -> Te
     half = half and (device != "cpu" or backend == "triton" or CPU_HAS_BFLOAT16)
     matmul_dtype = torch.bfloat16 if half else torch.float32  # float16 would not hold exp(s / tau)
     with_grad = torch.is_grad_enabled() and z.requires_grad
-    return _pairwise(z, variant, tau, matmul_dtype, with_grad, backend)[0]
+    return _pairwise(z, variant, tau, clamp, matmul_dtype, with_grad, backend)[0]
 
 
 # The operator's namespace is the package, so that a copy of this folder in another package registers its own.
 @torch.library.custom_op(f"{__name__.partition('.')[0]}::pairwise_dispersion", mutates_args=())
 def _pairwise(
-    z: Tensor, variant: str, tau: float, matmul_dtype: torch.dtype, with_grad: bool, backend: str
+    z: Tensor, variant: str, tau: float, clamp: float, matmul_dtype: torch.dtype, with_grad: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     """The loss (scalar) and dloss/dz (empty without `with_grad`)."""
     if backend == "triton":
@@ -101,12 +104,12 @@ def _pairwise(
     else:
         from . import cpu as kernel  # type: ignore[no-redef]
     with torch.autocast(z.device.type, enabled=False), torch.cuda.device_of(z):
-        return kernel.pairwise_cosine(z.detach(), variant, tau, matmul_dtype, with_grad)
+        return kernel.pairwise_cosine(z.detach(), variant, tau, clamp, matmul_dtype, with_grad)
 
 
 @_pairwise.register_fake
 def _(
-    z: Tensor, variant: str, tau: float, matmul_dtype: torch.dtype, with_grad: bool, backend: str
+    z: Tensor, variant: str, tau: float, clamp: float, matmul_dtype: torch.dtype, with_grad: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     loss = z.new_empty((), dtype=torch.float32)
     return loss, z.new_empty(z.shape if with_grad else 0, dtype=gradient_dtype(z.dtype))
@@ -123,7 +126,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, grad_dz: Tensor | None) -> tup
         raise RuntimeError("the fused dispersion loss can be differentiated only once; use backend=reference")
     (dz,) = ctx.saved_tensors
     dloss = None if grad_loss is None else (dz * grad_loss).to(ctx.z_dtype)
-    return dloss, None, None, None, None, None
+    return dloss, None, None, None, None, None, None
 
 
 _pairwise.register_autograd(_backward, setup_context=_keep_gradient)

@@ -85,14 +85,15 @@ def directions(z: Tensor, u: Tensor) -> Tensor:
     return norm
 
 
-def pairs(cosines: Tensor, h: Tensor, variant: str, tau: float) -> tuple[Tensor, Tensor]:
+def pairs(cosines: Tensor, h: Tensor, variant: str, tau: float, clamp: float) -> tuple[Tensor, Tensor]:
     n, n_tokens, _ = cosines.shape
     sums = torch.empty(2, n, -(-n_tokens // TILE), n_tokens, dtype=torch.float32)
+    coefficients = torch.tensor(polynomial(variant, tau, clamp), dtype=torch.float32)
     _call(
         "pairs",
         *(FAMILY.index(variant), cosines, cosines.dtype == torch.bfloat16, h, h.dtype == torch.bfloat16),
-        *(sums, n, n_tokens, torch.tensor(polynomial(variant, tau), dtype=torch.float32)),
-        *(*band(variant), 1 / slope_at_edge(variant, tau)),
+        *(sums, n, n_tokens, coefficients, len(coefficients)),
+        *(*band(variant, clamp), 1 / slope_at_edge(variant, tau, clamp)),
     )
     of_w, of_products = sums.sum(dim=2)
     return of_w.sum(dim=1), of_products

@@ -28,7 +28,7 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 def pairwise_cosine(
-    z: Tensor, variant: str, tau: float, matmul_dtype: torch.dtype, with_grad: bool
+    z: Tensor, variant: str, tau: float, clamp: float, matmul_dtype: torch.dtype, with_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """Mean loss of the sequences, and its gradient.
 
@@ -36,6 +36,7 @@ def pairwise_cosine(
         z: [B, N, F], float32, bfloat16 or float16, of any strides.
         variant: one of `pairwise.FAMILY`.
         tau: temperature.
+        clamp: margin of the clamped cosines.
         matmul_dtype: float32 or bfloat16.
         with_grad: whether to compute the gradient.
 
@@ -51,7 +52,7 @@ def pairwise_cosine(
     u_scratch = torch.empty(at_once, n_tokens, n_features, dtype=cosine_dtype)
     square_scratch = torch.empty(at_once, n_tokens, n_tokens, dtype=matmul_dtype)
     losses = torch.empty(n_sequences, dtype=torch.float32)
-    edge = slope_at_edge(variant, tau)
+    edge = slope_at_edge(variant, tau, clamp)
     dz = z.new_empty(z.shape if with_grad else 0, dtype=gradient_dtype(z.dtype))
 
     for first in range(0, n_sequences, at_once):
@@ -61,7 +62,7 @@ def pairwise_cosine(
         norm = run.directions(some_z, u)
         cosines = square if cosine_dtype == matmul_dtype else torch.empty_like(square, dtype=cosine_dtype)
         multiply_upper(u, cosines)
-        total, radial = run.pairs(cosines, square, variant, tau)
+        total, radial = run.pairs(cosines, square, variant, tau, clamp)
         losses[group], factor = loss_and_factor(total, variant, tau, n_tokens)
         if not with_grad:
             continue

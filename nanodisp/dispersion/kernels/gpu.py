@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from . import triton_kernels as kernels
-from .pairwise import constants_of_loss, gradient_dtype, slope_at_edge
+from .pairwise import arcsin_coefficients, constants_of_loss, gradient_dtype, slope_at_edge
 
 H_BYTES = 256 * 2**20  # of H at a time; more sequences than that take further launches of `pairs` and `gradient`
 FEATURE_TILE = 64  # u is padded to a multiple of it, which every BLOCK_F of `pairs` divides
@@ -41,7 +41,7 @@ def sequences_at_once(n_sequences: int, n_tokens: int, dtype: torch.dtype, side:
 
 
 def pairwise_cosine(
-    z: Tensor, variant: str, tau: float, matmul_dtype: torch.dtype, with_grad: bool
+    z: Tensor, variant: str, tau: float, clamp: float, matmul_dtype: torch.dtype, with_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """Mean loss of the sequences, and its gradient.
 
@@ -49,6 +49,7 @@ def pairwise_cosine(
         z: [B, N, F], float32, bfloat16 or float16, of any strides, on the GPU.
         variant: one of `pairwise.FAMILY`.
         tau: temperature.
+        clamp: margin of the clamped cosines.
         matmul_dtype: float32 or bfloat16.
         with_grad: whether to compute the gradient.
 
@@ -73,8 +74,9 @@ def pairwise_cosine(
     dz = z.new_empty(z.shape if with_grad else 0, dtype=gradient_dtype(z.dtype))
     loss = z.new_empty((), dtype=torch.float32)
 
-    edge = slope_at_edge(variant, tau)
+    edge = slope_at_edge(variant, tau, clamp)
     logarithmic, factor, offset = constants_of_loss(variant, tau, n_tokens)
+    arcsin = arcsin_coefficients(clamp, exact=matmul_dtype == torch.float32)
     exponent = 1 / (tau * math.log(2)) * (1 / math.pi if variant == "angular" else 1)
     tiles = {"N_TILES": n_tiles, "TILES": triton.next_power_of_2(n_tiles)}
     block = triton.next_power_of_2(f_padded)
@@ -88,7 +90,9 @@ def pairwise_cosine(
     for some_z, some_u, some_inverse, some_alignment, some_sums, some_radial, some_dz in zip(*groups, strict=True):
         n = some_z.size(0)
         kernels.pairs[(n * n_tiles,)](
-            some_u, h, some_sums, some_radial, n_tokens, exponent, 1 / edge, variant, with_grad, **sizes
+            *(some_u, h, some_sums, some_radial, n_tokens, exponent, 1 / edge),
+            *(variant, 1 - clamp, arcsin, with_grad),
+            **sizes,
         )
         if with_grad:
 

@@ -45,7 +45,7 @@ float power_of_two(float x) {
 enum Variant { ANGULAR, ORTHOGONALIZATION, COSINE };
 
 // w and h / h_edge of a cosine, with the coefficients of loops.py's `polynomial`.
-template <Variant variant>
+template <Variant variant, int DEGREE>
 void pair(float c, const float* coefficients, float lowest, float highest, float inverse_edge, float& w, float& h) {
     if (variant == COSINE) {
         w = h = power_of_two(coefficients[0] * c);
@@ -54,8 +54,8 @@ void pair(float c, const float* coefficients, float lowest, float highest, float
     float clamped = c < lowest ? lowest : c;
     clamped = clamped > highest ? highest : clamped;
     const float squared = clamped * clamped;
-    float s = coefficients[7];
-    for (int k = 6; k >= 0; k--) s = s * squared + coefficients[k];
+    float s = coefficients[DEGREE];
+    for (int k = DEGREE - 1; k >= 0; k--) s = s * squared + coefficients[k];
     s *= clamped;
     const float base = variant == ANGULAR ? power_of_two(s) : s;
     w = variant == ANGULAR ? base : s * s;
@@ -66,7 +66,7 @@ void pair(float c, const float* coefficients, float lowest, float highest, float
 
 // One tile on or above the diagonal, rows from i0 and columns from j0: writes h, mirrored too, and sums of w and of
 // h c over its rows (and over its columns, which are the rows of its mirror image).
-template <Variant variant, class C, class H>
+template <Variant variant, int DEGREE, class C, class H>
 void tile(const C* cosines, H* h, float* sums_w, float* sums_hc, int64_t n_tokens, int64_t i0, int64_t j0,
           const float* coefficients, float lowest, float highest, float inverse_edge) {
     const int rows = n_tokens - i0 < SIDE ? n_tokens - i0 : SIDE;
@@ -78,7 +78,7 @@ void tile(const C* cosines, H* h, float* sums_w, float* sums_hc, int64_t n_token
         for (int j = 0; j < columns; j++) {
             const float c = widen(cosines[(i0 + i) * n_tokens + j0 + j]);
             float w, slope;
-            pair<variant>(c, coefficients, lowest, highest, inverse_edge, w, slope);
+            pair<variant, DEGREE>(c, coefficients, lowest, highest, inverse_edge, w, slope);
             w = j == itself ? 0 : w;
             slope = j == itself ? 0 : slope;
             tile[i][j] = slope;
@@ -100,7 +100,7 @@ void tile(const C* cosines, H* h, float* sums_w, float* sums_hc, int64_t n_token
     }
 }
 
-template <Variant variant, class C, class H>
+template <Variant variant, int DEGREE, class C, class H>
 void all_tiles(const C* cosines, H* h, float* sums, int64_t n, int64_t n_tokens, const float* coefficients,
                float lowest, float highest, float inverse_edge, int64_t threads) {
     const int64_t tiles = (n_tokens + SIDE - 1) / SIDE, size = n_tokens * n_tokens;
@@ -109,17 +109,19 @@ void all_tiles(const C* cosines, H* h, float* sums, int64_t n, int64_t n_tokens,
         for (int64_t i = 0; i < tiles; i++)
             for (int64_t j = 0; j < tiles; j++)
                 if (i <= j)
-                    tile<variant>(cosines + b * size, h + b * size, sums + b * tiles * n_tokens,
+                    tile<variant, DEGREE>(cosines + b * size, h + b * size, sums + b * tiles * n_tokens,
                                   sums + (n + b) * tiles * n_tokens, n_tokens, i * SIDE, j * SIDE, coefficients, lowest,
                                   highest, inverse_edge);
 }
 
 template <class C, class H>
 void all_pairs(Variant variant, const void* cosines, void* h, float* sums, int64_t n, int64_t n_tokens,
-               const float* coefficients, float lowest, float highest, float inverse_edge, int64_t threads) {
-    const auto run = variant == ANGULAR  ? all_tiles<ANGULAR, C, H>
-                     : variant == COSINE ? all_tiles<COSINE, C, H>
-                                         : all_tiles<ORTHOGONALIZATION, C, H>;
+               const float* coefficients, int64_t n_coefficients, float lowest, float highest, float inverse_edge,
+               int64_t threads) {
+    const bool is_long = n_coefficients == 12;  // else 8, as pairwise.py's `arcsin_coefficients` has them
+    const auto angular = is_long ? all_tiles<ANGULAR, 11, C, H> : all_tiles<ANGULAR, 7, C, H>;
+    const auto orthogonalization = is_long ? all_tiles<ORTHOGONALIZATION, 11, C, H> : all_tiles<ORTHOGONALIZATION, 7, C, H>;
+    const auto run = variant == ANGULAR ? angular : variant == COSINE ? all_tiles<COSINE, 0, C, H> : orthogonalization;
     run((const C*)cosines, (H*)h, sums, n, n_tokens, coefficients, lowest, highest, inverse_edge, threads);
 }
 
@@ -151,12 +153,13 @@ void directions(const float* z, void* u, int64_t u_is_bfloat16, float* norms, in
 
 // sums [2, n, tiles, n_tokens]: of w and of h c over the columns of each tile.
 void pairs(int64_t variant, const void* cosines, int64_t cosines_are_bfloat16, void* h, int64_t h_is_bfloat16,
-           float* sums, int64_t n, int64_t n_tokens, const float* coefficients, float lowest, float highest,
-           float inverse_edge, int64_t threads) {
+           float* sums, int64_t n, int64_t n_tokens, const float* coefficients, int64_t n_coefficients, float lowest,
+           float highest, float inverse_edge, int64_t threads) {
     const auto run = !h_is_bfloat16         ? all_pairs<float, float>
                      : cosines_are_bfloat16 ? all_pairs<bfloat16, bfloat16>
                                             : all_pairs<float, bfloat16>;
-    run(Variant(variant), cosines, h, sums, n, n_tokens, coefficients, lowest, highest, inverse_edge, threads);
+    run(Variant(variant), cosines, h, sums, n, n_tokens, coefficients, n_coefficients, lowest, highest,
+        inverse_edge, threads);
 }
 
 void unround(const bfloat16* product, const float* z, const float* norms, const float* rounded, const float* exact,

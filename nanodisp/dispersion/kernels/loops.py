@@ -10,11 +10,10 @@ import math
 import torch
 from torch import Tensor
 
-from ..formulas import COSINE_MARGIN, NORM_EPS
+from ..formulas import NORM_EPS
 from .pairwise import arcsin_coefficients, slope_at_edge
 
 STRIP = 128  # rows of pairs at a time; with fewer matmuls are slower, with more they compute more below the diagonal
-ARCSIN = arcsin_coefficients(7)
 
 
 def directions(z: Tensor, u: Tensor) -> Tensor:
@@ -32,14 +31,14 @@ def directions(z: Tensor, u: Tensor) -> Tensor:
     return norm
 
 
-def pairs(cosines: Tensor, h: Tensor, variant: str, tau: float) -> tuple[Tensor, Tensor]:
+def pairs(cosines: Tensor, h: Tensor, variant: str, tau: float, clamp: float) -> tuple[Tensor, Tensor]:
     """Write h / h_edge of all pairs, and zero for a token with itself.
 
     Args:
         cosines: [n, N, N], contiguous float32 or bfloat16. Of each STRIP rows, columns to the left of the square on
             the diagonal are not used.
         h: [n, N, N], contiguous float32 or bfloat16, written; may be the same tensor.
-        variant, tau: see `pairwise.py`.
+        variant, tau, clamp: see `pairwise.py`.
 
     Returns:
         S [n], and sum_j h_ij c_ij / h_edge [n, N].
@@ -48,7 +47,7 @@ def pairs(cosines: Tensor, h: Tensor, variant: str, tau: float) -> tuple[Tensor,
     total, sums = torch.zeros(n, dtype=torch.float32), torch.zeros(n, n_tokens, dtype=torch.float32)
     for start in range(0, n_tokens, STRIP):
         c = cosines[:, start : start + STRIP, start:].float()
-        w, slope = _terms(c, variant, tau)
+        w, slope = _terms(c, variant, tau, clamp)
         w.diagonal(dim1=1, dim2=2).zero_()
         slope.diagonal(dim1=1, dim2=2).zero_()
         products = slope * c
@@ -60,13 +59,13 @@ def pairs(cosines: Tensor, h: Tensor, variant: str, tau: float) -> tuple[Tensor,
     return total, sums
 
 
-def _terms(c: Tensor, variant: str, tau: float) -> tuple[Tensor, Tensor]:
+def _terms(c: Tensor, variant: str, tau: float, clamp: float) -> tuple[Tensor, Tensor]:
     """w and h / h_edge."""
-    coefficients = polynomial(variant, tau)
+    coefficients = polynomial(variant, tau, clamp)
     if variant == "cosine":
         w = (c * coefficients[0]).exp2_()
         return w, w.clone()
-    clamped = c.clamp(*band(variant))
+    clamped = c.clamp(*band(variant, clamp))
     squared = clamped * clamped
     *lower, highest = (torch.tensor(a, dtype=torch.float32) for a in coefficients)
     s = (squared * highest).add_(lower.pop())
@@ -75,23 +74,23 @@ def _terms(c: Tensor, variant: str, tau: float) -> tuple[Tensor, Tensor]:
     base = s.mul_(clamped)
     if variant == "angular":
         base.exp2_()
-    edge = slope_at_edge(variant, tau)
+    edge = slope_at_edge(variant, tau, clamp)
     slope = squared.neg_().add_(1).mul_(edge**2).rsqrt_().mul_(base)  # base / (h_edge sqrt(1 - c~^2))
     return base if variant == "angular" else base.square_(), slope
 
 
-def band(variant: str) -> tuple[float, float]:
+def band(variant: str, clamp: float) -> tuple[float, float]:
     """Where cosines are clamped. From 0 for orthogonalization, where s+ = max(0, s)."""
-    return 0.0 if variant == "orthogonalization" else COSINE_MARGIN - 1, 1 - COSINE_MARGIN
+    return 0.0 if variant == "orthogonalization" else clamp - 1, 1 - clamp
 
 
-def polynomial(variant: str, tau: float) -> tuple[float, ...]:
-    """a_0..a_7 of s = c~ sum_k a_k c~^(2k), which is right to 7e-8; for cosine, where s = c, only a_0 is not 0.
+def polynomial(variant: str, tau: float, clamp: float) -> tuple[float, ...]:
+    """a_0.. of s = c~ sum_k a_k c~^(2k), see `arcsin_coefficients`; for cosine, where s = c, a_0 alone.
 
     Where w = exp(s / tau), it is s / (tau log 2): powers of 2 take a quarter of the time of powers of e.
     """
     unit = 1.0 if variant == "orthogonalization" else 1 / (tau * math.log(2))
-    return (unit, *7 * [0.0]) if variant == "cosine" else tuple(a * unit / math.pi for a in ARCSIN)
+    return (unit,) if variant == "cosine" else tuple(a * unit / math.pi for a in arcsin_coefficients(clamp))
 
 
 def unround(

@@ -9,51 +9,55 @@ gradient with respect to u_i is a factor, known once S is, times sum_{j!=i} h(c_
     cosine             c                exp(s/tau) w                    log(S / P)
 
 with P = N (N - 1) pairs, c~ the clamped cosine and s+ = max(0, s). The angle D = arccos(c~) / pi of the
-formulas is 1/2 - s. Centred this way, w stays within exp(+-0.27 / tau), so no maximum has to be subtracted first
+formulas is 1/2 - s. Centred this way, w stays within exp(+-0.5 / tau), so no maximum has to be subtracted first
 and w, S and the sum over h u are computed in one pass.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..formulas import COSINE_MARGIN
-
 FAMILY = ("angular", "orthogonalization", "cosine")
 
+SMALLEST_CLAMP = 0.1  # of the polynomials for arcsin
 LARGEST_EXPONENT = 40.0  # exp(40), its square and its inverse fit float32 with a factor of 10^3 to spare
 
 
-def arcsin_coefficients(degree: int) -> tuple[float, ...]:
-    """a_0..a_degree with arcsin(c) = c * sum_k a_k c^(2k) on the clamped band |c| <= 1 - margin.
+@functools.cache
+def arcsin_coefficients(clamp: float, exact: bool = True) -> tuple[float, ...]:
+    """a_0.. with arcsin(c) = c * sum_k a_k c^(2k) on the clamped band |c| <= 1 - clamp, for a clamp of at least 0.1.
 
-    A Chebyshev fit in c^2. Its error relative to arcsin is 1.1e-4 at degree 3, 7e-8 at degree 7.
+    A Chebyshev fit in c^2, as short as suits the band: arcsin has its singularity at 1. Its error relative to arcsin is
+    below 2e-7, and in float32 below 1e-6 (degree 7, and 11 for a clamp below 0.25); where it need not be `exact`, as of
+    cosines of bfloat16 operands, 1.4e-4 (degree 3, and 5).
     """
+    degree = (7 if exact else 3) if clamp >= 0.25 else (11 if exact else 5)
     fit = np.polynomial.Chebyshev.interpolate(
-        lambda squared: np.arcsin(np.sqrt(squared)) / np.sqrt(squared), degree, domain=[0, (1 - COSINE_MARGIN) ** 2]
+        lambda squared: np.arcsin(np.sqrt(squared)) / np.sqrt(squared), degree, domain=[0, (1 - clamp) ** 2]
     )
     return tuple(float(a) for a in fit.convert(kind=np.polynomial.Polynomial).coef)
 
 
-def slope_at_edge(variant: str, tau: float) -> float:
+def slope_at_edge(variant: str, tau: float, clamp: float) -> float:
     """h at the upper edge of the clamped band, where it is largest (1 for cosine, which has no band).
 
     All pairs of condensed tokens are there. Divided by this, their h is 1 and survives rounding.
     """
     if variant == "cosine":
         return 1.0
-    s = math.asin(1 - COSINE_MARGIN) / math.pi
+    s = math.asin(1 - clamp) / math.pi
     w = math.exp(s / tau) if variant == "angular" else s
-    return w / math.sqrt(1 - (1 - COSINE_MARGIN) ** 2)
+    return w / math.sqrt(1 - (1 - clamp) ** 2)
 
 
-def smallest_tau(variant: str) -> float:
+def smallest_tau(variant: str, clamp: float) -> float:
     """The temperature below which exp(s / tau) overflows float32 (0 for orthogonalization, which has none)."""
-    largest_s = {"angular": math.asin(1 - COSINE_MARGIN) / math.pi, "cosine": 1.0, "orthogonalization": 0.0}
+    largest_s = {"angular": math.asin(1 - clamp) / math.pi, "cosine": 1.0, "orthogonalization": 0.0}
     return largest_s[variant] / LARGEST_EXPONENT
 
 

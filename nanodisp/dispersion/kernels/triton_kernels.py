@@ -42,15 +42,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ..formulas import COSINE_MARGIN, NORM_EPS
-from .pairwise import arcsin_coefficients
+from ..formulas import NORM_EPS
 
 EPS = tl.constexpr(NORM_EPS)
-BAND = tl.constexpr(1 - COSINE_MARGIN)
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 INVERSE_PI = tl.constexpr(1 / math.pi)
-A0, A1, A2, A3, A4, A5, A6, A7 = (tl.constexpr(a) for a in arcsin_coefficients(7))  # of float32
-B0, B1, B2, B3 = (tl.constexpr(b) for b in arcsin_coefficients(3))  # as exact as cosines of bfloat16 operands
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -136,18 +132,18 @@ def _dot(a, b, accumulator):
 
 
 @triton.jit
-def _arcsin(c, PRECISE: tl.constexpr):
-    """arcsin(c) for |c| <= 1 - margin, as a polynomial."""
+def _arcsin(c, COEFFICIENTS: tl.constexpr):
+    """arcsin(c) on the clamped band, as a polynomial: `pairwise.arcsin_coefficients`."""
     t = c * c
-    if PRECISE:
-        series = ((((((A7 * t + A6) * t + A5) * t + A4) * t + A3) * t + A2) * t + A1) * t + A0
-    else:
-        series = ((B3 * t + B2) * t + B1) * t + B0
+    HIGHEST: tl.constexpr = len(COEFFICIENTS) - 1
+    series = t * COEFFICIENTS[HIGHEST] + COEFFICIENTS[HIGHEST - 1]
+    for k in tl.static_range(HIGHEST - 2, -1, -1):
+        series = series * t + COEFFICIENTS[k]
     return series * c
 
 
 @triton.jit
-def _weights(c, exponent, VARIANT: tl.constexpr, PRECISE: tl.constexpr):
+def _weights(c, exponent, VARIANT: tl.constexpr, BAND: tl.constexpr, COEFFICIENTS: tl.constexpr):
     """w and h of cosines c, see `pairwise.py`; exp(s / tau) = exp2(arcsin(c) exponent), of cosine exp2(c exponent)."""
     if VARIANT == "cosine":
         w = tl.exp2(c * exponent)
@@ -155,7 +151,7 @@ def _weights(c, exponent, VARIANT: tl.constexpr, PRECISE: tl.constexpr):
     else:
         lowest: tl.constexpr = 0.0 if VARIANT == "orthogonalization" else -BAND
         c = tl.clamp(c, lowest, BAND, propagate_nan=tl.PropagateNan.ALL)
-        arcsin = _arcsin(c, PRECISE)
+        arcsin = _arcsin(c, COEFFICIENTS)
         if VARIANT == "angular":
             w = tl.exp2(arcsin * exponent)
             h = w * tl.rsqrt(1.0 - c * c)
@@ -177,6 +173,8 @@ def pairs(
     exponent,
     inverse_edge,
     VARIANT: tl.constexpr,
+    BAND: tl.constexpr,
+    COEFFICIENTS: tl.constexpr,
     WITH_GRAD: tl.constexpr,
     SIDE: tl.constexpr,
     N_PADDED: tl.constexpr,
@@ -187,6 +185,7 @@ def pairs(
 
     u: [B, N_PADDED, F_PADDED], the matmul dtype. n_tokens: N, of which N_PADDED is a multiple of SIDE.
     h: [B, N_PADDED, N_PADDED], the matmul dtype: h(c_ij) inverse_edge, zero on the diagonal and in the padding.
+    BAND: 1 - clamp. COEFFICIENTS: of arcsin within it.
     sums: [B, tiles], float32: the sum of w; a tile above the diagonal counts twice.
     radial: [B, blocks, N_PADDED], float32: element k of token i is the sum of h_ij c_ij over the tokens j of block k.
     """
@@ -212,7 +211,7 @@ def pairs(
         u_i += BLOCK_F
         u_j += BLOCK_F
 
-    w, slope = _weights(c, exponent, VARIANT, PRECISE=u.dtype.element_ty == tl.float32)
+    w, slope = _weights(c, exponent, VARIANT, BAND, COEFFICIENTS)
     pair = (row * SIDE + i < n_tokens)[:, None] & (column * SIDE + i < n_tokens)[None, :]
     pair &= (i[:, None] != i[None, :]) | (row != column)
     total = tl.sum(tl.where(pair, w, 0.0))
