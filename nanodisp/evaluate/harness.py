@@ -2,7 +2,7 @@
 
 It does what the harness's own `hf` model does: an empty context becomes end-of-text, a sequence longer than the
 model's context is cut at the beginning, and a long text is scored window by window. The one difference is that a text
-never encodes to end-of-text. Imported only by `__main__.py`, because the harness is an optional package.
+never encodes to end-of-text. Imported only where benchmarks are run, because the harness is an optional package.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanodisp.data.tokenizer import Tokenizer
+from nanodisp.distributed import World
+from nanodisp.errors import UserError
 from nanodisp.models.generate import generate
 from nanodisp.models.gpt import GPT
 from nanodisp.models.score import loglikelihoods
@@ -29,13 +31,23 @@ MAX_NEW_TOKENS = 256  # for tasks that do not set it
 class HarnessModel(TemplateLM):
     """A GPT in eval mode, on its device.
 
-    batch_size: sequences of full context per forward pass; of shorter ones it takes more.
+    Args:
+        batch_size: sequences of full context per forward pass; of shorter ones it takes more.
+        world: the ranks that share the log-likelihoods; each gets all of them. None is a single process.
+        invalid: what to do with NaN: raise a UserError, or return it (True).
+
+    Attributes:
+        label: what the progress line says.
+        cut: how many texts were longer than the context so far, and lost their beginning.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, batch_size: int) -> None:
+    def __init__(
+        self, model: GPT, tokenizer: Tokenizer, batch_size: int, world: World | None = None, invalid: bool = False
+    ) -> None:
         super().__init__()
         self.model, self.text, self.batch_size = model, tokenizer, batch_size
-        self._device = model.device
+        self._device, self.world, self.invalid = model.device, world or World(0, 1, model.device), invalid
+        self.label, self.cut = "log-likelihoods", 0
 
     @property
     def eot_token_id(self) -> int:
@@ -44,17 +56,32 @@ class HarnessModel(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         return self.text.encode(string).tolist()
 
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        for request in requests:
+            if not request.args[1]:
+                raise UserError(f"item {request.doc_id} of {request.task_name} has an empty text: mend the task's data")
+        return super().loglikelihood(requests, disable_tqdm)
+
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """Requests are (texts, context, continuation)."""
         pairs = [(context or [self.text.eot], continuation) for _, context, continuation in requests]
+        self.cut += sum(len(context) + len(answer) > self.model.config.block_size + 1 for context, answer in pairs)
         totals, greedy = loglikelihoods(
             self.model,
             pairs,
             tokens_at_once=self.batch_size * self.model.config.block_size,
-            progress=lambda batches: tqdm(batches, "log-likelihoods", disable=disable_tqdm),
+            rank=self.world.rank,
+            n_ranks=self.world.size,
+            progress=lambda batches: tqdm(batches, self.label, disable=disable_tqdm or not self.world.is_main),
         )
+        totals, greedy = self.world.sum(totals), self.world.sum(greedy.int()) > 0
+        if totals.isnan().any() and not self.invalid:
+            raise UserError(
+                f"the model gives NaN for {int(totals.isnan().sum()):,} of {len(pairs):,} texts: its weights are "
+                "damaged, or its training diverged; give an earlier checkpoint"
+            )
         return list(zip(totals.tolist(), greedy.tolist(), strict=True))
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:

@@ -158,6 +158,7 @@ class GPT(nn.Module):
         head: bool = True,
         soft_targets: SoftTargets | None = None,
         cache: KVCache | None = None,
+        at: Tensor | None = None,
     ) -> GPTOutput:
         """Predict the token after each of `idx`; of an encoder, the token at each place.
 
@@ -175,6 +176,7 @@ class GPT(nn.Module):
             soft_targets: with `targets`: returns `divergence`, the mean KL divergence of the predictions from these.
             cache: keys and values of earlier tokens, extended in place, without gradients; `logits` are then those
                 of the last token only.
+            at: bool [B, T], for `logits` of these places alone, [n, V padded] in the order of idx.
 
         Raises ValueError if the tokens do not fit, or if `take` names a layer that does not exist.
         """
@@ -213,8 +215,8 @@ class GPT(nn.Module):
         if not head:
             return GPTOutput(None, None, collected)
         if targets is None:
-            x = x[:, -1:] if cache is not None else x
-            logits = linear(x, self.head_weight, self.never_predicted.to(x.dtype))  # [B, T or 1, V padded]
+            x = x[at] if at is not None else x[:, -1:] if cache is not None else x
+            logits = linear(x, self.head_weight, self.never_predicted.to(x.dtype))  # [B, T or 1, V padded], or [n, …]
             return GPTOutput(logits, None, collected)
         if n_targets is not None:
             places = (targets == IGNORED).byte().argsort(dim=1, stable=True)[:, :n_targets]  # [B, n_targets]

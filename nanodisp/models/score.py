@@ -58,7 +58,7 @@ def loglikelihoods(
             x[b, : len(row) - 1], y[b, : len(row) - 1] = torch.tensor(row[:-1]), torch.tensor(row[1:])
             asked[b, len(row) - 1 - n : len(row) - 1] = True
         x, y, asked = x.to(device), y.to(device), asked.to(device)
-        logits, targets = model(x).logits[asked].float(), y[asked]  # [n, V], [n]
+        logits, targets = model(x, at=asked).logits.float(), y[asked]  # [n, V], [n]
         if number >= len(batches):
             continue
         of_token = torch.zeros(x.shape, dtype=torch.float64, device=device)

@@ -11,11 +11,21 @@ from nanodisp.errors import UserError
 EVALUATION = "evaluation.json"
 
 
+def evaluation_of_step(step: int, newest: int) -> str:
+    """The name of the file of a run's step: `EVALUATION` for its newest checkpoint."""
+    return EVALUATION if step == newest else f"evaluation_step_{step:08d}.json"
+
+
+def items_file(evaluation: Path) -> Path:
+    """The file beside an evaluation.json with the figures of each item."""
+    return evaluation.with_name(f"{evaluation.stem}_items.npz")
+
+
 def read_evaluation(path: Path) -> dict[str, Any]:
     """The content of an evaluation.json, {} without the file; UserError for one that `nanodisp.evaluate` did not write.
 
     {"model": …, "harness": version, "tasks": {name: {"metrics": {name: {"value", "stderr", "higher_is_better"}},
-    "shots", "examples", "version", "seed"}}}; missing values are None.
+    "shots", "examples", "version", "seed", "settings", "cut"}}}; missing values are None.
     """
     if not path.exists():
         return {}
