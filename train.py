@@ -31,6 +31,7 @@ from nanodisp.data.questions import read_questions
 from nanodisp.dispersion.placement import lambda_at
 from nanodisp.distributed import World, group_of_ranks, hardware, layout, start
 from nanodisp.errors import UserError
+from nanodisp.evaluate.during_training import Benchmarks, check_benchmarks
 from nanodisp.hf.open import initial_weights, open_teacher
 from nanodisp.models.gpt import GPT
 from nanodisp.plan import Plan, resolve
@@ -47,6 +48,7 @@ def train(config: Config) -> float | None:
     # `start`, not `distributed.start`: for jobs in parallel, cloudpickle would look for torch.distributed.config
     world = start(config.device, config.train.timeout_minutes)
     world.share("train.batch_size", config.train.batch_size)  # a mistake is reported before the data is prepared
+    check_benchmarks(config.train)
     corpus = open_for(config.data, world)
     plan = resolve(config, corpus, world)
     config, device = plan.config, plan.device
@@ -68,6 +70,7 @@ def train(config: Config) -> float | None:
         autocast=plan.autocast,
         compiled=plan.compiled,
         questions=read_questions(Path(task), plan.vocab_size) if task is not None else (),
+        benchmarks=Benchmarks(config, world, plan.autocast) if config.train.eval_tasks else None,
     )
 
     # --- model, loss, optimizers
@@ -165,13 +168,13 @@ def forward_backward(
 
 
 def validate(validation: Validation, model: GPT, run: Run, state: TrainState) -> None:
-    """Record whatever is due after `state.step` updates: held-out loss, questions, the layers' figures."""
+    """Record whatever is due after `state.step` updates: held-out loss, benchmarks, the layers' figures."""
     if run.plan.validates_at(state.step):
         held_out = validation(model)
         state.val_loss = held_out[model.config.loss_name]
         run.record("val", state, held_out)
         gc.collect()
-        if validation.questions:
+        if validation.questions or validation.benchmarks:
             run.record("task", state, validation.answer(model))
     if run.plan.follows_at(state.step):
         run.record("condensation", state, validation.follow(model))

@@ -7,6 +7,7 @@ defaults. `launch.py` brings them together.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import math
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from nanodisp.data.benchmarks import BENCHMARKS
 from nanodisp.data.prepare import DataConfig
 from nanodisp.dispersion.formulas import CLAMP, CLAMPED
 from nanodisp.dispersion.placement import DispersionConfig, name_layers, select_layers
@@ -57,6 +59,10 @@ class TrainConfig:
     eval_windows: validation windows, spread evenly over the split; null takes all.
     eval_task: a file of multiple-choice questions (data/hellaswag/prepare.py makes one), answered at every validation;
         null for none.
+    eval_tasks: benchmarks of local files, answered at every validation, such as [blimp,hellaswag]; see
+        docs/evaluation.md. Needs the extra eval.
+    eval_task_data: the folder of these files.
+    eval_task_limit: the first so many items of each benchmark (of BLiMP evenly over its paradigms); null for all.
     keep_last: how many of the newest checkpoints are kept, besides the one with the lowest validation loss.
     keep_every: also keep checkpoints whose step is a multiple of this; null for none.
     max_bad_steps: updates whose gradient is not finite are skipped; this many in a row end the run (on a GPU when the
@@ -80,6 +86,9 @@ class TrainConfig:
     checkpoint_interval: int = 400
     eval_windows: int | None = 64
     eval_task: str | None = None
+    eval_tasks: list[str] = field(default_factory=list)
+    eval_task_data: str | None = None
+    eval_task_limit: int | None = 300
     keep_last: int = 2
     keep_every: int | None = None
     max_bad_steps: int = 10
@@ -104,8 +113,24 @@ class TrainConfig:
         for name in ("batch_size", *intervals, "keep_last", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be at least 1")
+        for task in self.eval_tasks:
+            if task not in BENCHMARKS:
+                near = difflib.get_close_matches(task, BENCHMARKS, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(BENCHMARKS)}"
+                raise ValueError(f"train.eval_tasks: {task} is unknown; {hint}")
+        if self.eval_tasks and self.eval_task_data is None:
+            raise ValueError(
+                "train.eval_tasks needs train.eval_task_data=<folder of its files>, see docs/evaluation.md"
+            )
         budget = ("steps", "tokens", "tokens_per_param")
-        for name in (*budget, "micro_batch_size", "eval_windows", "condensation_interval", "keep_every"):
+        for name in (
+            *budget,
+            "micro_batch_size",
+            "eval_windows",
+            "eval_task_limit",
+            "condensation_interval",
+            "keep_every",
+        ):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be positive, or null")
 
@@ -190,10 +215,10 @@ class Config:
                 f"{', as in model=nano_encoder' * self.model.causal}; this model's is {fitting}"
             )
         self.objective = fitting
-        if self.train.eval_task is not None and not self.model.causal:
+        if (self.train.eval_task is not None or self.train.eval_tasks) and not self.model.causal:
             raise ValueError(
-                "train.eval_task needs a model that predicts the next token: leave it out with model.causal=false, "
-                "whose masked loss and mean cosine are recorded"
+                "train.eval_task and eval_tasks need a model that predicts the next token: leave them out with "
+                "model.causal=false, whose masked loss and mean cosine are recorded"
             )
         select_layers(self.dispersion.layers, self.model.n_layer)
         if self.dispersion.lambda_disp > 0 and self.model.block_size < 2:
@@ -225,6 +250,7 @@ NOT_IDENTITY = {
         *("compile", "micro_batch_size", "log_interval", "eval_interval", "checkpoint_interval"),
         *("condensation_interval", "keep_last", "keep_every", "max_bad_steps", "sample_tokens"),
         *("parallel", "activation_checkpointing", "timeout_minutes", "eval_task"),
+        *("eval_tasks", "eval_task_data", "eval_task_limit"),
     ),
 }
 # Keys that version 0.1.0 did not have, whose default is what it did: at the default they are left out of the identity.
@@ -291,6 +317,12 @@ UNUSED = [
     Unused(("optim.decay_fraction", "optim.min_lr_fraction"), "optim.schedule", one_of("constant"), LEAVE),
     Unused(("train.steps",), "train.tokens", given, "train.tokens=null removes that budget"),
     Unused(("train.steps",), "train.tokens_per_param", given, "train.tokens_per_param=null removes that budget"),
+    Unused(
+        ("train.eval_task_data", "train.eval_task_limit"),
+        "train.eval_tasks",
+        one_of([], None),
+        "add train.eval_tasks=[…]",
+    ),
     Unused(all_but("wandb", WandbConfig, "mode"), "wandb.mode", one_of("disabled"), "add wandb.mode=online or offline"),
 ]
 

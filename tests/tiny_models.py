@@ -101,3 +101,37 @@ def loglikelihood(model: GPT, context: list[int], continuation: list[int]) -> tu
         total += logits.double().log_softmax(0)[row[end]].item()
         greedy &= int(logits.argmax()) == row[end]
     return total, greedy
+
+
+def write_benchmarks(folder: Path, n: int = 12) -> Path:
+    """A folder of local benchmarks, n items each, whose right answers are known, but not to a random model."""
+    generator = torch.Generator().manual_seed(7)
+
+    def words(low: int, high: int) -> str:
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return bytes((97 + torch.randint(0, 9, (length,), generator=generator)).tolist()).decode()
+
+    def write(name: str, rows: list[dict[str, Any]]) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    for name in ("hellaswag", "piqa", "arc_easy", "arc_challenge", "openbookqa"):
+        choices = [[f" {words(2, 9)}" for _ in range(3 + i % 2)] for i in range(n)]  # of unequal lengths
+        rows = [{"context": words(4, 12), "choices": choices[i], "gold": i % 3} for i in range(n)]
+        write(f"multiple_choice/{name}.jsonl", rows)
+    contexts = [[words(3, 9), words(3, 9)] for _ in range(n)]
+    rows = [{"contexts": contexts[i], "continuation": f" {words(3, 9)}", "gold": i % 2} for i in range(n)]
+    write("multiple_choice/winogrande.jsonl", rows)
+    pairs = [{"uid": f"p{i * 3 // n}", "good": words(5, 9), "bad": words(5, 9)} for i in range(n)]
+    fields = ("syntax", "syntax/semantics", "morphology")
+    write("blimp.jsonl", [{**pair, "field": fields[int(pair["uid"][1])]} for pair in pairs])
+    write("lm/lambada_test_openai.jsonl", [{"text": f"{words(3, 9)} {words(3, 9)} {words(1, 2)}"} for _ in range(n)])
+    header = "Type,Category,Question,Best Answer,Best Incorrect Answer,Correct Answers,Incorrect Answers,Source\n"
+    answers = [[words(3, 9) for _ in range(4)] for _ in range(n)]
+    lines = [f'A,B,"{words(3, 9)}, why?",{a},{c},{a}; {b},"{c}; {d};",\n' for a, b, c, d in answers]
+    (folder / "truthfulqa").mkdir(exist_ok=True)
+    (folder / "truthfulqa" / "TruthfulQA.csv").write_text(header + "".join(lines))
+    (folder / "lm" / "wikitext-103").mkdir(parents=True, exist_ok=True)
+    articles = [f" = {words(3, 9)} = \n \n {words(60, 90)} , {words(3, 9)} . \n = = Section = = \n" for _ in range(3)]
+    (folder / "lm" / "wikitext-103" / "wiki.test.tokens").write_text(" \n" + "".join(articles))
+    return folder

@@ -150,7 +150,7 @@ def averaged(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def describe_checkpoints(by_step: dict[int, dict[str, Any]]) -> str:
-    """A line per checkpoint: the `main_metric` of each task and their mean; then the best by this mean, and the last."""
+    """A line per checkpoint: the `main_metric` of each task and their mean; then the best by this mean and the last."""
     values = {
         step: {task: each["value"] for task, each in averaged(figures).items()} for step, figures in by_step.items()
     }

@@ -6,6 +6,7 @@ Imported only where benchmarks are run, because the harness is an optional packa
 from __future__ import annotations
 
 import difflib
+import logging
 import random
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +25,7 @@ from nanodisp.errors import UserError, optional
 
 TASKS = Path(__file__).with_name("tasks.yaml")
 BOOTSTRAPS = 1000  # resamples for the standard errors of metrics that are no means
+logging.getLogger("lm_eval.evaluator_utils").setLevel(logging.ERROR)  # it warns that a field of BLiMP is not all of it
 
 
 def find_tasks(names: Iterable[str], folder: str | None, data: str | None = None) -> Any:

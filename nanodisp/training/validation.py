@@ -1,4 +1,4 @@
-"""Validation: held-out loss, the figures of every layer, the loss on training text, and multiple-choice questions."""
+"""Validation: held-out loss, the figures of every layer, the loss on training text, and benchmarks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Validation:
         rows: windows of one forward pass on a rank.
         autocast: makes the context of a forward pass.
         compiled: whether the pass goes through torch.compile.
-        questions: for `answer`.
+        questions, benchmarks: for `answer`; a benchmark returns figures of a model in eval mode.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class Validation:
         autocast: Callable[[], AbstractContextManager],
         compiled: bool = False,
         questions: Sequence[Question] = (),
+        benchmarks: Callable[[GPT], dict[str, float]] | None = None,
     ) -> None:
         self.corpus, self.world, self.block_size, self.rows, self.autocast = corpus, world, block_size, rows, autocast
         self.windows = spread_windows(count_windows(corpus.val, block_size), n_windows)
@@ -58,7 +59,7 @@ class Validation:
         self.train_windows = spread_windows(count_windows(corpus.train, block_size), n_train)
         self.followed = self.windows[spread_windows(len(self.windows), FOLLOWED_WINDOWS)]
         self.look = torch.compile(loss_and_figures, dynamic=False) if compiled else loss_and_figures
-        self.questions = questions
+        self.questions, self.benchmarks = questions, benchmarks
 
     def __call__(self, model: GPT) -> dict[str, Any]:
         """Loss in nats per token, bits per byte (None where bytes are unknown), each of `LAYER_FIGURES` by layer.
@@ -106,15 +107,20 @@ class Validation:
         return named(figures.flatten().tolist())
 
     def answer(self, model: GPT) -> dict[str, float]:
-        """The fraction of questions whose likeliest choice is the right one, and their number.
+        """The share of questions whose likeliest choice is right, and their number; and the figures of benchmarks.
 
         The likeliest choice has the lowest mean loss of its tokens, as in llm.c: the `acc_norm` of HellaSwag.
         """
-        pairs = [(question.context, choice) for question in self.questions for choice in question.choices]
         model.eval()
+        figures = self._questions(model) if self.questions else {}
+        figures |= self.benchmarks(model) if self.benchmarks is not None else {}
+        model.train()
+        return figures
+
+    def _questions(self, model: GPT) -> dict[str, float]:
+        pairs = [(question.context, choice) for question in self.questions for choice in question.choices]
         with self.autocast():
             totals, _ = loglikelihoods(model, pairs, rank=self.world.rank, n_ranks=self.world.size)
-        model.train()
         lengths = torch.tensor([min(len(choice), self.block_size) for _, choice in pairs])  # tokens that were scored
         n_choices = [len(question.choices) for question in self.questions]
         means = (self.world.sum(totals).cpu() / lengths).split(n_choices)

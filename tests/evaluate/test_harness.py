@@ -34,6 +34,8 @@ pytestmark = pytest.mark.slow
 lm_eval, datasets = pytest.importorskip("lm_eval"), pytest.importorskip("datasets")
 pytest.importorskip("lm_eval.evaluator")
 
+from nanodisp.evaluate.tasks import find_tasks  # noqa: E402
+
 TASK = """
 task: {name}
 dataset_path: json
@@ -211,7 +213,7 @@ def test_the_seed_decides_the_few_shot_examples(
     monkeypatch.setattr(HarnessModel, "tok_encode", lambda self, text: read.add(text) or encode(self, text))
     found = []
     for seed in (1, 1, 2):
-        go(run, tasks, "tasks=letters", "num_fewshot=1", f"seed={seed}", f"out={tmp_path / 'out.json'}")
+        go(run, tasks, "tasks=letters", "num_fewshot=1", f"seed={seed}", f"out={tmp_path / 'out.json'}", "redo=true")
         found.append(read.copy())
         read.clear()
     assert found[0] == found[1] != found[2]
@@ -219,13 +221,14 @@ def test_the_seed_decides_the_few_shot_examples(
 
 
 def test_the_papers_tasks_are_known_to_the_harness(tasks: Path) -> None:
-    evaluate.find_tasks([*evaluate.ZERO_SHOT, *evaluate.FEW_SHOT], str(tasks))
+    assert (len(evaluate.PAPER), len(set(evaluate.PAPER14))) == (10, 14)
+    find_tasks(evaluate.PAPER14, str(tasks))
 
 
 def test_the_papers_tasks_have_zero_shots_or_one(
     run: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "ZERO_SHOT", ("letters",))  # the data of the paper's tasks are on the hub
+    monkeypatch.setattr(evaluate, "PAPER", ("letters", "letters_again"))  # the data of the paper's tasks are on the hub
     monkeypatch.setattr(evaluate, "FEW_SHOT", ("letters_again",))
     out, shots = tmp_path / "out.json", []
     for arguments in ((), ("num_fewshot=2",)):
@@ -240,6 +243,7 @@ def test_the_papers_tasks_have_zero_shots_or_one(
         (["tasks=nowhere"], "task nowhere cannot be loaded"),
         (["tasks=hellaswag"], "task hellaswag cannot be loaded.*(Offline|reach|Hub)"),
         (["tasks=lettters"], "tasks=lettters is unknown; did you mean letters"),
+        (["tasks=blinp", "task_data=nowhere"], "tasks=blinp is unknown; did you mean blimp"),
         (["tasks=letters,"], "empty name"),
         (["tasks=letters", "limit=0"], "limit=0 must be at least 1"),
         (["tasks=letters", "batch_size=0"], "batch_size=0"),

@@ -217,7 +217,7 @@ def test_the_objective_is_that_of_the_model_and_no_part_of_a_runs_identity() -> 
         (("objective=masked_lm",), "objective=masked_lm needs model.causal=false, as in model=nano_encoder"),
         (("objective=next_token", ENCODER), "objective=next_token needs model.causal=true"),
         (("objective=clm",), "objective=clm is unknown; choose one of next_token, masked_lm"),
-        ((ENCODER, "train.eval_task=x"), "train.eval_task needs a model that predicts the next token: leave it out"),
+        ((ENCODER, "train.eval_task=x"), "eval_tasks need a model that predicts the next token: leave them out"),
     ],
 )
 def test_an_objective_that_does_not_fit_the_model_is_rejected(settings: tuple[str, ...], message: str) -> None:
