@@ -10,6 +10,7 @@ from pathlib import Path
 
 os.environ |= {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}  # before their packages are imported
 
+import forked
 import pytest
 from conftest import TINY, compose, records, weights
 from tiny_models import write_benchmarks
@@ -94,13 +95,11 @@ def test_a_run_without_its_tokenizer_is_rejected(
         (folder / file.name).write_bytes(file.read_bytes())
     manifest = json.loads((corpus / shards.MANIFEST).read_text())
     (folder / shards.MANIFEST).write_text(json.dumps({**manifest, "tokenizer": "none"}))
-    with pytest.raises(UserError, match="train.eval_tasks needs the tokenizer of the run's tokens"):
+    with pytest.raises(UserError, match=r"train\.eval_tasks needs the tokenizer of the run's tokens"):
         run(*benchmarks(data, "blimp"), f"data.path={folder}", "dry_run=true")
 
 
 def test_two_ranks_share_the_texts(corpus: Path, data: Path, tmp_path: Path) -> None:
-    from forked import train
-
     settings = [
         *TINY,
         f"data.path={corpus}",
@@ -110,7 +109,8 @@ def test_two_ranks_share_the_texts(corpus: Path, data: Path, tmp_path: Path) -> 
     ]
     found = []
     for ranks in (1, 2):
-        train([*settings, f"run_name=r{ranks}"], ranks)
+        done = forked.train(*settings, f"run_name=r{ranks}", ranks=ranks)
+        assert done.returncode == 0, done.stderr
         line = records(tmp_path / f"r{ranks}", "task")[-1]
         found.append({key: value for key, value in line.items() if "/" in key})
     assert found[0] == found[1]
