@@ -163,7 +163,7 @@ def evaluate(config: EvaluateConfig, name: str, loaded: dict[str, Any], device: 
         model.label, model.cut = f"{task} ({number} of {len(loaded)})", 0
         results = score(model, with_data, limit=config.limit, shots=settings["num_fewshot"], seed=config.seed)
         new = {
-            each: {**entry, "seed": config.seed, "settings": settings, "cut": getattr(model, "cut", None)}
+            each: {**entry, "seed": config.seed, "settings": settings, "cut": model.cut}
             for each, entry in entries(results)
         }
         evaluated |= new

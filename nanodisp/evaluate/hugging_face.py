@@ -5,6 +5,7 @@ Imported only by `__main__.py`, because the harness is an optional package.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,9 +18,17 @@ DECODERS = "GPT-2, LLaMA, Qwen or OPT"
 
 
 class HuggingFaceModel(HFLM):
-    """Raises UserError for an encoder-decoder, for incomplete weights, and for a model that sees what it predicts."""
+    """Raises UserError for an encoder-decoder, for incomplete weights, and for a model that sees what it predicts.
+
+    cut: how many texts were longer than the context so far, and lost their beginning.
+    """
 
     _model: Any
+    cut = 0
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], *arguments: Any, **options: Any) -> Any:
+        self.cut += sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
+        return super()._loglikelihood_tokens(requests, *arguments, **options)
 
     def _create_model(self, pretrained: str, *arguments: Any, **options: Any) -> None:
         if self.backend != "causal":

@@ -174,14 +174,12 @@ class GPT(nn.Module):
                 tokens positions[i] of hidden[layers[i]]. N = T takes all in their order, whatever positions says.
             head: False skips the output head: no logits, no loss.
             soft_targets: with `targets`: returns `divergence`, the mean KL divergence of the predictions from these.
-            cache: keys and values of earlier tokens, extended in place, without gradients; `logits` are then those
-                of the last token only.
+            cache: keys and values of earlier tokens, extended in place, without gradients; `logits` of the last token.
             at: bool [B, T], for `logits` of these places alone, [n, V padded] in the order of idx.
 
         Raises ValueError if the tokens do not fit, or if `take` names a layer that does not exist.
         """
-        T = idx.size(1)
-        start = cache.length if cache is not None else 0
+        T, start = idx.size(1), cache.length if cache is not None else 0
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens do not fit into block_size={self.config.block_size}")
         hidden: list[Tensor] = []
