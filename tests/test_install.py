@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY, compose, write_corpus
+from tiny_models import write_benchmarks
 
 from nanodisp import __version__, launch
 
@@ -103,6 +104,15 @@ def test_condensation_is_measured_on_a_text(python: Python, sweep_folder: Path, 
     done = python("-m", "nanodisp.condensation", f"checkpoint={sweep_folder / 'run'}", "text=book.txt", "out=measured")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "measured" / "condensation.json").is_file()
+
+
+def test_benchmarks_are_evaluated_from_local_files(python: Python, sweep_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    write_benchmarks(tmp_path / "benchmarks")
+    arguments = (f"checkpoint={sweep_folder / 'run'}", "tasks=blimp", "task_data=benchmarks", "out=out.json")
+    done = python("-m", "nanodisp.evaluate", *arguments, "device=cpu")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out.json").is_file()
 
 
 def test_a_command_without_arguments_says_what_it_needs(python: Python) -> None:

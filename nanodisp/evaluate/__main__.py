@@ -132,7 +132,7 @@ def main(argv: Sequence[str]) -> None:
             loaded[name] = load(manager, name, config.task_data)
         except UserError as error:  # the other tasks are evaluated all the same
             failures.append(str(error))
-    if config.checkpoints == "all":
+    if loaded and config.checkpoints == "all":
         if not (found := checkpoint.all_checkpoints(Path(config.checkpoint) / checkpoint.CHECKPOINTS)):
             raise UserError(f"{config.checkpoint} holds no checkpoints: checkpoints=all needs a run's folder")
         by_step = {int(path.name[5:]): evaluate(config, str(path), loaded, device) for path in found}

@@ -30,6 +30,15 @@ def test_the_first_pairs_are_of_all_paradigms(folder: Path) -> None:
     assert sorted(item["choices"] for item in items) == sorted([row["good"], row["bad"]] for row in rows)
 
 
+def test_a_choice_is_without_the_space_that_separates_it(folder: Path) -> None:
+    row = {"context": "A is", "choices": [" b", "  c "], "gold": 1}
+    (folder / "multiple_choice" / "piqa.jsonl").write_text(json.dumps(row) + "\n")
+    assert read_items("piqa", folder) == [{"context": "A is", "choices": ["b", " c "], "gold": 1}]
+    contexts = {"contexts": ["a", "b"], "continuation": " c", "gold": 1}
+    (folder / "multiple_choice" / "winogrande.jsonl").write_text(json.dumps(contexts) + "\n")
+    assert read_items("winogrande", folder) == [{"contexts": ["a", "b"], "continuation": "c", "gold": 1}]
+
+
 def test_the_answers_of_truthfulqa(tmp_path: Path) -> None:
     (tmp_path / "truthfulqa").mkdir()
     (tmp_path / "truthfulqa" / "TruthfulQA.csv").write_text(
