@@ -1,7 +1,8 @@
-"""Run benchmarks of EleutherAI's lm-evaluation-harness on a model.
+"""Run benchmarks of EleutherAI's lm-evaluation-harness on a model, or score its embeddings of texts.
 
     python -m nanodisp.evaluate checkpoint=out/<run> tasks=paper limit=500
     python -m nanodisp.evaluate checkpoint=hf:gpt2 tasks=hellaswag,arc_easy num_fewshot=5
+    python -m nanodisp.evaluate checkpoint=out/<run> tasks=retrieval,similarity,probes data=<folder>
 
 `checkpoint` is a run's folder, one of its checkpoints, a Hugging Face folder or hf:<id>. Runs are evaluated through
 `harness.py`, others through the harness's own `hf` model, from safetensors and without running code of their authors.
@@ -24,10 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nanodisp import cli
 from nanodisp.distributed import of_torchrun, start
 from nanodisp.errors import UserError, first_line, optional
+from nanodisp.evaluate.embeddings import open_embedder
 from nanodisp.evaluate.results import entries, save, table
+from nanodisp.evaluate.text_tasks import TASKS, Settings, evaluate, is_of_texts
 from nanodisp.hf.open import folder_of, is_hugging_face, load_their_tokenizer, need_causal, open_run
 from nanodisp.runs.evaluation import EVALUATION, read_evaluation
 
@@ -44,9 +49,12 @@ class EvaluateConfig:
     """Which tasks to run, and how.
 
     checkpoint: a run's folder, one of its checkpoints, a Hugging Face folder, or hf:<id>.
-    tasks: "paper", or names of the harness (tasks, groups or tags), separated by commas.
+    tasks: "paper", or names separated by commas: of the harness (tasks, groups or tags), or retrieval, similarity,
+        probes and mteb:<name>, which score embeddings.
+    data: for retrieval, similarity and probes: the folder of a data set, or of several (docs/evaluation.md).
+    text: for retrieval and similarity: a text file to fit transforms on; null is held-out text of the run's own data.
     task_folder: a folder of your own tasks, YAML files in the harness's format. Their `!function` lines run code.
-    limit: evaluate only the first so many examples of each task; null for all.
+    limit: evaluate only the first so many examples of each task (probes: of each class); null for all.
     num_fewshot: examples in front of each question; null is the task's own number, 1 for the paper's few-shot tasks.
     batch_size: sequences of full context per forward pass.
     seed: of everything that the harness draws, such as the few-shot examples.
@@ -58,6 +66,8 @@ class EvaluateConfig:
 
     checkpoint: str = cli.MISSING
     tasks: str = cli.MISSING
+    data: str | None = None
+    text: str | None = None
     task_folder: str | None = None
     limit: int | None = None
     num_fewshot: int | None = None
@@ -77,24 +87,65 @@ class EvaluateConfig:
             raise ValueError(f"seed={self.seed} must be between 0 and 2**32 - 1")
         if not all(self.tasks.split(",")):
             raise ValueError(f"tasks={self.tasks} has an empty name: give paper, or names separated by commas")
+        if not any(map(is_of_texts, self.tasks.split(","))):
+            for name in ("data", "text"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}={getattr(self, name)} is for tasks={', '.join(TASKS)}: leave it out")
 
 
 def main(argv: Sequence[str]) -> None:
     config = cli.parse(EvaluateConfig, argv)
     if of_torchrun("WORLD_SIZE", 1) > 1:
         raise UserError("evaluation is a single process: run python -m nanodisp.evaluate without torchrun")
-    harness = optional("lm_eval")
     device = start(config.device).device
-    names = dict.fromkeys((*ZERO_SHOT, *FEW_SHOT) if config.tasks == "paper" else config.tasks.split(","))
-    manager = find_tasks(names, config.task_folder)
-    model, model_name, folder = open_model(config, str(device))
-    out = Path(config.out) if config.out else folder / EVALUATION
+    all_names = dict.fromkeys((*ZERO_SHOT, *FEW_SHOT) if config.tasks == "paper" else config.tasks.split(","))
+    names = [name for name in all_names if not is_of_texts(name)]
+    failures = score_texts(config, [name for name in all_names if is_of_texts(name)], device)
+    if names:
+        failures += run_harness(config, names, str(device))
+    if failures:
+        raise UserError("\n".join(failures))
+
+
+def score_texts(config: EvaluateConfig, names: Sequence[str], device: torch.device) -> list[str]:
+    """Evaluate the tasks that score embeddings, print and write their figures; returns what failed."""
+    if not names:
+        return []
+    embedder = open_embedder(config.checkpoint, config.tokenizer, device)
+    subject = embedder.subject
+    out = Path(config.out) if config.out else subject.folder.resolve() / EVALUATION
+    earlier = read_earlier(out, subject.name)
+    failures: list[str] = []
+    for name in names:
+        try:
+            for result in evaluate(name, embedder, Settings(config.data, config.text, config.limit, config.seed)):
+                print(result.text, end="\n\n", flush=True)
+                earlier["tasks"][result.name] = result.entry
+                save(out, earlier)
+        except UserError as error:  # the other tasks are evaluated all the same
+            failures.append(str(error))
+    if len(failures) < len(names):
+        print(f"wrote {out}")
+    return failures
+
+
+def read_earlier(out: Path, model_name: str) -> dict[str, Any]:
+    """What evaluation.json holds, or the beginning of one; raises UserError if it is of another model."""
     earlier = read_evaluation(out)
     if earlier and earlier["model"] != model_name:
         raise UserError(
             f"{out} is of {earlier['model']}, this is {model_name}: give another file with out=…, or delete it"
         )
-    figures: dict[str, Any] = earlier["tasks"] if earlier else {}
+    return earlier or {"model": model_name, "harness": None, "tasks": {}}
+
+
+def run_harness(config: EvaluateConfig, names: Sequence[str], device: str) -> list[str]:
+    """Evaluate the harness's tasks, print and write their figures; returns what failed."""
+    harness = optional("lm_eval")
+    manager = find_tasks(names, config.task_folder)
+    model, model_name, folder = open_model(config, device)
+    out = Path(config.out) if config.out else folder / EVALUATION
+    figures: dict[str, Any] = read_earlier(out, model_name)["tasks"]
     evaluated: dict[str, Any] = {}
     failures: list[str] = []
     for name in names:
@@ -125,8 +176,7 @@ def main(argv: Sequence[str]) -> None:
     if evaluated:
         print(table(evaluated))
         print(f"wrote {out}")
-    if failures:
-        raise UserError("\n".join(failures))
+    return failures
 
 
 # --- the model, the tasks ------------------------------------------------------------------------
@@ -161,7 +211,7 @@ def open_model(config: EvaluateConfig, device: str) -> tuple[Any, str, Path]:
     return model, name, folder_of(name)
 
 
-def find_tasks(names: Sequence[str] | dict[str, None], folder: str | None) -> Any:
+def find_tasks(names: Sequence[str], folder: str | None) -> Any:
     """A `TaskManager` of the harness that knows these tasks; raises UserError for an unknown name.
 
     Listing the harness's own tasks takes seconds, so it is done only if `folder` does not have all of the tasks.

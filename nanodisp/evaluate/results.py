@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from nanodisp.errors import UserError
 from nanodisp.files import write_whole
 from nanodisp.runs.evaluation import main_metric
+
+NUMBERS = re.compile(r"\[(?:\s+(?:[-\d.e+]+|null),?)+\s+\]")  # a list of numbers, which is written as one line
 
 
 def entries(results: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -71,7 +74,9 @@ def save(path: Path, evaluation: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}; choose another with out=…") from error
-    write_whole(path, json.dumps(evaluation, indent=2).encode() + b"\n")
+    text = json.dumps(evaluation, indent=2)
+    text = NUMBERS.sub(lambda found: " ".join(found[0].split()), text)
+    write_whole(path, text.encode() + b"\n")
 
 
 def table(figures: dict[str, Any]) -> str:

@@ -254,6 +254,7 @@ class Measurable:
     folder: where figures are written.
     data, corpus, fingerprint: the run's data, the name of its folder of shards and what identifies their tokens; None
         for a Hugging Face model, the last also for a run of version 0.1.0.
+    load_tokenizer: the tokenizer of `encode`, for many texts; None for a Hugging Face model.
     """
 
     name: str
@@ -265,6 +266,7 @@ class Measurable:
     data: DataConfig | None = None
     corpus: str | None = None
     fingerprint: str | None = None
+    load_tokenizer: Callable[[], Tokenizer] | None = None
 
 
 def open_for_measuring(name: str, spec: str | None = None) -> Measurable:
@@ -281,12 +283,15 @@ def open_for_measuring(name: str, spec: str | None = None) -> Measurable:
     if corpus is not None:
         data = DataConfig(**{**run.saved.state["config"]["data"], "tokenizer": run.spec})
 
+    def load() -> Tokenizer:
+        return run.load_tokenizer(spec)
+
     def encode(text: str) -> np.ndarray:
-        return run.load_tokenizer(spec).encode(text).astype(np.int64)
+        return load().encode(text).astype(np.int64)
 
     block_size, vocab_size = run.model.config.block_size, run.model.vocab_size
     known = run.saved.state.get("corpus_fingerprint")
-    return Measurable(run.name, run.model, block_size, vocab_size, encode, run.folder, data, corpus, known)
+    return Measurable(run.name, run.model, block_size, vocab_size, encode, run.folder, data, corpus, known, load)
 
 
 def quiet_transformers() -> Any:
