@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from nanodisp.condensation.measure import hidden_states
 from nanodisp.config import Config
 from nanodisp.data.prepare import DataConfig
-from nanodisp.data.tokenizer import GPT2_VOCAB_SIZE, SPECS, Tokenizer, load_tokenizer
+from nanodisp.data.tokenizer import GPT2_VOCAB_SIZE, NO_FILE, SPECS, Tokenizer, load_tokenizer
 from nanodisp.errors import UserError, first_line, optional
 from nanodisp.hf.families import read_folder
 from nanodisp.hf.tokenizer import read_tokenizer
@@ -281,7 +281,9 @@ def open_for_measuring(name: str, spec: str | None = None) -> Measurable:
     run = open_run(name)
     corpus, data = run.saved.state["corpus"], None
     if corpus is not None:
-        data = DataConfig(**{**run.saved.state["config"]["data"], "tokenizer": run.spec})
+        data = DataConfig(**run.saved.state["config"]["data"])
+        if not Path(data.tokenizer).exists() and data.tokenizer not in NO_FILE:  # its folder of shards is named by it
+            data.tokenizer = run.spec
 
     def load() -> Tokenizer:
         return run.load_tokenizer(spec)
