@@ -122,8 +122,10 @@ def embed(
         layers: indices of hidden states, such as [-1] for the last; None for all.
         poolings: names of `POOLINGS`.
 
-    Raises UserError for a text without tokens, a token that the model does not have, or a layer that gives NaN.
+    Raises UserError for a text without tokens, a token, layer or pooling that there is not, or a layer that gives NaN.
     """
+    if unknown := set(poolings) - set(POOLINGS):
+        raise UserError(f"pooling={unknown.pop()} is unknown; choose one of {', '.join(POOLINGS)}")
     alike: dict[int, list[int]] = defaultdict(list)  # number of tokens -> texts
     rows, n_cut, n_all = [], 0, 0
     for number, text in enumerate(texts):
@@ -145,6 +147,8 @@ def embed(
         for batch in (numbers[i : i + at_once] for i in range(0, len(numbers), at_once)):
             idx = torch.from_numpy(np.stack([rows[number] for number in batch])).to(embedder.device)  # [B, T]
             states = list(enumerate(hidden_states(embedder.model, idx)))
+            if wrong := [layer for layer in layers or () if not -len(states) <= layer < len(states)]:
+                raise UserError(f"layer={wrong[0]}: {embedder.subject.name} has hidden states 0 to {len(states) - 1}")
             pooled = torch.stack(
                 [
                     torch.stack([POOLINGS[name](z.float()) for name in poolings])

@@ -71,7 +71,10 @@ def make_classifier() -> Any:
 
 
 def probe(vectors: Tensor, labels: list[int], seed: int) -> np.ndarray:
-    """Accuracy of each layer in each fold: vectors [layers, n, F] -> float64 [layers, FOLDS]; `seed` is of the folds."""
+    """Accuracy of each layer in each fold: vectors [layers, n, F] -> float64 [layers, FOLDS].
+
+    seed: of the assignment of texts to folds.
+    """
     classifier = make_classifier()
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.model_selection import StratifiedKFold, cross_val_score
