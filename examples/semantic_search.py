@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nanodisp import cli
-from nanodisp.data.decode import Tally
-from nanodisp.data.documents import find_files, is_text, read_documents
+from nanodisp.data.decode import read_whole
 from nanodisp.errors import UserError
 from nanodisp.evaluate.embeddings import embed, open_embedder
 from nanodisp.evaluate.grid import unit
@@ -29,7 +28,8 @@ class SearchConfig:
     """What to search, and for what.
 
     checkpoint: the model.
-    texts: a folder of text files, or one file.
+    texts: a folder of text files.
+    files: which of them, by their names.
     query: what to look for.
     characters: of a passage, at least; its last sentence is complete.
     layer: the index of a hidden state; -1 is the last.
@@ -40,6 +40,7 @@ class SearchConfig:
 
     checkpoint: str = cli.MISSING
     texts: str = cli.MISSING
+    files: str = "*.txt"
     query: str = cli.MISSING
     characters: int = 300
     layer: int = -1
@@ -57,20 +58,17 @@ class SearchConfig:
 
 def main(argv: Sequence[str]) -> None:
     config = cli.parse(SearchConfig, argv)
-    files = [file for file in find_files(Path(config.texts), "utf-8")[0] if is_text(file)]
-    index: list[tuple[Path, str]] = []
-    for file in files:
-        documents = ["".join(chunks) for chunks in read_documents(file, "text", "utf-8", Tally())]
-        index += [(file, passage) for passage in passages(documents, config.characters)]
+    files = sorted(file for file in Path(config.texts).rglob(config.files) if file.is_file())
+    index = [
+        (file, passage) for file in files for passage in passages([read_whole(file, str(file))], config.characters)
+    ]
     if len(index) < 2:
-        raise UserError(f"texts={config.texts} has {len(index)} passages: give more text, or fewer characters=…")
+        raise UserError(f"texts={config.texts} has {len(index)} passages in files={config.files}: give more text")
     embedder = open_embedder(config.checkpoint)
     options: Any = {"layers": [config.layer], "poolings": [config.pooling]}
-    passages_of, query = (
-        embed(embedder, texts, **options).vectors[0, 0] for texts in ([p for _, p in index], [config.query])
-    )
-    transform = fit(passages_of, passages_of.size(-1))[config.transform]
-    cosines = (unit(transform(passages_of)) @ unit(transform(query)).T)[:, 0]  # [n_passages]
+    found, query = (embed(embedder, t, **options).vectors[0, 0] for t in ([p for _, p in index], [config.query]))
+    transform = fit(found, found.size(-1))[config.transform]
+    cosines = (unit(transform(found)) @ unit(transform(query)).T)[:, 0]  # [n_passages]
     for score, number in zip(*cosines.topk(min(config.n, len(index))), strict=True):
         file, passage = index[int(number)]
         print(f"{score:.4f}  {file}: {' '.join(passage.split())[:160]}")

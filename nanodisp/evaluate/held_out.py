@@ -56,7 +56,7 @@ def passages(documents: Sequence[str], characters: int) -> Iterator[str]:
         passage = ""
         for sentence in SENTENCE_END.split(document):
             passage = f"{passage} {sentence}".strip() if passage else sentence.strip()
-            while len(passage) >= 2 * characters:
+            while len(passage) > 2 * characters:
                 yield passage[:characters]
                 passage = passage[characters:].strip()
             if len(passage) >= characters:

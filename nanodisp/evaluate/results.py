@@ -75,7 +75,7 @@ def save(path: Path, evaluation: dict[str, Any]) -> None:
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}; choose another with out=…") from error
     text = json.dumps(evaluation, indent=2)
-    text = NUMBERS.sub(lambda found: " ".join(found[0].split()), text)
+    text = NUMBERS.sub(lambda found: f"[{' '.join(found[0][1:-1].split())}]", text)
     write_whole(path, text.encode() + b"\n")
 
 

@@ -84,8 +84,10 @@ def _texts(file: Path) -> Iterator[tuple[str, str]]:
     for place, line in _lines(file):
         try:
             row = json.loads(line)
-            key, text, title = str(row["_id"]), row["text"], row.get("title") or ""
-            yield key, f"{title} {text}".strip() if title else str(text)
+            key, text, title = str(row["_id"]), row["text"], row.get("title")
+            if not isinstance(text, str):
+                raise TypeError
+            yield key, " ".join(filter(None, (title, text)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{place} is not an object with _id and text: {LAYOUT}") from error
 
