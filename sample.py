@@ -30,6 +30,7 @@ from nanodisp.distributed import hardware, start
 from nanodisp.errors import UserError
 from nanodisp.hf.open import open_for_text
 from nanodisp.models.generate import generate
+from nanodisp.training.compiled import keep_compiled
 
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -101,6 +102,7 @@ def main(argv: Sequence[str]) -> None:
     model, tokenizer, first_token = open_for_text(config.checkpoint, config.tokenizer)
     model = model.to(device, hardware.matmul_dtype(config.dtype, device))
     if config.compile:
+        keep_compiled()
         model.compile_one_token()
     prompt = tokenizer.encode(text).tolist()
     unprompted = [] if prompt else [first_token]

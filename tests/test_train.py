@@ -272,10 +272,12 @@ def test_other_precisions_and_optimizers_also_learn(run: Run, options: tuple[str
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
-def test_a_compiled_run_has_the_same_curve_breaks_no_graph_and_compiles_nothing_after_its_first_steps(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+def test_a_compiled_run_has_the_same_curve_compiles_in_its_first_steps_only_and_in_no_second_start(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from torch._dynamo.utils import counters
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
 
     settings = ("train.steps=6", "train.log_interval=1", "train.eval_interval=2", "train.eval_windows=6")  # 4, then 2
     plain = run(*settings, name="plain")
@@ -292,6 +294,11 @@ def test_a_compiled_run_has_the_same_curve_breaks_no_graph_and_compiles_nothing_
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
     assert not counters["graph_break"]
     assert compiled_by_step == [3] * 6, "the step, and the validation of a full and of a partial batch"
+    assert counters["aot_autograd"]["autograd_cache_miss"] == 3
+    counters.clear()
+    again = run(*settings, "train.compile=true", name="again")
+    assert counters["aot_autograd"]["autograd_cache_hit"] == 3
+    assert losses(again) == losses(compiled)
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(800, False), (400_000, True)])

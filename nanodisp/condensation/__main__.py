@@ -36,6 +36,7 @@ from nanodisp.distributed import start
 from nanodisp.errors import UserError
 from nanodisp.hf.corpus import folder_of_data
 from nanodisp.hf.open import PROBE, Measurable, open_for_measuring
+from nanodisp.models.quantize import check_scheme, quantize
 
 LONGEST_BLOCK = 512  # tokens of a window, unless `block` is given
 TOKENS_AT_ONCE = 2048  # tokens per forward pass
@@ -56,6 +57,7 @@ class CondensationConfig:
     include_diagonal: see `measure`.
     without: this many principal directions of each layer are removed before it is measured: 1 shows what is left
         without a massive activation.
+    quantize: int8, int4, w8a8 or w4a4: the model is measured after rounding, see `models/quantize.py`.
     projection: how the tokens of a window are projected onto the plane: pca, tsne or umap (if installed).
     device: "auto", "cpu" or "cuda".
     out: the folder to write to; null is the run's, or out/<model>.
@@ -69,6 +71,7 @@ class CondensationConfig:
     tokenizer: str | None = None
     include_diagonal: bool = False
     without: int = 0
+    quantize: str | None = None
     projection: str = "pca"
     device: str = "auto"
     out: str | None = None
@@ -78,6 +81,7 @@ class CondensationConfig:
             raise ValueError(f"windows={self.windows} must be at least 1")
         if self.without < 0:
             raise ValueError(f"without={self.without} must not be negative")
+        check_scheme(self.quantize)
         if self.block is not None and self.block < 2:
             raise ValueError(f"block={self.block}: a pair needs 2 tokens; null is the model's context")
         if self.data is not None and self.text is not None:
@@ -97,8 +101,11 @@ def main(argv: Sequence[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)  # before the measurement, which may take long
     except OSError as error:
         raise UserError(f"out={folder} cannot be created: {error.strerror}; give another folder") from error
-    name = f"{subject.name} without {config.without} directions" if config.without else subject.name
+    name = f"{subject.name} in {config.quantize}" if config.quantize else subject.name
+    name = f"{name} without {config.without} directions" if config.without else name
     refuse_another(folder, name)
+    if config.quantize:
+        quantize(model, config.quantize)
     result = measure(model, batches, include_diagonal=config.include_diagonal, without=config.without)
     result.save(folder, name)
     print(f"{name}: windows={result.windows} block={result.block}", result, sep="\n")

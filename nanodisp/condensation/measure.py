@@ -47,6 +47,9 @@ class Condensation:
         singular to the precision of the tokens: with at most as many tokens as features, and after
         the last LayerNorm, whose outputs are in a hyperplane.
     variance: [L + 1, F], the covariance's diagonal.
+    kurtosis: of all values of X, their fourth central moment over their squared variance: 3 for a Gaussian, more with
+        outliers, which make the steps of quantization coarse; Chmiel et al., arXiv 2002.07686.
+    outlier: the largest |x| over the median of |x| (of each window, averaged).
     """
 
     windows: int
@@ -62,6 +65,8 @@ class Condensation:
     frequency_ratio: np.ndarray
     condition: np.ndarray
     variance: np.ndarray
+    kurtosis: np.ndarray
+    outlier: np.ndarray
 
     @property
     def mean_of_last(self) -> np.ndarray:
@@ -97,12 +102,13 @@ class Condensation:
 
     def __str__(self) -> str:
         head = f"{'layer':>5} {'mean':>8} {'std':>8} {'eff. rank':>9} {'entropy':>8} {'explained':>9} {'high/low':>9}"
-        lines = [f"{head} {'condition':>9} {'variance':>9}"]
+        lines = [f"{head} {'condition':>9} {'variance':>9} {'kurtosis':>9} {'outlier':>8}"]
         for row in range(len(self.mean)):
             lines.append(
                 f"{row:5} {self.mean[row]:8.4f} {self.std[row]:8.4f} {self.effective_rank[row]:9.2f} "
                 f"{self.entropy[row]:8.4f} {self.explained[row]:9.4f} {self.frequency_ratio[row]:9.4f} "
-                f"{self.condition[row]:9.2e} {self.variance[row].mean():9.3g}"
+                f"{self.condition[row]:9.2e} {self.variance[row].mean():9.3g} {self.kurtosis[row]:9.4g} "
+                f"{self.outlier[row]:8.4g}"
             )
         rho, tau = trend(self.mean.tolist())
         last = ", ".join(f"{value:.4f}" for value in self.mean_of_last)

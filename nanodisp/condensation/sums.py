@@ -30,6 +30,9 @@ class LayerSums:
         self.cosine, self.cosine_squared, self.ratio = torch.zeros(3, dtype=torch.float64, device=device)
         self.token = torch.zeros(n_features, dtype=torch.float64, device=device)
         self.outer = torch.zeros(n_features, n_features, dtype=torch.float64, device=device)  # of x x^T, upper triangle
+        # of single values: sums of their powers 1 to 4, the largest, and the sum of the windows' medians, of |x|
+        self.powers = torch.zeros(4, dtype=torch.float64, device=device)
+        self.largest, self.median = torch.zeros(2, dtype=torch.float64, device=device)
 
     def add(self, z: Tensor) -> None:
         """Add the tokens z [B, N, F], of a floating dtype."""
@@ -46,6 +49,10 @@ class LayerSums:
         high = x.square().sum(dim=(1, 2)) - low
         self.ratio += (high.clamp(min=0) / low).sqrt().sum()
         self.token += n_tokens * window_mean.sum(dim=0)
+        square = x.square()
+        self.powers += torch.stack([x.sum(), square.sum(), (square * x).sum(), square.square().sum()])
+        size = x.abs().flatten(1)  # [B, N * F]
+        self.largest, self.median = torch.maximum(self.largest, size.max()), self.median + size.median(dim=1)[0].sum()
         x = x.view(-1, n_features)
         for start in range(0, n_features, STRIPE):  # symmetric: the blocks on and above the diagonal are enough
             stop = start + STRIPE
@@ -97,7 +104,14 @@ class LayerSums:
                 "frequency_ratio": self.ratio.item() / self.windows,
                 "condition": spread.max() / spread.min() if full else math.inf,
                 "variance": covariance.diagonal().clamp(min=0).numpy(),
+                "kurtosis": self._kurtosis(),
+                "outlier": np.float64(self.largest.item()) / (self.median.item() / self.windows),
             }
+
+    def _kurtosis(self) -> np.float64:
+        """The fourth central moment of all values over their squared variance."""
+        m1, m2, m3, m4 = (self.powers / (self.tokens * len(self.token))).cpu().numpy()
+        return (m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4) / (m2 - m1**2) ** 2
 
 
 def _eigenvalues(matrix: Tensor, rank: int, floor: float = 0.0) -> np.ndarray:

@@ -38,6 +38,7 @@ from nanodisp.report.tables import (
     make_table,
     make_task_table,
     quantities_of,
+    task_series,
 )
 from nanodisp.runs.read import RunSummary, as_text, differences, read_runs
 
@@ -164,6 +165,12 @@ def draw(
                 name,
                 f"{quantity.capitalize()} against lambda, ± standard error",
             )
+    for number, (column, series) in enumerate(task_series(rows).items(), start=1):
+        keep(
+            figures.against_lambda(series, column.split(", ")[1]),
+            f"task_{number}",
+            f"{column}, against lambda, ± standard error",
+        )
     with_losses = [run for run in runs if any(len(steps) for steps, _ in run.losses.values())]
     for key, name, unit in (
         ("loss", "steps", "nats per token"),

@@ -199,9 +199,13 @@ Score = tuple[float, float]  # value, standard error over examples (NaN if unkno
 
 @dataclass
 class Group:
-    """Evaluated runs of one row and lambda: column -> seed -> score."""
+    """Evaluated runs of one row and lambda: column -> seed -> score.
+
+    baseline: the label of the row's runs at lambda 0, "" for themselves and for imported models.
+    """
 
     label: str
+    baseline: str
     scores: dict[str, dict[int, Score]]
 
     def mean(self, column: str) -> float:
@@ -218,10 +222,15 @@ def make_task_table(
     A column is a task with its settings: another metric, other shots or another number of examples is another column.
     Mean and mean rank are over the tasks that all rows have: the mean over those where higher is better, the rank (1 is
     best, ties share their mean rank) over all. Standard errors are over seeds, or over examples for a single run.
+    Differences are to the row's lambda 0, paired by seed, with a 95% t interval.
     """
     kinds = {f"{run.folder.name}, imported": {0: run} for run in imported}
-    kinds |= {f"{row.label}, lambda {disp:g}": runs for row in rows for disp, runs in row.cells.items()}
-    groups = [Group(label, {}) for label in kinds]
+    groups = [Group(label, "", {}) for label in kinds]
+    for row in rows:
+        for disp, runs in row.cells.items():
+            baseline, label = (f"{row.label}, lambda {each:g}" for each in (0.0, disp))
+            kinds[label] = runs
+            groups.append(Group(label, baseline if disp else "", {}))
     rising: dict[str, bool] = {}  # column -> whether higher is better
     for group in groups:
         for seed, run in kinds[group.label].items():
@@ -231,17 +240,40 @@ def make_task_table(
     groups = [group for group in groups if group.scores]
     shared = [column for column in rising if all(column in group.scores for group in groups)]
     averaged = [column for column in shared if rising[column]]
+    by_label = {group.label: group for group in groups}
     cells: dict[str, list[Cell]] = {group.label: [] for group in groups}
+
+    def difference(group: Group, scores_of: Callable[[Group], dict[int, Score]]) -> str:
+        baseline = by_label.get(group.baseline)
+        values, others = ({seed: v for seed, (v, _) in scores_of(g).items()} if g else {} for g in (group, baseline))
+        return _difference(SCORE, values, others, disp=1.0)
+
     for column, higher_is_better in rising.items():
         means = {group.label: group.mean(column) for group in groups if column in group.scores}
         best = (max if higher_is_better else min)(means.values()) if len(means) > 1 else None
         for group in groups:
-            cells[group.label].append(_cell(group.scores.get(column, {}), means.get(group.label) == best))
+            cell = _cell(group.scores.get(column, {}), means.get(group.label) == best)
+            cell.difference = difference(group, lambda g, column=column: g.scores.get(column, {}))
+            cells[group.label].append(cell)
     for group in groups:
         ranks = [_rank(group, groups, column, rising[column]) for column in shared]
         rank = f"{statistics.fmean(ranks):.2f}" if ranks else NOTHING
-        cells[group.label] += [_cell(_mean_scores(group, averaged)), Cell(rank)]
+        mean = _cell(_mean_scores(group, averaged))
+        mean.difference = difference(group, lambda g: _mean_scores(g, averaged))
+        cells[group.label] += [mean, Cell(rank)]
     return [*rising, f"mean of {len(averaged)}", f"mean rank of {len(shared)}"], cells
+
+
+def task_series(rows: Sequence[Row]) -> dict[str, dict[str, dict[float, list[float]]]]:
+    """Column of the task table -> row -> lambda -> the seeds' scores, of the rows with scores at several lambdas."""
+    series: dict[str, dict[str, dict[float, list[float]]]] = {}
+    for row in rows:
+        for disp, runs in row.cells.items():
+            for run in runs.values():
+                for column, (value, _), _ in _scores(run):
+                    series.setdefault(column, {}).setdefault(row.label, {}).setdefault(disp, []).append(value)
+    kept = {column: {row: line for row, line in lines.items() if len(line) > 1} for column, lines in series.items()}
+    return {column: lines for column, lines in kept.items() if lines}
 
 
 def _scores(run: RunSummary) -> Iterator[tuple[str, Score, bool]]:

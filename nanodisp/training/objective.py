@@ -14,6 +14,7 @@ from nanodisp.dispersion import DispersionLoss
 from nanodisp.dispersion.placement import DispersionConfig, lambda_at, sample_positions, select_layers
 from nanodisp.distributed import World, hardware, layout
 from nanodisp.models.gpt import GPT, SoftTargets
+from nanodisp.training.compiled import keep_compiled
 from nanodisp.training.interventions import InterventionConfig, soft_targets
 
 
@@ -84,6 +85,8 @@ class Objective:
 
     def place(self, world: World, *, parallel: str, compiled: bool, recomputed: bool) -> None:
         """Compile and distribute terms and model, see `layout.place`; a teacher is compiled too."""
+        if compiled:
+            keep_compiled()
         self.terms = layout.place(
             self.terms, self.model, world, parallel=parallel, compiled=compiled, recomputed=recomputed
         )

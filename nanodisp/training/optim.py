@@ -176,8 +176,8 @@ def clip_gradients(
 def update(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler, grad_norm: Tensor) -> Tensor:
     """One step of each optimizer, or none when the gradient's norm is not finite.
 
-    Fused optimizers check that on the device, through the attribute that PyTorch's scaler sets for them; other
-    optimizers, and float16, wait for the device.
+    On a GPU nothing waits to know it, but in float16. Fused optimizers check it on the device, through the attribute
+    that PyTorch's scaler sets for them; the step of another one is taken back.
 
     Returns: whether the step was bad, bool scalar on the device. A float16 overflow is not bad: the scaler handles it.
     """
@@ -186,12 +186,29 @@ def update(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler
         if optimizer.defaults.get("fused") and not scaler.is_enabled():
             optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
             optimizer.step()
+        elif bad.is_cuda and not scaler.is_enabled():
+            step_unless(bad, optimizer)
         elif not bad:
             scaler.step(optimizer)
     if scaler.is_enabled() and scaler.get_scale() > 1:
         bad = torch.zeros_like(bad)
     scaler.update()
     return bad
+
+
+@torch.no_grad()
+def step_unless(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """A step of the optimizer; where `bad`, a bool scalar, its weights and states are put back as they were."""
+
+    def local() -> dict[tuple[int, str], Tensor]:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        found = {(id(p), what): t for p in parameters for what, t in {"": p, **optimizer.state.get(p, {})}.items()}
+        return {key: t.to_local() if isinstance(t, DTensor) else t for key, t in found.items() if isinstance(t, Tensor)}
+
+    before = {key: t.clone() for key, t in local().items()}
+    optimizer.step()
+    for key, t in local().items():
+        t.copy_(torch.where(bad, before.get(key, torch.zeros_like(t)), t))  # a new state begins with zeros
 
 
 @torch.no_grad()

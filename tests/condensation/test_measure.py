@@ -125,6 +125,16 @@ def test_frequencies_are_split_within_each_window() -> None:
         assert result.frequency_ratio[layer] == pytest.approx(ratios.mean().item(), abs=1e-6)
 
 
+def test_outliers_are_seen_by_kurtosis_and_by_the_largest_value() -> None:
+    model = lookup()
+    result = measure(model, WINDOWS.split(4))
+    for layer, z in enumerate(model(WINDOWS)):
+        x = z.detach().double().numpy()
+        assert result.kurtosis[layer] == pytest.approx(stats.kurtosis(x, axis=None, fisher=False), rel=1e-6)
+        medians = z.detach().abs().flatten(1).median(dim=1).values
+        assert result.outlier[layer] == pytest.approx(np.abs(x).max() / medians.mean().item(), rel=1e-6)
+
+
 def test_float32_states_lose_no_further_precision() -> None:
     model = gpt().eval()
     result = measure(model, WINDOWS)
@@ -441,6 +451,22 @@ def test_results_of_another_checkpoint_are_kept(run: Callable[..., Path], tmp_pa
     (folder / "condensation.json").write_text("damaged")
     condensation.main([f"checkpoint={folder}@1"])
     assert json.loads((folder / "condensation.json").read_text())["source"] == "run at step 1"
+
+
+def test_a_quantized_model_is_measured_after_rounding_and_its_results_are_its_own(
+    trained: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for name in ("null", "int8", "w4a4"):
+        condensation.main([f"checkpoint={trained}", "windows=3", f"quantize={name}", f"out={tmp_path / name}"])
+        found[name] = json.loads((tmp_path / name / "condensation.json").read_text())
+    cosines = {name: np.array([layer["mean"] for layer in content["layers"]]) for name, content in found.items()}
+    assert found["w4a4"]["source"] == "run at step 3 in w4a4"
+    assert cosines["int8"][0] == cosines["w4a4"][0] == cosines["null"][0], "the embedding is not rounded"
+    moved = {name: np.abs(cosines[name] - cosines["null"])[1:].max() for name in ("int8", "w4a4")}
+    assert 0 < moved["int8"] < moved["w4a4"]
+    with pytest.raises(UserError, match=r"w4a4/condensation.json is of run at step 3 in w4a4, this is run at step 3"):
+        condensation.main([f"checkpoint={trained}", f"out={tmp_path / 'w4a4'}"])
 
 
 def test_hidden_states_that_are_not_finite_are_reported_by_layer() -> None:

@@ -270,6 +270,24 @@ def test_benchmarks_have_a_row_per_lambda_and_a_column_per_task(tmp_path: Path) 
     assert [cell.text for cell in one] == over_examples
     assert [cell.best for cell in none] == [False, True, True, False, False]
     assert [cell.best for cell in one] == [True, True, False, False, False]
+    assert all(cell.difference == "" for cell in none)
+    gaps = ["Δ +0.3000", "Δ +0.1250", "Δ +3.0000", "Δ +0.2125", ""]  # to seed 1 alone: no interval
+    assert [cell.difference for cell in one] == gaps
+
+
+def test_differences_of_benchmarks_are_paired_by_seed_and_drawn_against_lambda(tmp_path: Path) -> None:
+    for disp, seed, easy in ((0, 1, 0.5), (0, 2, 0.7), (0, 3, 0.1), (1, 2, 0.8), (1, 1, 0.5), (1, 4, 0.9)):
+        run = write_run(tmp_path / f"disp{disp}-s{seed}", f"dispersion.lambda_disp={disp}", f"seed={seed}")
+        write_evaluation(run, easy=easy)
+    _, table = make_task_table(make_rows(read_runs(tmp_path)))
+    one = list(table.values())[1][0]
+    half = 12.7062 * 0.05  # t of one degree of freedom times the standard error of the gaps 0 and 0.1
+    assert one.difference == f"Δ +0.0500 [\N{MINUS SIGN}{half - 0.05:.4f}, +{half + 0.05:.4f}]"
+    report.main([str(tmp_path)])
+    markdown = (tmp_path / "report" / "report.md").read_text()
+    assert one.difference in markdown
+    assert "easy, acc, 0-shot, 100 examples, against lambda" in markdown
+    assert (tmp_path / "report" / "figures" / "task_1.svg").is_file()
 
 
 def test_other_settings_of_a_task_are_other_columns_and_not_in_the_mean(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from nanodisp.training.optim import (
     lr_scale,
     set_lr,
     state_tensors,
+    step_unless,
     with_rates,
 )
 
@@ -165,6 +166,31 @@ def test_clipping_is_that_of_pytorch_and_leaves_gradients_that_are_not_finite() 
     first.grad[0, 0] = math.nan
     assert clip(ours, 0.5).isnan()
     assert all(torch.equal(p.grad, grad) for p, grad in zip(list(ours.parameters())[1:], before[1:], strict=True))
+
+
+@pytest.mark.parametrize("bad_steps", [{0}, {1, 2}, set()])
+def test_a_bad_step_of_muon_is_taken_back(bad_steps: set[int]) -> None:
+    def trained(skips: bool) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        model = small_model()
+        optimizers = build_optimizers(model, OptimConfig(name="muon", lr=0.1, muon_lr=0.1))
+        for step in range(4):
+            idx = torch.full((2, 4), step)
+            model(idx, idx).loss.backward()
+            if bad := step in bad_steps:
+                model.h[0].mlp.c_fc.weight.grad.fill_(math.nan)
+            for optimizer in optimizers:
+                if not skips:
+                    step_unless(torch.tensor(bad), optimizer)
+                elif not bad:
+                    optimizer.step()
+                optimizer.zero_grad()
+        return model.state_dict(), state_tensors(model, optimizers)
+
+    (taken_back, states), (skipped, expected) = trained(skips=False), trained(skips=True)
+    for name, weight in skipped.items():
+        assert torch.equal(taken_back[name], weight), name
+    for name, state in expected.items():
+        assert torch.equal(states[name], state), name
 
 
 def test_a_number_that_is_not_finite_is_traced_to_its_layer() -> None:

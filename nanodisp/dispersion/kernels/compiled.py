@@ -58,11 +58,7 @@ def build(folder: Path) -> Path:
     compiler += ARCHITECTURE.get(torch.backends.cpu.get_cpu_capability(), [])
     made_from = "\n".join([SOURCE.read_text(), platform.machine(), *compiler])
     built = folder / f"loops-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
-    if not hasattr(os, "getuid"):
-        raise OSError("it is compiled on Linux and macOS only")
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022:  # somebody could have put a library there
-        raise OSError(f"{folder} belongs to another user, or others may write into it")
+    make_private(folder)
     if not built.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             object_file, linked = f"{scratch}/loops.o", f"{scratch}/loops.so"
@@ -72,6 +68,15 @@ def build(folder: Path) -> Path:
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
             Path(linked).replace(built)  # in one step: another process sees all of it or nothing
     return built
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder for code that will be loaded. Raises OSError if it exists and others could have put code there."""
+    if not hasattr(os, "getuid"):
+        raise OSError("code is compiled on Linux and macOS only")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022:
+        raise OSError(f"{folder} belongs to another user, or others may write into it")
 
 
 def directions(z: Tensor, u: Tensor) -> Tensor:
