@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import export, write_checkpointed_run
 
 from nanodisp import DispersionLoss
 from nanodisp.data.tokenizer import load_tokenizer
@@ -17,7 +18,7 @@ from nanodisp.hf.tokenizer import build_tokenizer
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from examples import hf_trainer  # noqa: E402
+from examples import classify, hf_trainer, semantic_search  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -144,3 +145,64 @@ def test_custom_code_and_pickles_are_rejected(tmp_path: Path, trap: str) -> None
     with pytest.raises(UserError, match="cannot be loaded"):
         hf_trainer.load(str(source))
     assert not (tmp_path / "executed").exists()
+
+
+# --- embeddings -----------------------------------------------------------------------------------
+
+TOPICS = {"numbers": "1234 5678 {} 90.", "letters": "abcd efgh {} ij."}
+
+
+@pytest.fixture(scope="module", params=["run", "hugging face"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    run = write_checkpointed_run(folder / "run", "byte", block_size=48)
+    return run if request.param == "run" else export(run, folder / "exported")
+
+
+@pytest.fixture
+def topics(tmp_path: Path) -> Path:
+    """A folder with a file for each topic, ten lines each."""
+    (tmp_path / "topics").mkdir()
+    for name, line in TOPICS.items():
+        (tmp_path / "topics" / f"{name}.txt").write_text("\n".join(line.format(i * 7) for i in range(10)) + "\n")
+    return tmp_path / "topics"
+
+
+def test_a_search_finds_the_nearest_passages(model: Path, topics: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (topics / "notes.md").write_text("abcd efgh 3 ij. " * 9)
+    given = [f"checkpoint={model}", f"texts={topics}", "characters=12"]
+    semantic_search.main([*given, "query=1234 5678 21 90.", "n=3"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[0] == f"1.0000  {topics / 'numbers.txt'}: 1234 5678 21 90."
+    assert all("numbers.txt" in line for line in lines)
+    semantic_search.main([*given, "query=abcd", "transform=raw", "n=99", "layer=0", "pooling=last", "files=*.md"])
+    assert len(capsys.readouterr().out.splitlines()) == 9
+    for extra, message in (
+        ("transform=none", "transform=none is unknown; choose one of raw, centred"),
+        ("n=0", "n=0 must be at least 1"),
+        ("files=*.pdf", r"has 0 passages in files=\*\.pdf"),
+        ("pooling=median", "pooling=median is unknown"),
+    ):
+        with pytest.raises(UserError, match=message):
+            semantic_search.main([*given, "query=x", extra])
+
+
+def test_a_classifier_learns_from_lines(
+    model: Path, topics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sklearn")
+    (tmp_path / "texts").write_text("abcd efgh 99 ij.\n\n1234 5678 99 90.\n")
+    given = [f"checkpoint={model}", f"labelled={topics}"]
+    classify.main([*given, f"texts={tmp_path / 'texts'}"])
+    head, first, second = capsys.readouterr().out.splitlines()
+    assert head == "accuracy in five folds of the labelled texts: 1.0000, deviation 0.0000"
+    assert first.startswith("letters.txt  0.9") and first.endswith("  abcd efgh 99 ij.")
+    assert second.startswith("numbers.txt  0.9")
+    (tmp_path / "empty").write_text("\n")
+    for arguments, message in (
+        ([*given, f"texts={tmp_path / 'empty'}"], "has no line to classify"),
+        ([given[0], f"labelled={tmp_path / 'texts'}", "texts=x"], "labelled=.* is not a folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            classify.main(arguments)

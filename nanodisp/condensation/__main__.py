@@ -28,13 +28,13 @@ from nanodisp import cli
 from nanodisp.condensation import figures
 from nanodisp.condensation.measure import hidden_states, measure
 from nanodisp.data.batches import spread_windows
-from nanodisp.data.corpus import fingerprint, open_corpus
 from nanodisp.data.decode import read_whole
 from nanodisp.data.prepare import DataConfig, prepare
 from nanodisp.data.shards import Manifest, check_tokens, open_split
 from nanodisp.data.tokenizer import load_tokenizer
 from nanodisp.distributed import start
 from nanodisp.errors import UserError
+from nanodisp.hf.corpus import folder_of_data
 from nanodisp.hf.open import PROBE, Measurable, open_for_measuring
 from nanodisp.models.quantize import check_scheme, quantize
 
@@ -169,17 +169,7 @@ def open_data(config: CondensationConfig, subject: Measurable) -> Path:
         folder = prepare(DataConfig(name="shards", path=config.data))
         check_tokenizer(folder, subject)
         return folder
-    if subject.data is None:
-        raise UserError(f"{subject.name} comes without data: {others}")
-    try:
-        folder = prepare(subject.data)
-    except UserError as error:
-        raise UserError(f"the data of {subject.name} cannot be read ({error}): {others}") from error
-    if folder.name != subject.corpus:
-        raise UserError(f"{folder} is not what {subject.name} was trained on, {subject.corpus}: {others}")
-    if subject.fingerprint not in (None, fingerprint(open_corpus(folder, "none"))):
-        raise UserError(f"{folder} has changed since {subject.name} was trained on it: {others}")
-    return folder
+    return folder_of_data(subject, others)
 
 
 def check_tokenizer(folder: Path, subject: Measurable) -> None:

@@ -1,8 +1,10 @@
-"""Run benchmarks of EleutherAI's lm-evaluation-harness on a model.
+"""Run benchmarks of EleutherAI's lm-evaluation-harness on a model, or measure its embeddings of texts, or its loss.
 
     python -m nanodisp.evaluate checkpoint=out/<run> tasks=blimp,hellaswag task_data=<folder>
     python -m nanodisp.evaluate checkpoint=out/<run> tasks=paper limit=500 checkpoints=all
     python -m nanodisp.evaluate checkpoint=hf:gpt2 tasks=hellaswag,arc_easy num_fewshot=5
+    python -m nanodisp.evaluate checkpoint=out/<run> tasks=retrieval,similarity,probes data=<folder>
+    python -m nanodisp.evaluate checkpoint=out/<run> tasks=loss quantize=int4
     python -m nanodisp.evaluate compare out/<run> out/<other run>
 
 `checkpoint` is a run's folder, one of its checkpoints, a Hugging Face folder or hf:<id>. Runs are evaluated through
@@ -18,6 +20,9 @@ where the harness has a task of the same name.
 GPT-2 (github.com/ChenLiu-1996/LM-Dispersion): none, but one for arc, mmlu and medmcqa, which `num_fewshot` changes. The
 paper uses the first 500 examples of each task: limit=500. `tasks=paper14` are all tasks of that code.
 
+`retrieval`, `similarity`, `probes` and `mteb:<name>` are of `text_tasks.py`, `loss` is of `loss.py`. `quantize`
+evaluates the model after rounding it, into a file of its own.
+
 `compare` prints how the second of two evaluated runs differs from the first, with 95% intervals of a paired bootstrap.
 """
 
@@ -26,18 +31,25 @@ from __future__ import annotations
 import nanodisp.process  # noqa: F401 - first: for what is loaded after it
 
 # isort: split
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from nanodisp import cli
 from nanodisp.data.benchmarks import BENCHMARKS, fingerprint
 from nanodisp.distributed import of_torchrun, start
 from nanodisp.errors import UserError, first_line, optional
 from nanodisp.evaluate.compare import compare
+from nanodisp.evaluate.embeddings import open_embedder
+from nanodisp.evaluate.loss import LOSS, evaluate_loss
 from nanodisp.evaluate.results import describe_checkpoints, entries, items_of, save, save_items, table
-from nanodisp.hf.open import folder_of, is_hugging_face, load_their_tokenizer, need_causal, open_run
+from nanodisp.evaluate.text_tasks import TASKS, Result, Settings, is_of_texts
+from nanodisp.evaluate.text_tasks import evaluate as evaluate_texts
+from nanodisp.hf.open import folder_of, is_hugging_face, load_their_tokenizer, name_of, need_causal, open_run
+from nanodisp.models.quantize import check_scheme, quantize
 from nanodisp.runs import checkpoint
 from nanodisp.runs.evaluation import EVALUATION, evaluation_of_step, read_evaluation
 
@@ -53,30 +65,39 @@ class EvaluateConfig:
 
     checkpoint: a run's folder, one of its checkpoints, a Hugging Face folder, or hf:<id>.
     checkpoints: "one", or "all" that the run has kept, oldest first.
-    tasks: "paper", "paper14", or names of the harness (tasks, groups or tags) or of local files, separated by commas.
+    tasks: "paper", "paper14", or names separated by commas: of the harness (tasks, groups or tags) or of local files;
+        retrieval, similarity, probes and mteb:<name>, which score embeddings; loss, on a run's validation split.
     task_data: a folder of local files with benchmarks, see docs/evaluation.md; null reads all from the hub.
+    data: for retrieval, similarity and probes: the folder of a data set, or of several (docs/evaluation.md).
+    text: for retrieval and similarity: a text file to fit transforms on; null is held-out text of the run's own data.
     task_folder: a folder of your own tasks, YAML files in the harness's format. Their `!function` lines run code.
-    limit: evaluate only the first so many examples of each task (of BLiMP evenly over its paradigms); null for all.
+    limit: evaluate only the first so many examples of each task (of BLiMP evenly over its paradigms,
+        of probes of each class, of loss windows); null for all.
     num_fewshot: examples in front of each question; null is the task's own number, 1 for the paper's few-shot tasks.
     batch_size: sequences of full context per forward pass.
     seed: of everything that the harness draws, such as the few-shot examples.
     redo: evaluate again what evaluation.json has from the same data with the same settings.
+    quantize: int8, int4, w8a8 or w4a4: round the model first, see `models/quantize.py`.
     device: "auto", "cpu" or "cuda".
     tokenizer: byte, gpt2, or the path of a .tiktoken file or of a folder with a tokenizer.json, if the run's own is not
         available.
-    out: the file to write; null is evaluation.json in the model's folder, or in out/<model> for one from the hub.
+    out: the file to write; null is evaluation.json in the model's folder, or in out/<model> for one from the hub, and
+        evaluation_<quantize>.json after rounding.
     """
 
     checkpoint: str = cli.MISSING
     checkpoints: str = "one"
     tasks: str = cli.MISSING
     task_data: str | None = None
+    data: str | None = None
+    text: str | None = None
     task_folder: str | None = None
     limit: int | None = None
     num_fewshot: int | None = None
     batch_size: int = 8
     seed: int = 1234
     redo: bool = False
+    quantize: str | None = None
     device: str = "auto"
     tokenizer: str | None = None
     out: str | None = None
@@ -91,6 +112,11 @@ class EvaluateConfig:
             raise ValueError(f"seed={self.seed} must be between 0 and 2**32 - 1")
         if not all(self.tasks.split(",")):
             raise ValueError(f"tasks={self.tasks} has an empty name: give paper, or names separated by commas")
+        check_scheme(self.quantize)
+        if not any(map(is_of_texts, self.tasks.split(","))):
+            for name in ("data", "text"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}={getattr(self, name)} is for tasks={', '.join(TASKS)}: leave it out")
         if self.checkpoints not in ("one", "all"):
             raise ValueError(f"checkpoints={self.checkpoints} is unknown; choose one of one, all")
         if self.checkpoints == "all" and (self.out is not None or is_hugging_face(self.checkpoint)):
@@ -120,78 +146,153 @@ def main(argv: Sequence[str]) -> None:
     config = cli.parse(EvaluateConfig, argv)
     if of_torchrun("WORLD_SIZE", 1) > 1:
         raise UserError("evaluation is a single process: run python -m nanodisp.evaluate without torchrun")
-    optional("lm_eval")
-    from nanodisp.evaluate.tasks import find_tasks, load  # here, because it imports the harness
+    device = start(config.device).device
+    loaded, failures = load_tasks(config)
+    names = [config.checkpoint]
+    if config.checkpoints == "all":
+        names = [str(path) for path in checkpoint.all_checkpoints(Path(config.checkpoint) / checkpoint.CHECKPOINTS)]
+        if not names:
+            raise UserError(f"{config.checkpoint} holds no checkpoints: checkpoints=all needs a run's folder")
+    by_step = {}
+    for name in names:
+        results = Results(config, name)
+        failures += evaluate_own(config, name, results, device)
+        if loaded:
+            evaluate(config, name, loaded, results, device)
+        by_step[results.step] = results.evaluated
+    if config.checkpoints == "all":
+        print(describe_checkpoints(by_step))
+    if failures:
+        raise UserError("\n".join(dict.fromkeys(failures)))
 
-    device = str(start(config.device).device)
-    manager = find_tasks(config.names(), config.task_folder, config.task_data)
-    loaded: dict[str, Any] = {}
+
+class Results:
+    """The evaluation.json of a model, to which entries are added; raises UserError if it is of another model.
+
+    head: what identifies the model in it. evaluated: the entries of this call. step: of a run, else 0.
+    """
+
+    def __init__(self, config: EvaluateConfig, name: str) -> None:
+        self.evaluated: dict[str, Any] = {}
+        self.step, file = 0, EVALUATION
+        if is_hugging_face(name):
+            self.head: dict[str, Any] = {"model": name.removeprefix("hf:")}
+            folder = folder_of(self.head["model"])
+        else:
+            path = checkpoint.find(Path(name))
+            state, folder = checkpoint.read_state(path), path.parent.parent.resolve()
+            self.step = state["step"]
+            self.head = {"model": name_of(folder, self.step), "weights": state["sha256"]["model.safetensors"][:16]}
+            if config.checkpoints == "all":
+                file = evaluation_of_step(self.step, checkpoint.newest_step(folder))
+        if config.quantize:
+            self.head["model"] += f" in {config.quantize}"
+            file = f"{Path(file).stem}_{config.quantize}.json"
+        self.path = Path(config.out) if config.out else folder / file
+        earlier = read_evaluation(self.path)
+        if earlier and any(earlier.get(key, value) != value for key, value in self.head.items()):
+            of = self.head["model"] + (" with other weights" if earlier["model"] == self.head["model"] else "")
+            hint = "give another file with out=…, or delete it"
+            raise UserError(f"{self.path} is of {earlier['model']}, this is {of}: {hint}")
+        self.harness = earlier.get("harness")
+        self.figures: dict[str, Any] = earlier.get("tasks", {})
+
+    def add(self, entries: dict[str, Any]) -> None:
+        self.evaluated |= entries
+        self.figures |= entries
+        save(self.path, {**self.head, "harness": self.harness, "tasks": self.figures})
+
+
+# --- tasks of ours -------------------------------------------------------------------------------
+
+
+def is_own(task: str) -> bool:
+    return task == LOSS or is_of_texts(task)
+
+
+def evaluate_own(config: EvaluateConfig, name: str, results: Results, device: torch.device) -> list[str]:
+    """Evaluate the tasks that need no harness, print and write their figures; returns what failed."""
     failures: list[str] = []
-    for name in config.names():
+    embedder, tasks = None, [task for task in config.names() if is_own(task)]
+    settings = Settings(config.data, config.text, config.limit, config.seed)
+    for task in tasks:
         try:
-            loaded[name] = load(manager, name, config.task_data)
+            if task == LOSS:
+                found: Iterable[Result] = [evaluate_loss(name, config.quantize, config.limit, config.seed, device)]
+            else:
+                if embedder is None:
+                    embedder = open_embedder(name, config.tokenizer, device)
+                    if config.quantize:
+                        quantize(embedder.model, config.quantize)
+                found = evaluate_texts(task, embedder, settings)
+            for result in found:
+                print(result.text, end="\n\n", flush=True)
+                results.add({result.name: result.entry})
         except UserError as error:  # the other tasks are evaluated all the same
             failures.append(str(error))
-    if loaded and config.checkpoints == "all":
-        if not (found := checkpoint.all_checkpoints(Path(config.checkpoint) / checkpoint.CHECKPOINTS)):
-            raise UserError(f"{config.checkpoint} holds no checkpoints: checkpoints=all needs a run's folder")
-        by_step = {int(path.name[5:]): evaluate(config, str(path), loaded, device) for path in found}
-        print(describe_checkpoints(by_step))
-    elif loaded:
-        evaluate(config, config.checkpoint, loaded, device)
-    if failures:
-        raise UserError("\n".join(failures))
+    if results.evaluated:
+        print(f"wrote {results.path}")
+    return failures
 
 
-def evaluate(config: EvaluateConfig, name: str, loaded: dict[str, Any], device: str) -> dict[str, Any]:
-    """Evaluate a model on the tasks, write and print the results; return the entries of these tasks by name."""
+# --- tasks of the harness ------------------------------------------------------------------------
+
+
+def load_tasks(config: EvaluateConfig) -> tuple[dict[str, Any], list[str]]:
+    """The harness's tasks with their data, by name, and what failed."""
+    loaded: dict[str, Any] = {}
+    failures: list[str] = []
+    if names := [task for task in config.names() if not is_own(task)]:
+        optional("lm_eval")
+        from nanodisp.evaluate.tasks import find_tasks, load  # here, because it imports the harness
+
+        manager = find_tasks(names, config.task_folder, config.task_data)
+        for name in names:
+            try:
+                loaded[name] = load(manager, name, config.task_data)
+            except UserError as error:  # the other tasks are evaluated all the same
+                failures.append(str(error))
+    return loaded, failures
+
+
+def evaluate(config: EvaluateConfig, name: str, loaded: dict[str, Any], results: Results, device: torch.device) -> None:
+    """Evaluate a model on the harness's tasks, write and print the figures."""
     from nanodisp.evaluate.tasks import score
 
-    model, head, out = open_model(config, name, device)
-    earlier = read_evaluation(out)
-    if earlier and any(earlier.get(key, value) != value for key, value in head.items()):
-        of = head["model"] + (" with other weights" if earlier["model"] == head["model"] else "")
-        raise UserError(f"{out} is of {earlier['model']}, this is {of}: give another file with out=…, or delete it")
-    figures: dict[str, Any] = earlier["tasks"] if earlier else {}
-    evaluated: dict[str, Any] = {}
+    model = open_model(config, name, str(device))
+    results.harness, evaluated = optional("lm_eval").__version__, {}
     for number, (task, with_data) in enumerate(loaded.items(), start=1):
-        settings = config.settings(task)
-        if task in figures and not config.redo and not config.task_folder and settings == figures[task].get("settings"):
+        settings, known = config.settings(task), results.figures.get(task, {})
+        if known and not config.redo and not config.task_folder and settings == known.get("settings"):
             print(f"{task}: done already, redo=true evaluates it again")
-            evaluated[task] = figures[task]
+            evaluated[task] = known
             continue
         model.label, model.cut = f"{task} ({number} of {len(loaded)})", 0
-        results = score(model, with_data, limit=config.limit, shots=settings["num_fewshot"], seed=config.seed)
+        scores = score(model, with_data, limit=config.limit, shots=settings["num_fewshot"], seed=config.seed)
         new = {
             each: {**entry, "seed": config.seed, "settings": settings, "cut": model.cut}
-            for each, entry in entries(results)
+            for each, entry in entries(scores)
         }
         evaluated |= new
-        figures |= new
-        save_items(out, {each: items_of(results, each) for each in new})
-        save(out, {**head, "harness": optional("lm_eval").__version__, "tasks": figures})
+        save_items(results.path, {each: items_of(scores, each) for each in new})
+        results.add(new)
+    results.evaluated |= evaluated
     print(table(evaluated))
-    print(f"wrote {out}")
-    return evaluated
+    print(f"wrote {results.path}")
 
 
-# --- the model -----------------------------------------------------------------------------------
-
-
-def open_model(config: EvaluateConfig, checkpoint_name: str, device: str) -> tuple[Any, dict[str, Any], Path]:
-    """The model for the harness, what identifies it in evaluation.json, and the file of its results."""
-    if not is_hugging_face(checkpoint_name):
+def open_model(config: EvaluateConfig, name: str, device: str) -> Any:
+    """The model for the harness."""
+    if not is_hugging_face(name):
         from nanodisp.evaluate.harness import HarnessModel  # here, because it imports the harness
 
-        run = open_run(checkpoint_name)
-        need_causal(checkpoint_name, run.model.config, "be evaluated on benchmarks")
+        run = open_run(name)
+        need_causal(name, run.model.config, "be evaluated on benchmarks")
         tokenizer = run.load_tokenizer(config.tokenizer)
-        newest = checkpoint.newest_step(run.folder)
-        file = EVALUATION if config.checkpoints == "one" else evaluation_of_step(run.saved.step, newest)
-        head = {"model": run.name, "weights": run.saved.state["sha256"]["model.safetensors"][:16]}
-        model = HarnessModel(run.model.to(device), tokenizer, config.batch_size)
-        return model, head, Path(config.out) if config.out else run.folder.resolve() / file
-    name = checkpoint_name.removeprefix("hf:")
+        if config.quantize:
+            quantize(run.model, config.quantize)
+        return HarnessModel(run.model.to(device), tokenizer, config.batch_size)
+    name = name.removeprefix("hf:")
     if config.tokenizer is not None:
         raise UserError("tokenizer=… is for runs: a Hugging Face model has its own")
     load_their_tokenizer(name)  # raises UserError without one
@@ -207,7 +308,9 @@ def open_model(config: EvaluateConfig, checkpoint_name: str, device: str) -> tup
         raise
     except Exception as error:  # of many classes, from the harness, transformers, safetensors and the network
         raise UserError(f"{name} cannot be loaded: {first_line(error)}") from error
-    return model, {"model": name}, Path(config.out) if config.out else folder_of(name) / EVALUATION
+    if config.quantize:
+        quantize(model.model, config.quantize)
+    return model
 
 
 if __name__ == "__main__":

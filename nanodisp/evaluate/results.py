@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ import numpy as np
 from nanodisp.errors import UserError
 from nanodisp.files import write_whole
 from nanodisp.runs.evaluation import items_file, main_metric
+
+NUMBERS = re.compile(r"\[(?:\s+(?:[-\d.e+]+|null),?)+\s+\]")  # a list of numbers, which is written as one line
 
 
 def entries(results: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -72,7 +75,9 @@ def number_or_none(value: Any) -> float | None:
 def save(path: Path, evaluation: dict[str, Any]) -> None:
     """Write evaluation.json, completely or not at all."""
     make_folder(path)
-    write_whole(path, json.dumps(evaluation, indent=2).encode() + b"\n")
+    text = json.dumps(evaluation, indent=2)
+    text = NUMBERS.sub(lambda found: f"[{' '.join(found[0][1:-1].split())}]", text)
+    write_whole(path, text.encode() + b"\n")
 
 
 def make_folder(path: Path) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from nanodisp.condensation.measure import hidden_states
 from nanodisp.config import Config
 from nanodisp.data.prepare import DataConfig
-from nanodisp.data.tokenizer import GPT2_VOCAB_SIZE, SPECS, Tokenizer, load_tokenizer
+from nanodisp.data.tokenizer import GPT2_VOCAB_SIZE, NO_FILE, SPECS, Tokenizer, load_tokenizer
 from nanodisp.errors import UserError, first_line, optional
 from nanodisp.hf.families import read_folder
 from nanodisp.hf.tokenizer import read_tokenizer
@@ -63,7 +63,7 @@ class OpenRun:
 
     @property
     def name(self) -> str:
-        return f"{self.folder.resolve().name} at step {self.saved.step}"
+        return name_of(self.folder, self.saved.step)
 
     def load_tokenizer(self, spec: str | None = None) -> Tokenizer:
         """The run's own, or the one of `spec`; raises UserError if it cannot be loaded or is not the model's."""
@@ -71,6 +71,11 @@ class OpenRun:
             return load_fitting(spec or self.spec, self.model.config)
         except UserError as error:
             raise UserError(str(error) + ("" if spec else "; tokenizer=… replaces the run's own")) from error
+
+
+def name_of(folder: Path, step: int) -> str:
+    """The name of a run's checkpoint in what is measured of it."""
+    return f"{folder.resolve().name} at step {step}"
 
 
 def open_run(name: str) -> OpenRun:
@@ -254,6 +259,7 @@ class Measurable:
     folder: where figures are written.
     data, corpus, fingerprint: the run's data, the name of its folder of shards and what identifies their tokens; None
         for a Hugging Face model, the last also for a run of version 0.1.0.
+    load_tokenizer: the tokenizer of `encode`, for many texts; None for a Hugging Face model.
     """
 
     name: str
@@ -265,6 +271,7 @@ class Measurable:
     data: DataConfig | None = None
     corpus: str | None = None
     fingerprint: str | None = None
+    load_tokenizer: Callable[[], Tokenizer] | None = None
 
 
 def open_for_measuring(name: str, spec: str | None = None) -> Measurable:
@@ -279,14 +286,19 @@ def open_for_measuring(name: str, spec: str | None = None) -> Measurable:
     run = open_run(name)
     corpus, data = run.saved.state["corpus"], None
     if corpus is not None:
-        data = DataConfig(**{**run.saved.state["config"]["data"], "tokenizer": run.spec})
+        data = DataConfig(**run.saved.state["config"]["data"])
+        if not Path(data.tokenizer).exists() and data.tokenizer not in NO_FILE:  # its folder of shards is named by it
+            data.tokenizer = run.spec
+
+    def load() -> Tokenizer:
+        return run.load_tokenizer(spec)
 
     def encode(text: str) -> np.ndarray:
-        return run.load_tokenizer(spec).encode(text).astype(np.int64)
+        return load().encode(text).astype(np.int64)
 
     block_size, vocab_size = run.model.config.block_size, run.model.vocab_size
     known = run.saved.state.get("corpus_fingerprint")
-    return Measurable(run.name, run.model, block_size, vocab_size, encode, run.folder, data, corpus, known)
+    return Measurable(run.name, run.model, block_size, vocab_size, encode, run.folder, data, corpus, known, load)
 
 
 def quiet_transformers() -> Any:

@@ -245,6 +245,6 @@ def test_an_empty_text_of_a_task_is_reported(run: Path, data: Path) -> None:
     items[1]["choices"][1] = ""
     loaded = {"tasks": {"blimp": FileTask("blimp", items)}, "groups": {}, "group_map": {}}
     loaded["tasks"]["blimp"].set_config("target_delimiter", "")
-    model, _, _ = evaluate.open_model(evaluate.EvaluateConfig(str(run), tasks="blimp"), str(run), "cpu")
+    model = evaluate.open_model(evaluate.EvaluateConfig(str(run), tasks="blimp"), str(run), "cpu")
     with pytest.raises(UserError, match="item 1 of blimp has an empty text"):
         score(model, loaded, limit=None, shots=None, seed=0)
