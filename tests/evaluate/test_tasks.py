@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ |= {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}  # before their packages are imported
@@ -76,6 +77,7 @@ def test_choices_by_their_sum_and_by_their_mean_per_character(run: Path, data: P
     assert by_sum != by_mean
     found = values(everything[0]["hellaswag"])
     assert found == pytest.approx({"acc": np.mean(by_sum), "acc_norm": np.mean(by_mean)})
+    assert all(metric["higher_is_better"] for metric in everything[0]["hellaswag"]["metrics"].values())
     assert {**everything[0]["hellaswag"], "metrics": 0, "settings": 0} == {
         **{"metrics": 0, "settings": 0, "shots": 0, "examples": 12, "version": 1.0, "seed": 1234, "cut": 0}
     }
@@ -145,6 +147,13 @@ def test_the_exported_model_has_the_same_items(run: Path, data: Path, everything
         assert set(theirs) <= set(ours)
         for key in theirs:
             assert np.array_equal(theirs[key], ours[key]), key
+
+
+def test_a_text_is_cut_where_its_last_token_needs_more_than_the_context(run: Path) -> None:
+    model, _, _ = evaluate.open_model(evaluate.EvaluateConfig(str(run), tasks="blimp"), str(run), "cpu")
+    for n, cut in ((BLOCK - 1, 0), (BLOCK, 0), (BLOCK + 1, 1)):
+        model.loglikelihood([SimpleNamespace(args=("a" * n, "b"))], disable_tqdm=True)
+        assert model.cut == cut
 
 
 # --- one call after another ---------------------------------------------------------------
