@@ -44,6 +44,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     documents = {f"d{i}": text for i, text in enumerate(texts)} | {"empty": ""}
     write_beir(root / "retrieval" / "tiny", documents, queries, test=judged[:6], dev=judged[6:])
     write_beir(root / "retrieval" / "other", documents, queries, test=judged)
+    write_beir(root / "swapped", documents, queries, test=judged[6:])
     (root / "sts" / "pairs").mkdir(parents=True)
     for split, seed in (("test", 2), ("dev", 3)):
         pair = sentences(20, seed), sentences(20, seed + 9)
@@ -98,6 +99,21 @@ def test_one_command_runs_all_tasks_and_the_report_reads_them(
         for metric, value in entry_of["metrics"].items():
             assert value["higher_is_better"] is True, (name, metric)
     assert '"last": [0.' in out.read_text(), "a list of numbers is one line"
+
+
+def test_the_dev_split_chooses_and_transforms_are_fitted_on_the_held_out_text(
+    run: Path, data: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted: list[Any] = []
+    original = text_tasks.make_grid
+    monkeypatch.setattr(text_tasks, "make_grid", lambda sets, x, score: (fitted.append(x), original(sets, x, score))[1])
+    for folder in ("retrieval/tiny", "swapped"):
+        go(run, "tasks=retrieval", f"data={data / folder}", f"text={text}", f"out={tmp_path / 'out.json'}")
+    tiny, swapped = read_evaluation(tmp_path / "out.json")["tasks"].values()
+    assert {**swapped["best"], "by": "dev"} == tiny["chosen"]
+    assert {**tiny["best"], "by": "dev"} != tiny["chosen"], "the test split would have chosen others"
+    assert tiny["notes"][-1].startswith(f"fitted on {fitted[0].size(2):,} passages")
+    assert all(torch.equal(x, fitted[0]) and x.size(2) > 100 for x in fitted)
 
 
 def test_tasks_are_added_to_those_of_the_harness_and_an_encoder_has_them_too(data: Path, tmp_path: Path) -> None:
@@ -206,6 +222,15 @@ def test_dev_chooses_and_without_it_the_last_layer_is_reported() -> None:
     assert chosen["metrics"]["m raw"]["value"] == pytest.approx(0.41)
     assert chosen["chosen"] == {"raw": {"layer": 1, "pooling": "last"}, "by": "dev"}
     assert alone["grid"]["m"]["raw"]["last"] == [0.51, 0.41]
+
+
+def test_each_layer_and_pooling_has_its_own_transform() -> None:
+    """The held-out texts are around the mean of each layer and pooling, which centring takes away."""
+    x = torch.arange(6.0).reshape(2, 3, 1, 1).expand(2, 3, 4, 2)
+    around = x[:, :, :1] + torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
+    grid = make_grid([x], around, lambda z: {"m": (float(z.abs().max()), 0.1)})
+    assert grid.values["m"][..., 0].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert not grid.values["m"][..., 1].any()
 
 
 def test_a_score_that_is_not_a_number_is_null_and_never_the_best() -> None:
