@@ -40,7 +40,7 @@ import torch
 
 from nanodisp import cli
 from nanodisp.data.benchmarks import BENCHMARKS, fingerprint
-from nanodisp.distributed import of_torchrun, start
+from nanodisp.distributed import hardware, of_torchrun, start
 from nanodisp.errors import UserError, first_line, optional
 from nanodisp.evaluate.compare import compare
 from nanodisp.evaluate.embeddings import open_embedder
@@ -147,6 +147,7 @@ def main(argv: Sequence[str]) -> None:
     if of_torchrun("WORLD_SIZE", 1) > 1:
         raise UserError("evaluation is a single process: run python -m nanodisp.evaluate without torchrun")
     device = start(config.device).device
+    hardware.prepare(device, torch.float32)
     loaded, failures = load_tasks(config)
     names = [config.checkpoint]
     if config.checkpoints == "all":
