@@ -11,7 +11,7 @@ JOBS ?= 2
 INSTALLED := $(VENV)/installed-$(EXTRAS)
 
 .PHONY: help install run test test-fast mutants lint format bench bench-train bench-data bench-gpu gpu-wheels verify-data
-.PHONY: audit soak study report constraints clean
+.PHONY: audit soak study study-report report constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +79,9 @@ soak: install ## kill runs, change their number of ranks, corrupt their files; J
 study: install ## run or resume an experiment and write its report: make study EXPERIMENT=lambda
 	$(BIN)/python train.py -m experiment=$(EXPERIMENT)
 	$(BIN)/python -m nanodisp.report out/$(EXPERIMENT)
+
+study-report: install ## the study's tables from its records, into docs/study/results.md
+	$(BIN)/python -m bench.study_report
 
 report: install ## write tables, figures and a page about a folder of runs: make report RUNS=out/<sweep>
 	$(BIN)/python -m nanodisp.report $(RUNS)

@@ -1,0 +1,205 @@
+"""The tables of the study, from docs/study/records/ alone: `make study-report` writes docs/study/results.md.
+
+Every number of that page is computed here, as docs/study/plan.md says under "Statistics": paired differences with 95% t
+intervals, Holm's correction within a family of tests, two one-sided tests of equivalence, and power.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from bench.study import RECORDS
+from bench.study_plan import SIZES
+
+PAGE = RECORDS.parent / "results.md"
+NOTHING = "\N{EN DASH}"  # in place of a missing number
+FEWEST = 3  # pairs of a test
+ALPHA, POWER = 0.05, 0.8
+MARGINS = {"loss": 0.01, "BLiMP": 0.005}  # of equivalence
+PRIMARY = "(a) lambda 0.1"
+WITHOUT_LAMBDA = ("c", "tuned")  # designs whose baseline is lambda 0 of design (a)
+
+Arms = dict[str, dict[int, float]]  # arm -> seed -> value
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Differences of pairs, arm minus baseline.
+
+    half: half the width of their 95% t interval. p: of the two-sided paired t test. equivalent: the larger p of two
+    one-sided t tests that the mean lies within +-margin. All NaN below `FEWEST` pairs.
+    """
+
+    n: int
+    mean: float
+    deviation: float
+    half: float
+    p: float
+    equivalent: float
+
+
+def paired(values: dict[int, float], baseline: dict[int, float], margin: float) -> Paired:
+    """Compare the seeds that both have."""
+    gaps = [values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())]
+    n = len(gaps)
+    if n < FEWEST:
+        return Paired(n, statistics.fmean(gaps) if gaps else math.nan, *[math.nan] * 4)
+    mean, deviation = statistics.fmean(gaps), statistics.stdev(gaps)
+    error = deviation / math.sqrt(n)
+    test = lambda of: math.copysign(math.inf, of) if error == 0 else of / error  # noqa: E731
+    of_t = stats.t(n - 1)
+    outside = max(of_t.sf(test(mean + margin)), of_t.cdf(test(mean - margin)))
+    return Paired(n, mean, deviation, of_t.ppf(0.975) * error, 2 * of_t.sf(abs(test(mean))), float(outside))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Adjusted p values of one family: Holm (1979). NaN where there was no test, which is not counted."""
+    tested = sorted((value, i) for i, value in enumerate(p) if not math.isnan(value))
+    adjusted, largest = [math.nan] * len(p), 0.0
+    for rank, (value, i) in enumerate(tested):
+        largest = max(largest, min(1.0, (len(tested) - rank) * value))
+        adjusted[i] = largest
+    return adjusted
+
+
+def pairs_needed(effect: float, deviation: float) -> int:
+    """Pairs that show a mean difference of `effect` with 80% power at 5%, two-sided: noncentral t distribution."""
+    for n in range(FEWEST, 100_000):
+        critical = stats.t.ppf(1 - ALPHA / 2, n - 1)
+        shift = abs(effect) / deviation * math.sqrt(n)
+        if stats.nct.sf(critical, n - 1, shift) + stats.nct.cdf(-critical, n - 1, shift) >= POWER:
+            return n
+    raise ValueError(f"an effect of {effect} is too small beside a deviation of {deviation}")
+
+
+# --- from records to arms ------------------------------------------------------------------------
+
+
+def read_records(folder: Path = RECORDS) -> list[dict[str, Any]]:
+    """The finished runs that take part in comparisons: all but those of the search for a rate."""
+    lines = [line for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
+    return [record for record in map(json.loads, lines) if record["design"] != "lr"]
+
+
+def arms_of(records: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float | None]) -> Arms:
+    """Arm -> seed -> value, of the runs that have one."""
+    arms: Arms = defaultdict(dict)
+    for record in records:
+        arm, _, seed = record["name"].rpartition("-s")
+        if (found := value(record)) is not None:
+            arms[arm][int(seed)] = found
+    return dict(arms)
+
+
+def loss(record: dict[str, Any]) -> float | None:
+    return record["loss"]
+
+
+def blimp(record: dict[str, Any]) -> float | None:
+    return record.get("tasks", {}).get("blimp", {}).get("acc")
+
+
+def middle_cosine(record: dict[str, Any]) -> float:
+    """The mean cosine of the layers between the embedding and the last one at the end."""
+    return statistics.fmean(record["val"][-1]["mean_cosine"][1:-1])
+
+
+def baseline_of(arm: str) -> str:
+    """The arm at lambda 0 with everything else alike: "f-150k-dropout-lam0.1" -> "f-150k-dropout-lam0"."""
+    design, size, *_ = arm.split("-")
+    return f"a-{size}-lam0" if design in WITHOUT_LAMBDA else f"{arm.rpartition('-')[0]}-lam0"
+
+
+def family_of(arm: str) -> str:
+    """Tests that are corrected together: lambdas of design (a) apart from each other, each other design as a whole."""
+    design, _, *rest = arm.split("-")
+    return f"(a) lambda {rest[0].removeprefix('lam')}" if design == "a" else f"({design})"
+
+
+def families(arms: Arms) -> dict[str, list[str]]:
+    """Family -> its arms, those at lambda 0.1 of design (a) first, sizes in ascending order."""
+    order = list(SIZES)
+    compared = [arm for arm in arms if baseline_of(arm) != arm and baseline_of(arm) in arms]
+    compared.sort(
+        key=lambda arm: (family_of(arm) != "(a) lambda 0.1", family_of(arm), order.index(arm.split("-")[1]), arm)
+    )
+    found: dict[str, list[str]] = {}
+    for arm in compared:
+        found.setdefault(family_of(arm), []).append(arm)
+    return found
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+
+def table(title: str, arms: Arms, margin: float | None, digits: int) -> Iterator[str]:
+    """A Markdown table for each family; without a margin there are no columns about equivalence."""
+    heads = ["arm", "pairs", "baseline", "difference, 95%", "deviation", "p (Holm)"]
+    heads += ["within", "pairs for it"] if margin else []
+    for family, members in families(arms).items():
+        found = [paired(arms[arm], arms[baseline_of(arm)], margin or 0.0) for arm in members]
+        yield f"\n### {title}, {family}\n"
+        yield f"| {' | '.join(heads)} |"
+        yield f"| {' | '.join(['---'] * len(heads))} |"
+        for arm, of, adjusted in zip(members, found, holm([each.p for each in found]), strict=True):
+            shared = arms[arm].keys() & arms[baseline_of(arm)].keys()
+            base = statistics.fmean(arms[baseline_of(arm)][seed] for seed in shared) if shared else math.nan
+            cells = [arm, str(of.n), number(base, digits), difference(of, digits), number(of.deviation, digits)]
+            cells.append(probability(adjusted))
+            if margin:
+                needed = str(pairs_needed(margin, of.deviation)) if of.deviation > 0 else NOTHING
+                cells += [probability(of.equivalent), needed]
+            yield f"| {' | '.join(cells)} |"
+
+
+def difference(of: Paired, digits: int) -> str:
+    interval = "" if math.isnan(of.half) else f" [{of.mean - of.half:+.{digits}f}, {of.mean + of.half:+.{digits}f}]"
+    return f"{of.mean:+.{digits}f}{interval}" if of.n else NOTHING
+
+
+def number(value: float, digits: int) -> str:
+    return NOTHING if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def probability(p: float) -> str:
+    return NOTHING if math.isnan(p) else "< 0.0001" if p < 1e-4 else f"{p:.4f}"
+
+
+def page(records: Sequence[dict[str, Any]]) -> str:
+    n = {name: sum(record["design"] == name for record in records) for name in {r["design"] for r in records}}
+    counted = ", ".join(f"({name}) {count}" for name, count in sorted(n.items()))
+    lines = [
+        "# Results of the study",
+        "",
+        "Written by `make study-report` from the records; do not edit. [plan.md](plan.md) says what is compared.",
+        "",
+        f"{len(records)} runs beside the search for learning rates: {counted}. Until the plan's numbers of pairs are",
+        "reached, this is an interim look, from which nothing is concluded.",
+        "",
+        "A difference is arm minus its baseline without dispersion, of pairs with the same seed. `p` is that of a paired",
+        "t test, corrected by Holm within the table. `within` is the p value of equivalence: below 0.05 the difference",
+        f"lies within ±{MARGINS['loss']} nats (BLiMP: ±{MARGINS['BLiMP']}). The last column is how many pairs would show",
+        "a difference as large as that with 80% power.",
+        *table("Validation loss, nats per token", arms_of(records, loss), MARGINS["loss"], 4),
+        *table("BLiMP, accuracy", arms_of(records, blimp), MARGINS["BLiMP"], 4),
+        *table("Mean cosine of the middle layers", arms_of(records, middle_cosine), None, 3),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    PAGE.write_text(page(read_records()), encoding="utf-8")
+    print(f"wrote {PAGE}")
+
+
+if __name__ == "__main__":
+    main()

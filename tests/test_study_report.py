@@ -1,0 +1,89 @@
+"""The statistics of the study, and that its page is what its records give."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from bench.study_report import (
+    PAGE,
+    baseline_of,
+    families,
+    holm,
+    page,
+    paired,
+    pairs_needed,
+    read_records,
+)
+
+
+def pairs(gaps: list[float], base: float = 5.0) -> tuple[dict[int, float], dict[int, float]]:
+    baseline = {seed: base + 0.1 * seed for seed in range(len(gaps))}
+    return {seed: baseline[seed] + gap for seed, gap in enumerate(gaps)}, baseline
+
+
+@given(st.lists(st.floats(-0.1, 0.1), min_size=3, max_size=20).filter(lambda gaps: np.std(gaps) > 1e-6))
+def test_the_difference_is_that_of_a_paired_t_test(gaps: list[float]) -> None:
+    values, baseline = pairs(gaps)
+    of = paired(values | {99: 7.0}, baseline | {98: 1.0}, margin=0.01)  # seeds without a partner do not count
+    theirs = stats.ttest_rel([*values.values()], [*baseline.values()])
+    low, high = theirs.confidence_interval(0.95)
+    assert of.n == len(gaps)
+    assert of.p == pytest.approx(theirs.pvalue, rel=1e-5)
+    assert (of.mean - of.half, of.mean + of.half) == pytest.approx((low, high), rel=1e-5, abs=1e-9)
+    lower = stats.ttest_1samp(gaps, -0.01, alternative="greater").pvalue
+    upper = stats.ttest_1samp(gaps, 0.01, alternative="less").pvalue
+    assert of.equivalent == pytest.approx(max(lower, upper), rel=1e-5, abs=1e-12)
+
+
+def test_two_pairs_have_a_mean_and_no_test() -> None:
+    of = paired(*pairs([0.02, 0.04]), margin=0.01)
+    assert of.mean == pytest.approx(0.03)
+    assert math.isnan(of.p) and math.isnan(of.half) and math.isnan(of.equivalent)
+    assert math.isnan(paired({1: 2.0}, {2: 2.0}, margin=0.01).mean)
+
+
+def test_holm_multiplies_the_smallest_most_and_never_falls() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    adjusted = holm([0.02, math.nan, 0.01])
+    assert adjusted[2] == pytest.approx(0.02) and adjusted[0] == pytest.approx(0.02) and math.isnan(adjusted[1])
+
+
+def test_power_is_that_of_the_plan_and_of_a_simulation() -> None:
+    assert pairs_needed(0.005, 0.014) == 64  # the plan's normal approximation says 62
+    n = pairs_needed(0.01, 0.014)
+    random = np.random.default_rng(0)
+    for size, above in ((n, True), (n - 2, False)):
+        p = stats.ttest_1samp(random.normal(0.01, 0.014, (20_000, size)), 0.0, axis=1).pvalue
+        assert ((p < 0.05).mean() >= 0.795) == above
+
+
+def test_every_arm_is_compared_with_lambda_0_of_its_own_design() -> None:
+    assert baseline_of("a-77k-lam0.1") == "a-77k-lam0"
+    assert baseline_of("f-150k-dropout-lam0.1") == "f-150k-dropout-lam0"
+    assert baseline_of("h-150k-teacher0.1-lam0.1") == "h-150k-teacher0.1-lam0"
+    assert baseline_of("c-150k-late") == baseline_of("tuned-150k-lam0.1") == "a-150k-lam0"
+    names = [
+        "a-150k-lam0",
+        "a-150k-lam0.1",
+        "a-77k-lam0",
+        "a-77k-lam0.1",
+        "a-77k-lam0.3",
+        "c-77k-late",
+        "b-77k-5x-lam0.1",
+    ]
+    assert families({name: {1: 0.0} for name in names}) == {
+        "(a) lambda 0.1": ["a-77k-lam0.1", "a-150k-lam0.1"],
+        "(a) lambda 0.3": ["a-77k-lam0.3"],
+        "(c)": ["c-77k-late"],
+    }, "without a baseline there is no comparison"
+
+
+def test_the_page_is_what_the_records_give() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(read_records()), "run make study-report"
