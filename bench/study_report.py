@@ -19,6 +19,8 @@ from scipy import stats
 
 from bench.study import RECORDS
 from bench.study_plan import SIZES
+from nanodisp.errors import UserError
+from nanodisp.report.scaling import effective_parameters, fit
 
 PAGE = RECORDS.parent / "results.md"
 NOTHING = "\N{EN DASH}"  # in place of a missing number
@@ -138,6 +140,32 @@ def families(arms: Arms) -> dict[str, list[str]]:
     return found
 
 
+def effective(records: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """How much larger a model without dispersion must be to equal each arm of (a), by the law of all runs without."""
+    plain = [r for r in records if r["name"].rpartition("-s")[0].endswith("lam0") and r["design"] in ("a", "b")]
+    n, d, losses = zip(*((r["non_embedding"], r["config"]["train"]["tokens"], r["loss"]) for r in plain), strict=True)
+    yield "\n### Effective parameters\n"
+    try:
+        law = fit(n, d, losses)
+    except UserError as error:
+        yield f"Not known yet: {error}."
+        return
+    yield (
+        f"Without dispersion L = {law.E:.3f} + {law.A:.4g} N^-{law.alpha:.3f} + {law.B:.4g} D^-{law.beta:.3f}. An "
+        "arm's loss is that of a model without dispersion with so many times its parameters, on the same tokens:\n"
+    )
+    yield "| arm | runs | times |"
+    yield "| --- | --- | --- |"
+    by_arm: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for record in records:
+        if record["design"] == "a":
+            by_arm[record["name"].rpartition("-s")[0]].append(record)
+    for arm, runs in by_arm.items():
+        mean, tokens = statistics.fmean(r["loss"] for r in runs), runs[0]["config"]["train"]["tokens"]
+        times = effective_parameters(law, runs[0]["non_embedding"], tokens, mean)
+        yield f"| {arm} | {len(runs)} | {times:.2f} |"
+
+
 # --- the page ------------------------------------------------------------------------------------
 
 
@@ -192,6 +220,7 @@ def page(records: Sequence[dict[str, Any]]) -> str:
         *table("Validation loss, nats per token", arms_of(records, loss), MARGINS["loss"], 4),
         *table("BLiMP, accuracy", arms_of(records, blimp), MARGINS["BLiMP"], 4),
         *table("Mean cosine of the middle layers", arms_of(records, middle_cosine), None, 3),
+        *effective(records),
     ]
     return "\n".join(lines) + "\n"
 

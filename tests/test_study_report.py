@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -13,6 +14,7 @@ from scipy import stats
 from bench.study_report import (
     PAGE,
     baseline_of,
+    effective,
     families,
     holm,
     page,
@@ -20,6 +22,7 @@ from bench.study_report import (
     pairs_needed,
     read_records,
 )
+from nanodisp.report.scaling import Law
 
 
 def pairs(gaps: list[float], base: float = 5.0) -> tuple[dict[int, float], dict[int, float]]:
@@ -83,6 +86,23 @@ def test_every_arm_is_compared_with_lambda_0_of_its_own_design() -> None:
         "(a) lambda 0.3": ["a-77k-lam0.3"],
         "(c)": ["c-77k-late"],
     }, "without a baseline there is no comparison"
+
+
+def test_arms_are_worth_the_parameters_of_the_law_without_dispersion() -> None:
+    law = Law(E=2.0, A=60.0, B=300.0, alpha=0.3, beta=0.35)
+    runs, sizes = [], (8e4, 1.5e5, 3e5, 6e5)
+    for n, times in itertools.product(sizes, (5, 20, 80)):
+        config = {"train": {"tokens": times * n}}
+        for lam, factor in ((0, 1.0), (0.1, 1.5)):
+            name = f"{'a' if times == 20 else 'b'}-{n:g}-lam{lam}-s1"
+            loss = float(law.loss(n * factor, times * n))
+            runs.append({"name": name, "design": name[0], "non_embedding": n, "config": config, "loss": loss})
+    lines = list(effective(runs))
+    assert [line for line in lines if "lam0.1" in line] == [
+        f"| a-{n:g}-lam0.1 | 1 | 1.50 |" for n in (8e4, 1.5e5, 3e5, 6e5)
+    ]
+    assert "| a-80000-lam0 | 1 | 1.00 |" in lines
+    assert "Not known yet" in "".join(effective([run for run in runs if run["design"] == "a"]))
 
 
 def test_the_page_is_what_the_records_give() -> None:

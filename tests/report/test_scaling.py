@@ -1,0 +1,44 @@
+"""The scaling law is found again from its own losses, and a gain is worth the parameters that give it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from nanodisp.errors import UserError
+from nanodisp.report.scaling import Law, effective_parameters, fit
+
+CHINCHILLA = Law(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
+N, D = (each.flatten() for each in np.meshgrid(np.geomspace(8e4, 2.5e6, 5), np.geomspace(1e6, 2e8, 4)))
+
+
+def test_known_constants_are_found_again() -> None:
+    law = fit(N, D, CHINCHILLA.loss(N, D))
+    assert law == pytest.approx(CHINCHILLA, rel=0.05)
+    np.testing.assert_allclose(law.loss(N, D), CHINCHILLA.loss(N, D), rtol=2e-4)
+
+
+def test_one_run_that_went_wrong_moves_the_law_little() -> None:
+    losses = CHINCHILLA.loss(N, D) * np.exp(np.random.default_rng(0).normal(0, 2e-4, len(N)))
+    losses[7] *= 1.2
+    np.testing.assert_allclose(fit(N, D, losses).loss(N, D), CHINCHILLA.loss(N, D), rtol=3e-3)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.3, 4.0])
+def test_a_loss_is_worth_the_parameters_that_give_it(factor: float) -> None:
+    n, d = 3e5, 6e6
+    loss = float(CHINCHILLA.loss(n * factor, d))
+    assert effective_parameters(CHINCHILLA, n, d, loss) == pytest.approx(factor)
+
+
+def test_a_loss_that_no_size_reaches_is_worth_infinitely_many() -> None:
+    assert effective_parameters(CHINCHILLA, 3e5, 6e6, 1.0) == float("inf")
+    assert effective_parameters(CHINCHILLA, 3e5, 6e6, 1e5) == 0.0
+
+
+def test_runs_that_cannot_tell_the_terms_apart_are_refused() -> None:
+    n = np.geomspace(8e4, 2.5e6, 6)
+    with pytest.raises(UserError, match="add runs with another budget"):
+        fit(n, 20 * n, CHINCHILLA.loss(n, 20 * n))
+    with pytest.raises(UserError, match="as many different sizes and budgets"):
+        fit(N[:4], D[:4], CHINCHILLA.loss(N[:4], D[:4]))
