@@ -150,7 +150,7 @@ def test_the_exported_model_has_the_same_items(run: Path, data: Path, everything
 
 
 def test_a_text_is_cut_where_its_last_token_needs_more_than_the_context(run: Path) -> None:
-    model, _, _ = evaluate.open_model(evaluate.EvaluateConfig(str(run), tasks="blimp"), str(run), "cpu")
+    model = evaluate.open_model(evaluate.EvaluateConfig(str(run), tasks="blimp"), str(run), "cpu")
     for n, cut in ((BLOCK - 1, 0), (BLOCK, 0), (BLOCK + 1, 1)):
         model.loglikelihood([SimpleNamespace(args=("a" * n, "b"))], disable_tqdm=True)
         assert model.cut == cut
