@@ -18,7 +18,7 @@ import numpy as np
 
 from nanodisp.errors import UserError
 from nanodisp.evaluate.results import averaged, read_items
-from nanodisp.runs.evaluation import EVALUATION, items_file, main_metric, read_evaluation
+from nanodisp.runs.evaluation import EVALUATION, EVALUATIONS_OF_STEPS, items_file, main_metric, read_evaluation
 
 RESAMPLES, SEED = 2000, 0
 INTERVAL = (2.5, 97.5)  # percent
@@ -39,8 +39,10 @@ def compare(arguments: Sequence[str]) -> str:
         raise UserError("compare needs two evaluated runs: compare out/<run> out/<other run>")
     a, b = (read_run(Path(name)) for name in arguments)
     tasks = common_tasks(a, b)
-    names = [f"a: {a.name}, {describe(a)}", f"b: {b.name}, {describe(b)}"]
-    lines = [*names, "", f"{'last checkpoints':24} {'items':>7} {'a':>8} {'b':>8} {'b - a':>8}  95% interval"]
+    lines = [f"a: {a.name}, {describe(a)}", f"b: {b.name}, {describe(b)}"]
+    if missing := [task for task in dict.fromkeys([*a.items[-1], *b.items[-1]]) if task not in tasks]:
+        lines.append(f"left out, because not all of these checkpoints have it: {', '.join(missing)}")
+    lines += ["", f"{'last checkpoints':24} {'items':>7} {'a':>8} {'b':>8} {'b - a':>8}  95% interval"]
     # [resample, checkpoint] of each task and run; a resample has the same items in all checkpoints of both runs
     random = np.random.default_rng(SEED)
     resampled = {task: resample(random, a, b, task) for task in tasks}
@@ -102,8 +104,11 @@ def common_tasks(a: Evaluated, b: Evaluated) -> list[str]:
 
 
 def read_run(folder: Path) -> Evaluated:
-    """The evaluations of a run, or of a Hugging Face folder as step 0; raises UserError without any."""
-    paths = [folder] if folder.is_file() else [*sorted(folder.glob("evaluation_step_*.json")), folder / EVALUATION]
+    """The evaluations of a run, without those after rounding, or of a Hugging Face folder or a file as step 0.
+
+    Raises UserError without any.
+    """
+    paths = [folder] if folder.is_file() else [*sorted(folder.glob(EVALUATIONS_OF_STEPS)), folder / EVALUATION]
     found: dict[int, tuple[dict[str, Any], dict[str, np.ndarray]]] = {}
     for path in paths:
         if not (evaluation := read_evaluation(path)):

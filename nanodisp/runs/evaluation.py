@@ -9,6 +9,7 @@ from typing import Any
 from nanodisp.errors import UserError
 
 EVALUATION = "evaluation.json"
+EVALUATIONS_OF_STEPS = f"evaluation_step_{'[0-9]' * 8}.json"  # a pattern: not those of quantized models
 
 
 def evaluation_of_step(step: int, newest: int) -> str:

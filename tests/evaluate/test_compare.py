@@ -88,6 +88,17 @@ def test_the_best_of_equals_is_chosen_again_in_every_resample(tmp_path: Path) ->
     assert low > -0.005 and high > 0.03, "the maximum of five resampled means is rarely below one of them"
 
 
+def test_what_not_all_checkpoints_have_is_left_out_and_named_and_rounded_models_are_others(tmp_path: Path) -> None:
+    a = write(tmp_path / "a", {1: {"x": answers(0.4)}, 2: {"x": answers(0.4), "y": answers(0.4)}})
+    b = write(tmp_path / "b", {2: {"x": answers(0.5), "y": answers(0.5)}})
+    text = compare([str(a), str(b)])
+    assert "left out, because not all of these checkpoints have it: y" in text
+    (b / "evaluation_items.npz").rename(b / "evaluation_step_00000001_int8_items.npz")
+    (b / "evaluation.json").rename(b / "evaluation_step_00000001_int8.json")
+    with pytest.raises(UserError, match="b has no evaluation with items"):
+        compare([str(a), str(b)])
+
+
 def test_the_same_call_prints_the_same(tmp_path: Path) -> None:
     a, b = (str(write(tmp_path / name, {7: {"x": answers(0.5, seed=i)}})) for i, name in enumerate("ab"))
     assert compare([a, b]) == compare([a, b])
