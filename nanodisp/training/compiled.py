@@ -28,10 +28,14 @@ def keep_compiled() -> None:
         with contextlib.suppress(OSError, RuntimeError):  # no home, or one that others write into: the default stays
             make_private(cache_folder())
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder() / "torch")
-    package = Path(__file__).resolve().parents[1]
+    inside = ("torch.amp.autocast_mode._enter_autocast", "torch.amp.autocast_mode._exit_autocast")
+    version = dict.fromkeys(inside, version_of(Path(__file__).resolve().parents[1]))
+    of_inductor.unsafe_marked_cacheable_functions |= version  # "unsafe": their key is up to us
+    of_autograd.autograd_cache_allow_custom_autograd_functions = True
+
+
+def version_of(package: Path) -> str:
+    """What another PyTorch changes, or another source of the models and the loss in the folder of nanodisp."""
     files = sorted(file for part in ("models", "dispersion") for file in (package / part).rglob("*.py"))
     sources = hashlib.sha256(b"".join(file.read_bytes() for file in files))
-    version = f"{torch.__version__} {sources.hexdigest()}"
-    inside = ("torch.amp.autocast_mode._enter_autocast", "torch.amp.autocast_mode._exit_autocast")
-    of_inductor.unsafe_marked_cacheable_functions |= dict.fromkeys(inside, version)  # "unsafe": their key is up to us
-    of_autograd.autograd_cache_allow_custom_autograd_functions = True
+    return f"{torch.__version__} {sources.hexdigest()}"
