@@ -46,7 +46,7 @@ from nanodisp.evaluate.compare import compare
 from nanodisp.evaluate.embeddings import open_embedder
 from nanodisp.evaluate.loss import LOSS, evaluate_loss
 from nanodisp.evaluate.results import describe_checkpoints, entries, items_of, save, save_items, table
-from nanodisp.evaluate.text_tasks import TASKS, Result, Settings, is_of_texts
+from nanodisp.evaluate.text_tasks import MTEB, TASKS, Result, Settings, is_of_texts
 from nanodisp.evaluate.text_tasks import evaluate as evaluate_texts
 from nanodisp.hf.open import folder_of, is_hugging_face, load_their_tokenizer, name_of, need_causal, open_run
 from nanodisp.models.quantize import check_scheme, quantize
@@ -113,14 +113,31 @@ class EvaluateConfig:
         if not all(self.tasks.split(",")):
             raise ValueError(f"tasks={self.tasks} has an empty name: give paper, or names separated by commas")
         check_scheme(self.quantize)
-        if not any(map(is_of_texts, self.tasks.split(","))):
-            for name in ("data", "text"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{name}={getattr(self, name)} is for tasks={', '.join(TASKS)}: leave it out")
+        self._check_unused()
         if self.checkpoints not in ("one", "all"):
             raise ValueError(f"checkpoints={self.checkpoints} is unknown; choose one of one, all")
         if self.checkpoints == "all" and (self.out is not None or is_hugging_face(self.checkpoint)):
             raise ValueError("checkpoints=all writes a file for each checkpoint of a run: leave out=… and hf:… out")
+
+    def _check_unused(self) -> None:
+        """Raises ValueError for a key that none of the tasks uses, so that no call is other than it says."""
+        names = self.names()
+        if len(names) > 1 and {"paper", "paper14"} & set(names):
+            raise ValueError(
+                f"tasks={self.tasks}: paper and paper14 are given alone, other tasks in a call of their own"
+            )
+        if self.limit is not None and any(name.startswith(MTEB) for name in names):
+            raise ValueError(
+                f"limit={self.limit} is not for tasks={MTEB}…, which mteb evaluates as a whole: leave it out"
+            )
+        for keys, of, used in (
+            (("task_data", "task_folder", "num_fewshot"), "benchmarks", not all(map(is_own, names))),
+            (("data",), f"tasks={', '.join(TASKS)}", set(names) & set(TASKS)),
+            (("text",), "tasks=retrieval, similarity", set(names) & {"retrieval", "similarity"}),
+        ):
+            for key in keys:
+                if getattr(self, key) is not None and not used:
+                    raise ValueError(f"{key}={getattr(self, key)} is for {of}: leave it out")
 
     def names(self) -> list[str]:
         """The tasks, each once."""
@@ -155,8 +172,7 @@ def main(argv: Sequence[str]) -> None:
         if not names:
             raise UserError(f"{config.checkpoint} holds no checkpoints: checkpoints=all needs a run's folder")
     by_step = {}
-    for name in names:
-        results = Results(config, name)
+    for name, results in [(name, Results(config, name)) for name in names]:  # all files before the first hour
         failures += evaluate_own(config, name, results, device)
         if loaded:
             evaluate(config, name, loaded, results, device)
@@ -190,6 +206,8 @@ class Results:
             self.head["model"] += f" in {config.quantize}"
             file = f"{Path(file).stem}_{config.quantize}.json"
         self.path = Path(config.out) if config.out else folder / file
+        if self.path.is_dir():
+            raise UserError(f"{self.path} is a folder: out=… is the file to write")
         earlier = read_evaluation(self.path)
         if earlier and any(earlier.get(key, value) != value for key, value in self.head.items()):
             of = self.head["model"] + (" with other weights" if earlier["model"] == self.head["model"] else "")

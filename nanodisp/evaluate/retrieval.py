@@ -133,7 +133,8 @@ def halves(documents: Sequence[str], longest: int, limit: int | None = None) -> 
     pairs = [pair for pair in pairs if not any(map(is_empty, pair))]
     pairs = [pairs[i] for i in spread_windows(len(pairs), min(limit or HALVES, HALVES)).tolist()]
     if len(pairs) < 2:
-        raise UserError("the validation split has fewer than two texts to cut in halves: give data=<BEIR folder>")
+        few = "limit=1 leaves" if limit == 1 else "the validation split has"
+        raise UserError(f"{few} fewer than two texts to cut in halves: give data=<BEIR folder>, or more")
     firsts, seconds = (list(column) for column in zip(*pairs, strict=True))
     return Retrieval(seconds, firsts, [{i: 1.0} for i in range(len(pairs))])
 

@@ -22,6 +22,7 @@ from lm_eval.tasks.wikitext import preprocess_wikitext
 
 from nanodisp.data.benchmarks import BENCHMARKS, Item, read_items
 from nanodisp.errors import UserError, optional
+from nanodisp.evaluate.text_tasks import TASKS as OF_TEXTS
 
 TASKS = Path(__file__).with_name("tasks.yaml")
 BOOTSTRAPS = 1000  # resamples for the standard errors of metrics that are no means
@@ -48,7 +49,8 @@ def find_tasks(names: Iterable[str], folder: str | None, data: str | None = None
         manager = tasks.TaskManager(include_path=folder)
     for name in names:
         if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, [*manager.all_tasks, *(BENCHMARKS if data else ())], n=3)
+            known = [*OF_TEXTS, *manager.all_tasks, *(BENCHMARKS if data else ())]
+            near = difflib.get_close_matches(name, known, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else "lm-eval ls tasks lists all names"
             raise UserError(f"tasks={name} is unknown; {hint}")
     return manager
@@ -62,7 +64,9 @@ def load(manager: Any, name: str, data: str | None = None) -> dict[str, Any]:
         return manager.load([name])
     except Exception as error:  # of many classes, from the harness, three libraries and the network
         reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
-        raise UserError(f"task {name} cannot be loaded, or its data, from the hub or a local file: {reason}") from error
+        hint = "; task_data=<folder> reads it from files" if data is None and name in BENCHMARKS else ""
+        of_where = "from the hub or a local file"
+        raise UserError(f"task {name} cannot be loaded, or its data, {of_where}: {reason}{hint}") from error
 
 
 class FileTask(ConfigurableTask):

@@ -223,6 +223,7 @@ def test_all_checkpoints_of_a_run_are_evaluated(data: Path, tmp_path: Path, caps
     ("arguments", "message"),
     [
         (["tasks=blimp", "task_data=nowhere"], "nowhere is not a folder"),
+        (["tasks=blimp", "out=."], r"\. is a folder: out=… is the file to write"),
         (["tasks=blimp", "checkpoints=some"], "checkpoints=some is unknown; choose one of one, all"),
         (["tasks=blimp", "checkpoints=all", "out=x"], "checkpoints=all writes a file for each"),
         (["tasks=blimp", "checkpoints=all", "checkpoint=nowhere"], "nowhere holds no checkpoints"),

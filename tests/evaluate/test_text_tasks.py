@@ -183,6 +183,12 @@ def test_transforms_are_fitted_on_the_validation_split_where_the_data_are_given(
         (["tasks=similarity", "data={data}", "text=nowhere"], "text=nowhere cannot be read"),
         (["tasks=hellaswag", "data={data}"], "data=.* is for tasks=retrieval, similarity, probes: leave it out"),
         (["tasks=paper", "text=x"], "text=x is for tasks=retrieval"),
+        (["tasks=probes", "data={data}", "text=x"], "text=x is for tasks=retrieval"),
+        (["tasks=retrieval,loss", "task_data={data}"], "task_data=.* is for benchmarks: leave it out"),
+        (["tasks=probes", "data={data}", "num_fewshot=0"], "num_fewshot=0 is for benchmarks"),
+        (["tasks=mteb:STS12", "limit=5"], "limit=5 is not for tasks=mteb"),
+        (["tasks=paper,loss"], "tasks=paper,loss: paper and paper14 are given alone"),
+        (["tasks=retreival"], "tasks=retreival is unknown; did you mean retrieval"),
     ],
 )
 def test_mistakes_are_reported_in_one_line(
