@@ -269,3 +269,20 @@ def test_too_little_text_leaves_only_raw(run: Path) -> None:
     assert vectors is not None
     assert vectors.shape == (3, 3, 20, 16)
     assert "20 passages of some.txt; too few for 16 features" in line
+
+
+def test_passages_are_as_long_as_what_is_left_of_the_scored_texts(run: Path) -> None:
+    embedder = command.open_embedder(str(run))
+    text = held_out.HeldOut(["x" * 400], "some.txt")
+    for share, n_passages in ((1.0, 19), (0.5, 39)):
+        scored = Embeddings(torch.zeros(3, 3, 2, 16), 0, share)
+        vectors, _ = held_out.embed_held_out(embedder, text, ["y" * 20] * 2, scored)
+        assert vectors is not None
+        assert vectors.size(2) == n_passages, "the last passage may be twice as long"
+
+
+def test_embeddings_of_several_lists_are_stacked() -> None:
+    parts = [Embeddings(torch.full((1, 1, n, 2), n), n, share) for n, share in ((3, 1.0), (1, 0.2))]
+    both = held_out.stack(*parts)
+    assert both.vectors[0, 0].tolist() == [[3, 3]] * 3 + [[1, 1]]
+    assert (both.n_cut, both.share) == (4, pytest.approx(0.8))
