@@ -84,6 +84,18 @@ def test_the_inputs_of_a_product_are_rounded_token_by_token() -> None:
         torch.testing.assert_close(part(token), nn.functional.linear(round_to_levels(token, 8), part.weight, part.bias))
 
 
+@pytest.mark.parametrize(("name", "bits", "groups"), [("int8", 8, [200]), ("int4", 4, [128, 72])])
+def test_a_scale_is_shared_by_a_row_at_8_bits_and_by_128_inputs_at_4(name: str, bits: int, groups: list[int]) -> None:
+    torch.manual_seed(0)
+    block = nn.Linear(200, 3)
+    weight = block.weight.detach() * torch.logspace(-3, 0, 200)  # every part has another largest value
+    with torch.no_grad():
+        block.weight.copy_(weight)
+    quantize(nn.ModuleList([block]), name)
+    expected = torch.cat([round_to_levels(part, bits) for part in weight.split(groups, dim=1)], dim=1)
+    assert torch.equal(block.weight, expected)
+
+
 def test_gpt2_of_transformers_is_rounded_by_output_feature() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=60, n_positions=16)
