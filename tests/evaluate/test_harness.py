@@ -388,6 +388,29 @@ def test_loglikelihoods_equal_those_of_one_token_at_a_time(harness_model: Any, p
         assert greedy == expected[1]
 
 
+def test_each_rank_gets_the_sum_and_the_greedy_answers_of_all(harness_model: Any) -> None:
+    from nanodisp.evaluate.harness import HarnessModel
+
+    sent: list[torch.Tensor] = []  # by the other rank
+
+    class TwoRanks(World):
+        def sum(self, x: torch.Tensor) -> torch.Tensor:
+            if self.rank == 1:
+                sent.append(x)
+                return x
+            return x + sent.pop(0)
+
+    every_token = [(None, [context], [token]) for context in (97, 98) for token in range(256)]
+    other, first = (
+        HarnessModel(harness_model.model, BYTE, 2, TwoRanks(rank, 2, torch.device("cpu"))) for rank in (1, 0)
+    )
+    other._loglikelihood_tokens(every_token, disable_tqdm=True)
+    assert all(0 < part.count_nonzero() < len(every_token) for part in sent), "each has a share, and a greedy answer"
+    expected = harness_model._loglikelihood_tokens(every_token, disable_tqdm=True)
+    assert first._loglikelihood_tokens(every_token, disable_tqdm=True) == expected
+    assert sum(greedy for _, greedy in expected) == 2
+
+
 @settings(deadline=None, max_examples=10)
 @given(st.lists(st.text(max_size=120), min_size=1, max_size=3))
 def test_a_long_text_is_scored_window_by_window(harness_model: Any, long: list[str]) -> None:
