@@ -288,7 +288,10 @@ def all_but(section: str, schema: Any, key: str) -> tuple[str, ...]:
 
 SPLIT = ("wikitext103", "wikitext103_lines")
 PUBLISHED = ("pystdlib", "shakespeare", *SPLIT, "fineweb_edu", "openwebtext")  # and fineweb10B
-WITHOUT_TAU = ("orthogonalization", "decorrelation", "variance")
+WITHOUT_TAU = (
+    *("orthogonalization", "decorrelation", "variance", "cosreg", "simctg", "feature_decorrelation"),
+    *("istar", "istar_reversed", "condition", "sigreg"),
+)
 LEAVE = "leave it out"
 # Names of data sets: those that are known not to use the key. A new data set may use all.
 UNUSED = [

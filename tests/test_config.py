@@ -266,7 +266,7 @@ def test_every_key_has_its_description(schema: type) -> None:
 def test_help_of_training_shows_groups_and_every_key_with_its_default(tmp_path: Path) -> None:
     result = command("--help")
     assert (result.returncode, result.stderr) == (0, "")
-    assert re.search(r"dispersion= +angular cosine", result.stdout)
+    assert re.search(r"dispersion= +angular condition", result.stdout)
     assert re.search(r"model\.n_layer=4 .*\n +blocks, attention heads, width", result.stdout)
     for section, schema in {"": Config, **SECTIONS}.items():
         for field in dataclasses.fields(schema):

@@ -3,10 +3,12 @@
 Notation: z is the hidden state of one layer, ``[B, N, F]``: B sequences, N tokens, F features. A pair is two
 different tokens of the same sequence. u = z / (|z| + 0.01) is a token's direction, c_ij = u_i . u_j the cosine of two
 tokens, D_ij = arccos(c_ij) / pi their angle. A formula takes z, the temperature tau and the margin of the clamped
-cosines, whether it uses them or not, and returns one loss per sequence, ``[B]``.
+cosines, whether it uses them or not, and returns one loss per sequence, ``[B]``. Cov [F, F] is the covariance of the
+features over a sequence's tokens.
 
-Formulas of cosines are exact enough in float32. The others use float64 inside: exp(-|z_i - z_j|^2) of distances in
-the hundreds loses four of float32's seven digits, as does the standard deviation of nearly equal numbers.
+Formulas of cosines are exact enough in float32, and so is `sigreg`. The others use float64 inside: exp(-|z_i - z_j|^2)
+of distances in the hundreds loses four of float32's seven digits, as does the standard deviation of nearly equal
+numbers.
 
 Sources: Liu et al., "Dispersion Loss Counteracts Embedding Condensation and Improves Generalization in Small Language
 Models", arXiv 2602.00217; Wang & He, "Diffuse and Disperse", arXiv 2506.09027; the other formulas name theirs.
@@ -24,6 +26,11 @@ NORM_EPS = 1e-2  # in u = z / (|z| + eps)
 CLAMP = 0.25  # the default margin: cosines are clamped to [-1 + margin, 1 - margin] before arccos
 ENTROPY_EPS = 1e-2  # in log2(p + eps)
 L2_PENALTY = 0.1  # weight of mean(z^2) in l2_repel
+MARGIN = 0.5  # rho of simctg
+SHRINKAGE = 0.2  # zeta of istar
+CONDITION_SHIFT = 1e-3, 1e-6  # of condition, times the mean variance and absolute
+N_SLICES = 64  # directions of sigreg
+KNOTS, KNOTS_END = 16, 3  # sigreg compares characteristic functions at 16 points up to 3 (at 0 they are equal)
 
 
 def angular(z: Tensor, tau: float, clamp: float = CLAMP) -> Tensor:
@@ -91,8 +98,97 @@ def logdet(z: Tensor, tau: float, clamp: float = CLAMP) -> Tensor:
     return -factor.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1) / n_features  # logdet / 2 = sum log diag
 
 
+def cosreg(z: Tensor, tau: float, clamp: float = CLAMP) -> Tensor:
+    """1/N^2 sum_{i!=j} c_ij = (|sum_i u_i|^2 - sum_i |u_i|^2) / N^2, arXiv 1907.12009.
+
+    Linear in N: no matrix of pairs.
+    """
+    u = _directions(z)
+    total = u.sum(dim=1).square().sum(dim=-1)  # [B], the sum over all c_ij
+    return (total - u.square().sum(dim=(1, 2))) / z.size(1) ** 2
+
+
+def simctg(z: Tensor, tau: float, clamp: float = CLAMP) -> Tensor:
+    """mean_{i!=j} max(0, 1/2 - c_ii + c_ij): the contrastive loss of SimCTG, arXiv 2202.06417."""
+    c = _cosines(z)
+    return _mean_of_pairs((MARGIN - c.diagonal(dim1=1, dim2=2)[:, :, None] + c).clamp(min=0))
+
+
+def feature_decorrelation(z: Tensor, tau: float, clamp: float = CLAMP) -> Tensor:
+    """1/F sum_{f!=g} Cov_fg^2: VICReg's covariance term, arXiv 2105.04906.
+
+    The sum over all f and g is the same for the smaller matrix of `_covariance`, from which the diagonal is taken.
+    """
+    z = z.double()
+    variances = z.var(dim=1)  # [B, F]
+    return (_covariance(z).square().sum(dim=(1, 2)) - variances.square().sum(dim=-1)) / z.size(-1)
+
+
+def istar(z: Tensor, tau: float, clamp: float = CLAMP) -> Tensor:
+    """1 - IsoScore* of (1 - zeta) Cov + zeta I, arXiv 2305.19358.
+
+    The paper's steps from the eigenvalues l to the score reduce to ((sum l)^2 / sum l^2 - 1) / (F - 1), so that trace
+    and sum of squares are enough. The identity in place of the covariance of a larger sample is what the authors'
+    code recommends to those who do not have one.
+    """
+    z, n_features = z.double(), z.size(-1)
+    covariance = _covariance(z)
+    trace = covariance.diagonal(dim1=1, dim2=2).sum(dim=-1)
+    kept = 1 - SHRINKAGE
+    total = kept * trace + SHRINKAGE * n_features  # sum l
+    squares = kept**2 * covariance.square().sum(dim=(1, 2)) + 2 * kept * SHRINKAGE * trace + SHRINKAGE**2 * n_features
+    return 1 - (total.square() / squares - 1) / (n_features - 1)
+
+
+def istar_reversed(z: Tensor, tau: float, clamp: float = CLAMP) -> Tensor:
+    """IsoScore*: `istar` with a negative weight, the direction in which its authors found the better fine-tuning."""
+    return 1 - istar(z, tau, clamp)
+
+
+def condition(z: Tensor, tau: float, clamp: float = CLAMP) -> Tensor:
+    """log( (l_1 + s) / (l_r + s) ), l the eigenvalues of Cov in falling order and r = min(N - 1, F) its largest rank.
+
+    s = 0.001 trace(Cov) / F + 1e-6 keeps it finite, and its gradient small, for tokens in fewer directions.
+    """
+    n_tokens, n_features = z.shape[1:]
+    covariance = _covariance(z.double())
+    relative, absolute = CONDITION_SHIFT
+    shift = relative * covariance.diagonal(dim1=1, dim2=2).sum(dim=-1) / n_features + absolute
+    # The solver rejects NaN; through `shift` it still reaches the loss.
+    eigenvalues = torch.linalg.eigvalsh(covariance.nan_to_num(0.0, 0.0, 0.0))  # [B, min(N, F)], rising
+    smallest = eigenvalues[:, -min(n_tokens - 1, n_features)]
+    return ((eigenvalues[:, -1] + shift) / (smallest + shift)).log()
+
+
+def sigreg(z: Tensor, tau: float, clamp: float = CLAMP, slices: Tensor | None = None) -> Tensor:
+    """Mean over directions a of N int |mean_i exp(i t a.z_i) - exp(-t^2/2)|^2 exp(-t^2/2) dt, arXiv 2511.08544.
+
+    The Epps-Pulley statistic of the tokens along a, against N(0, 1): 0 for standard normal tokens. The integral from
+    -3 to 3 is twice that from 0, by the trapezoidal rule, as in the authors' code.
+
+    Args:
+        slices: the directions, [F, any number], unit columns; None for those of `draw_slices` with seed 0.
+    """
+    if slices is None:
+        slices = draw_slices(z.size(-1), torch.Generator().manual_seed(0))
+    projected = z @ slices.to(z)  # [B, N, slices]
+    step, integral = KNOTS_END / KNOTS, projected.new_zeros(())
+    for k in range(1, KNOTS + 1):  # one after the other: no tensor larger than `projected`
+        angle, normal = k * step * projected, math.exp(-((k * step) ** 2) / 2)
+        error = (angle.cos().mean(dim=1) - normal).square() + angle.sin().mean(dim=1).square()  # [B, slices]
+        integral = integral + error * (normal * step * (1 if k == KNOTS else 2))
+    return z.size(1) * integral.mean(dim=-1)
+
+
+def draw_slices(n_features: int, generator: torch.Generator) -> Tensor:
+    """Directions for `sigreg`, uniform on the sphere: float32 [F, 64] on the CPU, columns of length 1."""
+    drawn = torch.randn(n_features, N_SLICES, generator=generator)
+    return drawn / drawn.norm(dim=0)
+
+
 CLAMPED = ("angular", "orthogonalization")  # the formulas of angles
-VARIANTS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
+SLICED = ("sigreg",)  # the formulas of random directions
+VARIANTS: dict[str, Callable[..., Tensor]] = {  # of z, tau, clamp; sigreg's also of its slices
     "angular": angular,
     "orthogonalization": orthogonalization,
     "decorrelation": decorrelation,
@@ -101,6 +197,13 @@ VARIANTS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
     "cosine": cosine,
     "variance": variance,
     "logdet": logdet,
+    "cosreg": cosreg,
+    "simctg": simctg,
+    "feature_decorrelation": feature_decorrelation,
+    "istar": istar,
+    "istar_reversed": istar_reversed,
+    "condition": condition,
+    "sigreg": sigreg,
 }
 
 
@@ -131,6 +234,13 @@ def _squared_distances(z: Tensor) -> Tensor:
     """|z_i - z_j|^2 = |z_i|^2 + |z_j|^2 - 2 z_i . z_j; it cancels, so z should be float64."""
     squared_norm = z.square().sum(dim=-1)
     return squared_norm[:, :, None] + squared_norm[:, None, :] - 2 * z @ z.mT
+
+
+def _covariance(z: Tensor) -> Tensor:
+    """Cov [B, F, F], or if it is smaller [B, N, N] with the same eigenvalues except for zeros. z should be float64."""
+    _, n_tokens, n_features = z.shape
+    centred = (z - z.mean(dim=1, keepdim=True)) / math.sqrt(n_tokens - 1)
+    return centred @ centred.mT if n_tokens < n_features else centred.mT @ centred
 
 
 def _diagonal(pairs: Tensor) -> Tensor:

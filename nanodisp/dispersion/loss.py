@@ -16,7 +16,7 @@ class DispersionLoss(nn.Module):
 
     Args:
         variant: a key of `VARIANTS`; "angular" is the paper's.
-        tau: temperature, > 0 (unused by orthogonalization, decorrelation and variance).
+        tau: temperature, > 0, of the formulas that have one.
         backend: "reference" computes the formula as written in `formulas.py`; "triton" (on a GPU) and "cpu" are
             fused kernels for angular, orthogonalization and cosine that need a fraction of the time and memory;
             "auto" uses the fused kernel if it supports the input, else the reference. A fused loss can be
@@ -26,7 +26,8 @@ class DispersionLoss(nn.Module):
 
     Shapes:
         z ``[B, N, F]``, any floating dtype, N >= 2 -> scalar, float32 (float64 for float64
-        z), the mean over B.
+        z), the mean over B. slices ``[F, any number]``: the directions of sigreg, see `sample_slices`; without them it
+        takes the same 64 every time.
 
     Raises:
         ValueError: unknown variant or backend, tau not positive, clamp not between 0 and 1, z of another shape, or a
@@ -50,7 +51,7 @@ class DispersionLoss(nn.Module):
     def extra_repr(self) -> str:
         return f"variant={self.variant!r}, tau={self.tau}, backend={self.backend!r}, clamp={self.clamp}"
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, slices: Tensor | None = None) -> Tensor:
         if z.dim() != 3 or z.size(1) < 2 or not z.is_floating_point():
             raise ValueError(f"z must be floating point [B, N, F] with N >= 2, not {z.dtype} {list(z.shape)}")
         backend = kernels.choose(self.backend, self.variant, self.tau, self.clamp, z)
@@ -58,7 +59,8 @@ class DispersionLoss(nn.Module):
             return kernels.pairwise_dispersion(z, self.variant, self.tau, self.clamp, backend)
         with torch.autocast(z.device.type, enabled=False):
             z = z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
-            return VARIANTS[self.variant](z, self.tau, self.clamp).mean().to(z.dtype)
+            drawn = () if slices is None else (slices,)
+            return VARIANTS[self.variant](z, self.tau, self.clamp, *drawn).mean().to(z.dtype)
 
 
 def check_backend(backend: str, variant: str, tau: float, clamp: float) -> None:

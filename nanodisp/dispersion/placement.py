@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .formulas import CLAMP, VARIANTS
+from .formulas import CLAMP, SLICED, VARIANTS, draw_slices
 from .loss import check_backend
 
 
@@ -108,12 +108,27 @@ def sample_positions(seed: int, step: int, layers: Sequence[int], n_tokens: int,
     """
     if max_tokens is None or max_tokens >= n_tokens:
         return torch.arange(n_tokens).repeat(len(layers), 1)
-    generator = torch.Generator()
     rows = []
     for layer in layers:
-        generator.manual_seed(int(np.random.SeedSequence((seed, step, layer)).generate_state(1, np.uint64)[0] >> 1))
+        generator = _generator(np.random.SeedSequence((seed, step, layer)))
         rows.append(torch.randperm(n_tokens, generator=generator)[:max_tokens].sort().values)
     return torch.stack(rows)
+
+
+def sample_slices(variant: str, seed: int, step: int, n_features: int) -> Tensor | None:
+    """Directions of sigreg for one step, the same for all layers, ranks and micro-batches: float32 [n_features, 64].
+
+    They are drawn by a generator seeded with (seed, step), independent of that of the positions. None for the other
+    variants.
+    """
+    if variant not in SLICED:
+        return None
+    sequence = np.random.SeedSequence((seed, step), spawn_key=(1,))
+    return draw_slices(n_features, _generator(sequence))
+
+
+def _generator(sequence: np.random.SeedSequence) -> torch.Generator:
+    return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
 
 
 def _warmup(progress: float, warmup_fraction: float) -> float:

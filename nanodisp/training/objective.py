@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from nanodisp.data.batches import count_masked
 from nanodisp.dispersion import DispersionLoss
-from nanodisp.dispersion.placement import DispersionConfig, lambda_at, sample_positions, select_layers
+from nanodisp.dispersion.placement import (
+    DispersionConfig,
+    lambda_at,
+    sample_positions,
+    sample_slices,
+    select_layers,
+)
 from nanodisp.distributed import World, hardware, layout
 from nanodisp.models.gpt import GPT, SoftTargets
 from nanodisp.training.compiled import keep_compiled
@@ -26,7 +32,12 @@ class Terms(nn.Module):
         self.model, self.dispersion, self.layers = model, dispersion, layers
 
     def forward(
-        self, x: Tensor, y: Tensor, positions: Tensor | None = None, taught: SoftTargets | None = None
+        self,
+        x: Tensor,
+        y: Tensor,
+        positions: Tensor | None = None,
+        taught: SoftTargets | None = None,
+        slices: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The terms, scalars by name.
 
@@ -34,12 +45,14 @@ class Terms(nn.Module):
             x, y: int64 [B, T], tokens and their targets; an encoder's from `mask_tokens`.
             positions: int64 [len(layers), N], the tokens to disperse; None for no dispersion.
             taught: a teacher's predictions for x; None for no distillation.
+            slices: float32 [C, any number], the directions of the dispersion formulas that project on random ones.
         """
         take = (self.layers, positions) if positions is not None else None
         out = self.model(x, y, n_targets=n_targets(self.model, x), take=take, soft_targets=taught)
         terms = {self.model.config.loss_name: out.loss}
         if positions is not None:
-            terms["dispersion"] = self.dispersion(out.hidden.flatten(0, 1))  # [layers, B, N, C] -> [layers * B, N, C]
+            hidden = out.hidden.flatten(0, 1)  # [layers, B, N, C] -> [layers * B, N, C]
+            terms["dispersion"] = self.dispersion(hidden, slices)
         if taught is not None:
             terms["distillation"] = out.divergence
         return terms
@@ -56,7 +69,7 @@ class Objective:
     Args:
         model: the model in training.
         dispersion, intervention: sections of the configuration.
-        seed: of the run; together with the step it decides which tokens are dispersed.
+        seed: of the run; together with the step it decides which tokens are dispersed, and along which directions.
         total_steps: of the run, for lambda's schedule.
         teacher: for distillation, frozen. It stays outside `terms`, so that it is not trained, sharded or saved.
 
@@ -82,6 +95,7 @@ class Objective:
         self.block_size, self.device = model.config.block_size, model.device
         self.weights: dict[str, float] = {}
         self.positions: Tensor | None = None
+        self.slices: Tensor | None = None
 
     def place(self, world: World, *, parallel: str, compiled: bool, recomputed: bool) -> None:
         """Compile and distribute terms and model, see `layout.place`; a teacher is compiled too."""
@@ -101,11 +115,13 @@ class Objective:
         return {name: cross_entropy, "dispersion": dispersion, "distillation": distillation}
 
     def begin(self, step: int) -> None:
-        """Set the weights of a step and draw the tokens to disperse, the same for all micro-batches and ranks."""
-        self.weights, self.positions = self.weights_at(step), None
+        """Set the weights of a step and draw what its dispersion needs, the same for all micro-batches and ranks."""
+        self.weights, self.positions, self.slices = self.weights_at(step), None, None
         if self.dispersion.lambda_disp > 0:
             drawn = sample_positions(self.seed, step, self.layers, self.block_size, self.dispersion.max_tokens)
             self.positions = hardware.send(drawn, self.device)
+            slices = sample_slices(self.dispersion.variant, self.seed, step, self.model.config.n_embd)
+            self.slices = None if slices is None else hardware.send(slices, self.device)
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a micro-batch, int64 [B, T] each, and its terms by name."""
@@ -113,7 +129,7 @@ class Objective:
         if self.teacher is not None:
             assert self.intervention.distillation_temperature is not None
             taught = soft_targets(self.teacher, x, self.intervention.distillation_temperature)
-        terms = self.terms(x, y, self.positions, taught)
+        terms = self.terms(x, y, self.positions, taught, self.slices)
         loss = sum(self.weights[name] * term for name, term in terms.items())
         assert isinstance(loss, Tensor)
         return loss, terms

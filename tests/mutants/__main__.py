@@ -32,7 +32,7 @@ TIMEOUT = 300  # seconds: an endless loop is a bug that was noticed
 
 # Module -> the tests that know it.
 TESTS = {
-    "nanodisp/dispersion/formulas.py": ["tests/dispersion/test_loss.py"],
+    "nanodisp/dispersion/formulas.py": ["tests/dispersion/test_loss.py", "tests/dispersion/test_rivals.py"],
     "nanodisp/dispersion/loss.py": ["tests/dispersion/test_loss.py", "tests/dispersion/test_kernels.py"],
     "nanodisp/dispersion/placement.py": ["tests/dispersion/test_loss.py", "tests/test_config.py"],
     "nanodisp/dispersion/kernels/pairwise.py": ["tests/dispersion/test_kernels.py", "tests/dispersion/test_loss.py"],

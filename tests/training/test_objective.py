@@ -10,7 +10,8 @@ import torch
 from conftest import records
 from torch import Tensor
 
-from nanodisp.dispersion.placement import DispersionConfig
+from nanodisp.dispersion import DispersionLoss
+from nanodisp.dispersion.placement import DispersionConfig, sample_slices
 from nanodisp.models.gpt import GPT, GPTConfig, SoftTargets
 from nanodisp.report import __main__ as report
 from nanodisp.runs.read import read_run
@@ -27,10 +28,8 @@ def with_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     """A term "norm", the mean square of the token embeddings, added as the head of objective.py says."""
     forward, weights_at = Terms.forward, Objective.weights_at
 
-    def terms(
-        self: Terms, x: Tensor, y: Tensor, positions: Tensor | None = None, taught: SoftTargets | None = None
-    ) -> dict[str, Tensor]:
-        return forward(self, x, y, positions, taught) | {"norm": self.model.embedding.weight.square().mean()}
+    def terms(self: Terms, x: Tensor, y: Tensor, *drawn: Tensor | SoftTargets | None) -> dict[str, Tensor]:
+        return forward(self, x, y, *drawn) | {"norm": self.model.embedding.weight.square().mean()}
 
     def weights(self: Objective, step: int) -> dict[str, float]:
         return weights_at(self, step) | {"norm": WEIGHT}
@@ -108,3 +107,20 @@ def test_without_dispersion_no_tokens_are_drawn_for_it() -> None:
         objective = Objective(model, config, InterventionConfig(), seed=0, total_steps=2)
         objective.begin(0)
         assert (objective.positions is None) == (lambda_disp == 0)
+
+
+def test_random_directions_are_drawn_again_for_every_step_and_used() -> None:
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=6, vocab_size=20))
+    objective = Objective(model, DispersionConfig("sigreg"), InterventionConfig(), seed=5, total_steps=9)
+    idx = torch.randint(20, (2, 7), generator=torch.Generator().manual_seed(0))
+    hidden = model(idx[:, :-1], take=([1, 2], torch.arange(6).repeat(2, 1))).hidden.flatten(0, 1)
+    seen = []
+    for step in (3, 4):
+        objective.begin(step)
+        right = DispersionLoss("sigreg")(hidden, sample_slices("sigreg", 5, step, 8))
+        first, again = (objective(idx[:, :-1], idx[:, 1:])[1]["dispersion"] for _ in range(2))
+        torch.testing.assert_close(first, right)
+        assert torch.equal(first, again), "all micro-batches of a step have the same directions"
+        seen.append(first.item())
+    assert seen[0] != seen[1]
+    assert Objective(model, DispersionConfig(), InterventionConfig(), seed=5, total_steps=9).slices is None
