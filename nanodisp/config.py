@@ -290,7 +290,7 @@ SPLIT = ("wikitext103", "wikitext103_lines")
 PUBLISHED = ("pystdlib", "shakespeare", *SPLIT, "fineweb_edu", "openwebtext")  # and fineweb10B
 WITHOUT_TAU = (
     *("orthogonalization", "decorrelation", "variance", "cosreg", "simctg", "feature_decorrelation"),
-    *("istar", "istar_reversed", "condition", "sigreg"),
+    *("feature_correlation", "istar", "istar_reversed", "condition", "sigreg"),
 )
 LEAVE = "leave it out"
 # Names of data sets: those that are known not to use the key. A new data set may use all.

@@ -28,6 +28,7 @@ ENTROPY_EPS = 1e-2  # in log2(p + eps)
 L2_PENALTY = 0.1  # weight of mean(z^2) in l2_repel
 MARGIN = 0.5  # rho of simctg
 SHRINKAGE = 0.2  # zeta of istar
+VARIANCE_EPS = 1e-5  # of feature_correlation and istar
 CONDITION_SHIFT = 1e-3, 1e-6  # of condition, times the mean variance and absolute
 N_SLICES = 64  # directions of sigreg
 KNOTS, KNOTS_END = 16, 3  # sigreg compares characteristic functions at 16 points up to 3 (at 0 they are equal)
@@ -117,26 +118,32 @@ def simctg(z: Tensor, tau: float, clamp: float = CLAMP) -> Tensor:
 def feature_decorrelation(z: Tensor, tau: float, clamp: float = CLAMP) -> Tensor:
     """1/F sum_{f!=g} Cov_fg^2: VICReg's covariance term, arXiv 2105.04906.
 
-    The sum over all f and g is the same for the smaller matrix of `_covariance`, from which the diagonal is taken.
+    The sum over all f and g is the same for the smaller matrix of `_covariance`, so that the diagonal is subtracted.
     """
     z = z.double()
     variances = z.var(dim=1)  # [B, F]
     return (_covariance(z).square().sum(dim=(1, 2)) - variances.square().sum(dim=-1)) / z.size(-1)
 
 
+def feature_correlation(z: Tensor, tau: float, clamp: float = CLAMP) -> Tensor:
+    """The same of standardised features, z_f / sqrt(Cov_ff + 1e-5): Barlow Twins' redundancy term, arXiv 2103.03230."""
+    z = z.double()
+    return feature_decorrelation(z / (z.var(dim=1, keepdim=True) + VARIANCE_EPS).sqrt(), tau)
+
+
 def istar(z: Tensor, tau: float, clamp: float = CLAMP) -> Tensor:
-    """1 - IsoScore* of (1 - zeta) Cov + zeta I, arXiv 2305.19358.
+    """1 - IsoScore* of (1 - zeta) Cov + zeta m I, m = trace(Cov) / F + 1e-5, arXiv 2305.19358.
 
     The paper's steps from the eigenvalues l to the score reduce to ((sum l)^2 / sum l^2 - 1) / (F - 1), so that trace
-    and sum of squares are enough. The identity in place of the covariance of a larger sample is what the authors'
-    code recommends to those who do not have one.
+    and sum of squares are enough. m I stands in for the covariance of a larger sample. With I alone, which the authors'
+    code advises without such a sample, tokens that move together would raise the score.
     """
     z, n_features = z.double(), z.size(-1)
     covariance = _covariance(z)
     trace = covariance.diagonal(dim1=1, dim2=2).sum(dim=-1)
-    kept = 1 - SHRINKAGE
-    total = kept * trace + SHRINKAGE * n_features  # sum l
-    squares = kept**2 * covariance.square().sum(dim=(1, 2)) + 2 * kept * SHRINKAGE * trace + SHRINKAGE**2 * n_features
+    target, kept = SHRINKAGE * (trace / n_features + VARIANCE_EPS), 1 - SHRINKAGE
+    total = kept * trace + target * n_features  # sum l
+    squares = kept**2 * covariance.square().sum(dim=(1, 2)) + 2 * kept * target * trace + target**2 * n_features
     return 1 - (total.square() / squares - 1) / (n_features - 1)
 
 
@@ -200,6 +207,7 @@ VARIANTS: dict[str, Callable[..., Tensor]] = {  # of z, tau, clamp; sigreg's als
     "cosreg": cosreg,
     "simctg": simctg,
     "feature_decorrelation": feature_decorrelation,
+    "feature_correlation": feature_correlation,
     "istar": istar,
     "istar_reversed": istar_reversed,
     "condition": condition,

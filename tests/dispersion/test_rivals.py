@@ -21,9 +21,19 @@ from nanodisp.dispersion import DispersionLoss
 from nanodisp.dispersion.formulas import VARIANTS, draw_slices
 from nanodisp.dispersion.placement import sample_positions, sample_slices
 
-RIVALS = ["cosreg", "simctg", "feature_decorrelation", "istar", "istar_reversed", "condition", "sigreg"]
+RIVALS = [
+    "cosreg",
+    "simctg",
+    "feature_decorrelation",
+    "feature_correlation",
+    "istar",
+    "istar_reversed",
+    "condition",
+    "sigreg",
+]
+COVARIANCE = ["feature_decorrelation", "feature_correlation", "istar", "condition"]
 WITHOUT_AXES = ["cosreg", "simctg", "istar", "istar_reversed", "condition"]
-LINEAR = ["cosreg", "feature_decorrelation", "istar", "istar_reversed", "condition", "sigreg"]
+LINEAR = ["cosreg", "feature_decorrelation", "feature_correlation", "istar", "istar_reversed", "condition", "sigreg"]
 
 
 def loss(variant: str, z: Tensor, *slices: Tensor) -> float:
@@ -73,23 +83,34 @@ def test_feature_decorrelation_of_two_features() -> None:
     assert loss("feature_decorrelation", with_variances([1, 4, 0.5])) == pytest.approx(0, abs=1e-12)
 
 
-def test_istar_of_a_line_and_of_an_isotropic_cloud() -> None:
-    isotropic = with_variances([2.0] * 6)
-    assert loss("istar", isotropic) == pytest.approx(0, abs=1e-12)
-    line = with_variances([1e9, 0, 0, 0, 0, 0])
-    assert loss("istar", line) == pytest.approx(1, abs=1e-8), "shrinkage has no weight there"
-    assert loss("istar_reversed", line) == pytest.approx(0, abs=1e-8)
+def test_feature_correlation_of_two_features_has_no_unit() -> None:
+    z = 10 * gaussian(50, 2)
+    right = torch.corrcoef(z[0].T)[0, 1].item() ** 2  # twice, over F = 2
+    assert loss("feature_correlation", z) == pytest.approx(right, rel=1e-6)
+    assert loss("feature_correlation", z * torch.tensor([100.0, 1])) == pytest.approx(right, rel=1e-6)
 
 
-def test_istar_of_a_subspace_is_the_share_of_its_dimensions() -> None:
-    """IsoScore of k equal variances in F dimensions is (k - 1) / (F - 1)."""
-    assert loss("istar_reversed", with_variances([1e9, 1e9, 1e9, 0, 0, 0, 0])) == pytest.approx(2 / 6, abs=1e-8)
+def shrunk_score(variances: list[float]) -> float:
+    shrunk = 0.8 * np.array(variances) + 0.2 * (np.mean(variances) + 1e-5)
+    return (shrunk.sum() ** 2 / (shrunk**2).sum() - 1) / (len(variances) - 1)
 
 
-def test_istar_shrinks_towards_the_identity() -> None:
-    variances = 0.8 * np.array([1.0, 3.0]) + 0.2
-    right = 1 - (variances.sum() ** 2 / (variances**2).sum() - 1)
-    assert loss("istar", with_variances([1.0, 3.0])) == pytest.approx(right)
+@pytest.mark.parametrize("variances", [[2.0] * 6, [1, 3], [5, 0, 0, 0], [1, 1, 1, 0, 0, 0, 0]], ids=str)
+def test_istar_of_known_variances(variances: list[float]) -> None:
+    z = with_variances(variances)
+    assert loss("istar_reversed", z) == pytest.approx(shrunk_score(variances))
+    assert loss("istar", z) == pytest.approx(1 - shrunk_score(variances))
+
+
+def test_istar_of_an_isotropic_cloud_is_0() -> None:
+    assert loss("istar", with_variances([2.0] * 6)) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("variant", ["istar", "feature_correlation", "condition"])
+def test_tokens_that_move_together_do_not_lower_the_loss(variant: str) -> None:
+    z = gaussian(20, 5) * torch.tensor([10.0, 1, 1, 1, 1], dtype=torch.float64) + 3
+    closer = z.mean(dim=1, keepdim=True) + 0.1 * (z - z.mean(dim=1, keepdim=True))
+    assert loss(variant, closer) == pytest.approx(loss(variant, z), rel=0.02)
 
 
 def test_istar_reversed_has_the_opposite_gradient() -> None:
@@ -145,7 +166,7 @@ def test_a_rotation_does_not_matter(variant: str, n_tokens: int, n_features: int
 
 
 @settings(max_examples=30)
-@given(st.sampled_from(["feature_decorrelation", "istar", "condition"]), st.integers(0, 10**6))
+@given(st.sampled_from(COVARIANCE), st.integers(0, 10**6))
 def test_a_shift_of_all_tokens_does_not_matter_to_a_covariance(variant: str, seed: int) -> None:
     z = gaussian(9, 5, seed)
     assert loss(variant, z + 7) == pytest.approx(loss(variant, z), rel=1e-6, abs=1e-9)
@@ -184,7 +205,7 @@ def test_many_tokens_need_no_matrix_of_pairs(variant: str) -> None:
     assert largest_tensor(variant, 1000, 32) <= 1000 * 64
 
 
-@pytest.mark.parametrize("variant", ["feature_decorrelation", "istar", "condition"])
+@pytest.mark.parametrize("variant", COVARIANCE)
 def test_many_features_need_no_matrix_of_features(variant: str) -> None:
     assert largest_tensor(variant, 32, 1000) <= 32 * 1000
 
