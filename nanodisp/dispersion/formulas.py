@@ -28,8 +28,8 @@ ENTROPY_EPS = 1e-2  # in log2(p + eps)
 L2_PENALTY = 0.1  # weight of mean(z^2) in l2_repel
 MARGIN = 0.5  # rho of simctg
 SHRINKAGE = 0.2  # zeta of istar
-VARIANCE_EPS = 1e-5  # of feature_correlation and istar
-CONDITION_SHIFT = 1e-3, 1e-6  # of condition, times the mean variance and absolute
+VARIANCE_EPS = 1e-12  # tokens must not lower a ratio of variances by approaching each other, only equal ones need it
+CONDITION_SHIFT = 1e-3  # of condition, times the mean variance
 N_SLICES = 64  # directions of sigreg
 KNOTS, KNOTS_END = 16, 3  # sigreg compares characteristic functions at 16 points up to 3 (at 0 they are equal)
 
@@ -126,13 +126,13 @@ def feature_decorrelation(z: Tensor, tau: float, clamp: float = CLAMP) -> Tensor
 
 
 def feature_correlation(z: Tensor, tau: float, clamp: float = CLAMP) -> Tensor:
-    """The same of standardised features, z_f / sqrt(Cov_ff + 1e-5): Barlow Twins' redundancy term, arXiv 2103.03230."""
+    """That of standardised features, z_f / sqrt(Cov_ff + 1e-12): Barlow Twins' redundancy term, arXiv 2103.03230."""
     z = z.double()
     return feature_decorrelation(z / (z.var(dim=1, keepdim=True) + VARIANCE_EPS).sqrt(), tau)
 
 
 def istar(z: Tensor, tau: float, clamp: float = CLAMP) -> Tensor:
-    """1 - IsoScore* of (1 - zeta) Cov + zeta m I, m = trace(Cov) / F + 1e-5, arXiv 2305.19358.
+    """1 - IsoScore* of (1 - zeta) Cov + zeta m I, m = trace(Cov) / F + 1e-12, arXiv 2305.19358.
 
     The paper's steps from the eigenvalues l to the score reduce to ((sum l)^2 / sum l^2 - 1) / (F - 1), so that trace
     and sum of squares are enough. m I stands in for the covariance of a larger sample. With I alone, which the authors'
@@ -155,12 +155,12 @@ def istar_reversed(z: Tensor, tau: float, clamp: float = CLAMP) -> Tensor:
 def condition(z: Tensor, tau: float, clamp: float = CLAMP) -> Tensor:
     """log( (l_1 + s) / (l_r + s) ), l the eigenvalues of Cov in falling order and r = min(N - 1, F) its largest rank.
 
-    s = 0.001 trace(Cov) / F + 1e-6 keeps it finite, and its gradient small, for tokens in fewer directions.
+    s = 0.001 trace(Cov) / F + 1e-12 keeps it finite, and its gradient small, for tokens in fewer directions.
     """
     n_tokens, n_features = z.shape[1:]
     covariance = _covariance(z.double())
-    relative, absolute = CONDITION_SHIFT
-    shift = relative * covariance.diagonal(dim1=1, dim2=2).sum(dim=-1) / n_features + absolute
+    mean_variance = covariance.diagonal(dim1=1, dim2=2).sum(dim=-1) / n_features
+    shift = CONDITION_SHIFT * mean_variance + VARIANCE_EPS
     # The solver rejects NaN; through `shift` it still reaches the loss.
     eigenvalues = torch.linalg.eigvalsh(covariance.nan_to_num(0.0, 0.0, 0.0))  # [B, min(N, F)], rising
     smallest = eigenvalues[:, -min(n_tokens - 1, n_features)]

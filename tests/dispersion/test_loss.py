@@ -98,15 +98,15 @@ def expected_of_rival(variant: str, z: Tensor) -> Tensor:
         return (covariance - covariance.diagonal().diag()).square().sum() / n_features
     if variant == "feature_correlation":
         correlation = (
-            covariance / (covariance.diagonal()[:, None] + 1e-5).sqrt() / (covariance.diagonal() + 1e-5).sqrt()
+            covariance / (covariance.diagonal()[:, None] + 1e-12).sqrt() / (covariance.diagonal() + 1e-12).sqrt()
         )
         return correlation.tril(-1).square().sum() * 2 / n_features
     if variant == "condition":
         spread = torch.linalg.svdvals(z - z.mean(dim=0)).square() / (n_tokens - 1)  # from the largest
-        shift = 1e-3 * covariance.trace() / n_features + 1e-6
+        shift = 1e-3 * covariance.trace() / n_features + 1e-12
         return (spread[0] + shift).log() - (spread[min(n_tokens - 1, n_features) - 1] + shift).log()
     if variant in ("istar", "istar_reversed"):
-        target = (covariance.trace() / n_features + 1e-5) * torch.eye(n_features, dtype=z.dtype)
+        target = (covariance.trace() / n_features + 1e-12) * torch.eye(n_features, dtype=z.dtype)
         score = isoscore(torch.linalg.eigvalsh(0.8 * covariance + 0.2 * target))
         return 1 - score if variant == "istar" else score
     raise AssertionError(f"no second implementation of {variant}")
