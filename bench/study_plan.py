@@ -13,6 +13,15 @@ from dataclasses import dataclass
 BLOCK_SIZE, VOCABULARY, TOKENS_PER_PARAMETER = 256, 4096, 20
 PRIMARY = (0.0, 0.1)  # lambda
 SECONDARY = (0.03, 0.3)
+RIVALS = {
+    **dict.fromkeys(("cosreg", "simctg"), ("0.03", "0.1", "0.3")),
+    "sigreg": ("3e-4", "1e-3", "3e-3"),
+    "feature_decorrelation": ("1e-4", "3e-4", "1e-3"),
+    **dict.fromkeys(("feature_correlation", "condition"), ("1e-3", "3e-3", "1e-2")),
+    **dict.fromkeys(("istar", "istar_reversed"), ("0.01", "0.03", "0.1")),
+}
+MUON_RATES = ("1e-3", "3e-3", "1e-2")
+QWEN3 = ("bias=false", "norm=rmsnorm", "position=rotary", "mlp=swiglu", "qk_norm=true")
 FIRST_GRID, SMALLEST, LARGEST = (0.5, 1.0, 2.0, 4.0), 0.25, 16.0  # multiples of 0.384 / width
 
 
@@ -67,7 +76,11 @@ def jobs(losses: Losses, corpus: str = "<corpus>") -> Iterator[Job]:
     yield from search("77k", 0.1, losses)[0]
     yield from ladder("150k", SECONDARY, 1, 3, losses)
     yield from ladder("77k", PRIMARY, 5, 10, losses)
+    yield from rivals("77k", 1, 1, losses)
+    yield from muon("77k", 1, 3, losses)
+    yield from starts("77k", 1, 3, losses)
     yield from ladder("150k", PRIMARY, 5, 8, losses)
+    yield from rivals("77k", 2, 3, losses)
     yield from search("312k", 0.0, losses)[0]
     yield from ladder("312k", PRIMARY, 1, 2, losses)
     yield from ladder("150k", PRIMARY, 9, 10, losses)
@@ -200,8 +213,43 @@ def placements(size: str, first: int, last: int, losses: Losses) -> Iterator[Job
     yield from arms("c", size, settings, first, last, losses)
 
 
+def rivals(size: str, first: int, last: int, losses: Losses) -> Iterator[Job]:
+    """Every loss of conf/dispersion/ that others have proposed, at three weights."""
+    settings = {
+        f"{name}-{weight}": [f"dispersion={name}", f"dispersion.lambda_disp={weight}"]
+        for name, weights in RIVALS.items()
+        for weight in weights
+    }
+    yield from arms("rivals", size, settings, first, last, losses)
+
+
+def muon(size: str, first: int, last: int, losses: Losses) -> Iterator[Job]:
+    """Lambda 0 and 0.1 with Muon, at the rate of its matrices that is best at lambda 0 with one seed."""
+
+    def settings(rate: str, lam: float) -> list[str]:
+        return at(lam, "optim=muon", "optim.lr=null", f"optim.muon_lr={rate}")
+
+    tried = {rate: job(f"lr-{size}-muon-{rate}", size, 101, 1.0, settings(rate, 0.0)) for rate in MUON_RATES}
+    if missing := [each for each in tried.values() if each.name not in losses]:
+        yield from missing
+        return
+    best = min(MUON_RATES, key=lambda rate: losses[tried[rate].name])
+    yield from arms("e", size, {f"muon-lam{lam:g}": settings(best, lam) for lam in PRIMARY}, first, last, losses)
+
+
+def starts(size: str, first: int, last: int, losses: Losses) -> Iterator[Job]:
+    """Another start of training, and Qwen3's parts: is it condensation early in training that costs loss?"""
+    kinds = {
+        "init0.06": ["model.init_std=0.06"],
+        "slowrise": ["optim.warmup_fraction=0.2"],
+        "qwen3": [f"model.{key}" for key in QWEN3],
+    }
+    settings = {f"{name}-lam{lam:g}": at(lam, *extra) for name, extra in kinds.items() for lam in PRIMARY}
+    yield from arms("s", size, settings, first, last, losses)
+
+
 def regularisers(size: str, first: int, last: int, losses: Losses) -> Iterator[Job]:
-    """Dropout and weight decay, alone and with dispersion; the rivals of design (f) follow once they are calibrated."""
+    """Dropout and weight decay, alone and with dispersion."""
     plain = {"dropout": "model.dropout=0.1", "decay0.3": "optim.weight_decay=0.3"}
     settings = {f"{name}-lam{lam:g}": at(lam, override) for name, override in plain.items() for lam in PRIMARY}
     yield from arms("f", size, settings, first, last, losses)

@@ -26,7 +26,11 @@ def value(job, key):
 
 @pytest.mark.parametrize(("best", "chosen"), [(0.024, 4.0), (0.0015, 0.25)])
 def test_the_rate_is_searched_beyond_the_grid_and_then_used(best, chosen):
-    done, losses = run_all(lambda job: 5 + abs(math.log(float(value(job, "optim.lr")) / best)))
+    def loss(job):
+        rate = value(job, "optim.lr")
+        return 5.0 if rate == "null" else 5 + abs(math.log(float(rate) / best))
+
+    done, losses = run_all(loss)
     assert search("150k", 0.0, losses)[1] == chosen
     assert float(value(done["a-150k-lam0.1-s7"], "optim.lr")) == pytest.approx(chosen * 0.384 / 64)
     assert not any(name.startswith("tuned") for name in done)  # the same rate is the best for both lambdas
