@@ -5,9 +5,10 @@
     python -m bench.study list                                          # every job that is known now, and its state
     python -m bench.study records                                       # finished runs -> docs/study/records/*.jsonl
 
-Each job of `bench.study_plan` is one `python train.py` under out/study/; with --benchmarks, its last checkpoint is then
-evaluated by `nanodisp.evaluate`. Runs that stand in docs/study/records/ are finished, even if their folders are on
-another machine. A second worker on the same machine runs other jobs: one whose folder is in use fails at once.
+Each job of `bench.study_plan` is one `python train.py` under out/study/; with --benchmarks, the last checkpoint of a run
+of design (a) is then evaluated by `nanodisp.evaluate`. Runs that stand in docs/study/records/ are finished, even if their
+folders are on another machine. A second worker on the same machine runs other jobs: one whose folder is in use fails at
+once.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from nanodisp.runs.metrics import METRICS, read_records
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "docs" / "study" / "records"
-TASKS = ("blimp",)
+TASKS, EVALUATED = ("blimp",), ("a", "tuned")  # benchmarks, and the designs whose runs have them
 EXITED_EARLY = 75  # train.py was asked to stop and has saved
 
 
@@ -104,7 +105,7 @@ def work(out: Path, corpus: Path, benchmarks: Path | None) -> None:
         if code != 0:
             failed.add(todo.name)
         print(f"    exit code {code}, loss {final_loss(folder)}", flush=True)
-        if code == 0 and benchmarks is not None:
+        if code == 0 and benchmarks is not None and todo.name.partition("-")[0] in EVALUATED:
             evaluate(folder, benchmarks)
 
 

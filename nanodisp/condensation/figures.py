@@ -4,6 +4,8 @@ Every function takes plain arrays and returns a matplotlib Figure; `save` writes
 Colours run from dark to light in the order of the values (viridis), so that they are distinct
 in grayscale and for colour-blind readers; each line also has a marker of its own.
 
+In an SVG, whatever belongs to a label is a group with that label as its id: the report's filter hides by it.
+
 pyplot's global state is not used, so figures can be made from any thread and program.
 """
 
@@ -40,10 +42,12 @@ STYLE: Any = {
     "lines.markersize": 4,
     "savefig.dpi": 160,
     "svg.hashsalt": "nanodisp",  # makes the files reproducible
+    "svg.fonttype": "none",  # text that can be searched and read aloud, in a fraction of the bytes
 }
 MARKERS = "osD^vP*Xh<>p"
 COLUMNS = 3  # of panels, at most
 PANEL = (2.7, 2.3)  # inches
+COSINES, SIGNED = "viridis", Normalize(0, 1)  # of a mean cosine: one scale for all figures
 DENSEST = 10.0  # density at the dark end of every heatmap, so that figures can be compared
 LONGEST_TITLE = 34  # characters
 POINTS = 400  # of a line over steps, at most
@@ -97,28 +101,38 @@ def mean_by_layer(runs: Mapping[str, np.ndarray]) -> Figure:
         for index, (label, means) in enumerate(runs.items()):
             depth = np.linspace(0, 1, means.shape[1])
             look = _look(index, len(runs))
-            ax.plot(depth, means.mean(axis=0), label=label, **look)
-            _band(ax, depth, means, look["color"])
+            ax.plot(depth, means.mean(axis=0), label=label, gid=label, **look)
+            _band(ax, depth, means, look["color"], label)
         ax.axhline(0, color="0.6", linewidth=0.8)
         _legend(figure, ax)
     return figure
 
 
 def over_training(runs: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
-    """Mean cosine of every layer over training: one panel per run, a line per layer, dark at the embedding.
+    """Mean cosine by layer and step as a heatmap: one panel per run, the embedding at the bottom.
 
-    runs: title -> (steps [S], mean cosines [S, L + 1]).
+    runs: title -> (steps [S], mean cosines [S, L + 1]). Steps may be at unequal distances.
     """
     with matplotlib.rc_context(STYLE):
-        figure, axes = _panels(list(runs), "step", "mean cosine similarity")
-        for ax, (steps, means) in zip(axes, runs.values(), strict=True):
-            depths = np.linspace(0, 1, means.shape[1])
-            for depth, line in zip(depths, means.T, strict=True):
-                ax.plot(steps, line, color=_truncated()(depth), linewidth=1.2)
+        figure, axes = _panels(list(runs), "step", "layer fraction", shared=False)
+        for (label, (steps, means)), ax in zip(runs.items(), axes, strict=True):
+            ax.grid(False)
+            ax.set_gid(label)
+            borders = _edges(steps), np.linspace(0, 1, means.shape[1] + 1)
+            ax.pcolormesh(*borders, means.T, cmap=COSINES, norm=SIGNED, rasterized=True)  # a picture: a small file
             ax.locator_params(axis="x", nbins=4, integer=True)
-        shades = ScalarMappable(Normalize(0, 1), _truncated())
-        figure.colorbar(shades, ax=axes, label="layer fraction", shrink=0.9)
+        figure.colorbar(
+            ScalarMappable(SIGNED, COSINES), ax=axes, label="mean cosine similarity", extend="both", shrink=0.9
+        )
     return figure
+
+
+def _edges(steps: np.ndarray) -> np.ndarray:
+    """The borders of the cells around steps [S]: half-way between neighbours, [S + 1]."""
+    if len(steps) < 2:
+        return np.array([0.0, 1.0]) + (steps[0] - 0.5 if len(steps) else 0)
+    between = (steps[1:] + steps[:-1]) / 2
+    return np.concatenate([steps[:1], between, steps[-1:]])
 
 
 def losses(
@@ -135,7 +149,7 @@ def losses(
             for index, (label, curves) in enumerate(runs.items()):
                 steps, values = (_thinned(each) for each in curves[split])
                 look = _look(index, len(runs)) | ({"marker": "", "linewidth": 1} if len(steps) > MOST_MARKERS else {})
-                ax.plot(steps, values, label=label, **look)
+                ax.plot(steps, values, label=label, gid=label, **look)
             ax.locator_params(axis="x", nbins=4, integer=True)
         _legend(figure, axes[1], room=2 * PANEL[0])
     return figure
@@ -162,7 +176,11 @@ def against_lambda(series: Mapping[str, Mapping[float, Sequence[float]]], quanti
             means = [np.mean(line[value]) for value in present]
             errors = [standard_error(line[value]) for value in present]
             places = [lambdas.index(value) for value in present]
-            ax.errorbar(places, means, np.nan_to_num(errors), capsize=3, label=label, **_look(index, len(series)))
+            drawn = ax.errorbar(
+                places, means, np.nan_to_num(errors), capsize=3, label=label, **_look(index, len(series))
+            )
+            for part in drawn.get_children():
+                part.set_gid(label)
         ax.set_xticks(range(len(lambdas)), [f"{value:g}" for value in lambdas])
         _legend(figure, ax)
     return figure
@@ -263,11 +281,11 @@ def _truncated() -> matplotlib.colors.Colormap:
     return matplotlib.colors.ListedColormap(colours)
 
 
-def _band(ax: Axes, x: np.ndarray, values: np.ndarray, colour: object) -> None:
+def _band(ax: Axes, x: np.ndarray, values: np.ndarray, colour: object, label: str) -> None:
     """One standard deviation around the mean of [seeds, X]; nothing for a single seed."""
     if len(values) > 1:
         mean, spread = values.mean(axis=0), values.std(axis=0, ddof=1)
-        ax.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
+        ax.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0, gid=label)
 
 
 def _legend(figure: Figure, ax: Axes, room: float = PANEL[0]) -> None:
@@ -276,4 +294,8 @@ def _legend(figure: Figure, ax: Axes, room: float = PANEL[0]) -> None:
     columns, font = 1 + (len(labels) - 1) // 16, FontProperties(size=STYLE["legend.fontsize"])
     points = max(TextPath((0, 0), label, prop=font).get_extents().width for label in labels)
     figure.set_figwidth(max(figure.get_figwidth(), room + columns * (0.7 + points / 72)))
-    figure.legend(handles, labels, loc="outside right upper", ncols=columns)
+    legend = figure.legend(handles, labels, loc="outside right upper", ncols=columns)
+    for handle, text in zip(legend.legend_handles, legend.get_texts(), strict=True):
+        for part in (handle, text):
+            if part is not None:
+                part.set_gid(text.get_text())

@@ -5,7 +5,7 @@ Both are templates (`page.html`, `page.md`) over the same `Report`.
 
 from __future__ import annotations
 
-import base64
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ class Report:
     tables: name -> column heads, and row label -> cells.
     figures: caption and SVG file, with a PNG of the same name beside it.
     runs: the rows of runs.csv.
+    kinds: what the filter goes by: a label of a row, line or run -> key of the configuration -> the values of its runs.
     """
 
     title: str
@@ -33,6 +34,23 @@ class Report:
     tables: dict[str, tuple[list[str], dict[str, list[Cell]]]]
     figures: list[tuple[str, Path]]
     runs: list[dict[str, str]]
+    kinds: dict[str, dict[str, list[str]]]
+
+    @property
+    def filters(self) -> dict[str, list[str]]:
+        """Key -> its values, in the order of the runs."""
+        found: dict[str, dict[str, None]] = {}
+        for kind in self.kinds.values():
+            for key, values in kind.items():
+                found.setdefault(key, {}).update(dict.fromkeys(values))
+        return {key: list(values) for key, values in found.items()}
+
+
+def inline(path: Path) -> str:
+    """An SVG file's attributes and content, as they follow `<svg` in a page: without its XML header and metadata."""
+    return re.sub(
+        "<metadata>.*?</metadata>", "", path.read_text(encoding="utf-8").partition("<svg")[2], flags=re.DOTALL
+    )
 
 
 def render(report: Report, template: str, folder: Path) -> str:
@@ -47,7 +65,7 @@ def render(report: Report, template: str, folder: Path) -> str:
     )
     pages.filters |= {
         "plain": lambda text: text.replace("|", "\\|").replace("<", "&lt;"),  # for Markdown
-        "base64": lambda path: base64.b64encode(path.read_bytes()).decode(),
+        "svg": inline,
         "png": lambda path: path.with_suffix(".png").relative_to(folder).as_posix(),
     }
     return pages.get_template(template).render(report=report, reading=READING)

@@ -24,6 +24,7 @@ from scipy import stats
 from nanodisp.condensation import figures
 from nanodisp.errors import UserError
 from nanodisp.report import __main__ as report
+from nanodisp.report import draw
 from nanodisp.report.tables import (
     QUANTITIES,
     make_layer_tables,
@@ -96,7 +97,7 @@ def test_variants_are_rows_that_share_the_baseline(tmp_path: Path) -> None:
 def test_architectures_are_rows_under_their_names_and_a_figure_per_lambda(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "MOST_LINES", 3)
+    monkeypatch.setattr(draw, "MOST_LINES", 3)
     switches = {"GPT-2": "none", "GPT-2, position=rotary": "rotary", "GPT-2, norm=rmsnorm": "rmsnorm"}
     for disp in (0, 0.1):
         for switch in switches.values():
@@ -360,9 +361,9 @@ def test_the_page_is_complete_and_self_contained(pages: Path) -> None:
     text = (pages / "index.html").read_text()
     page = Page(text)
     assert page.open == []
-    assert len(page.loads) == 5
-    assert all(source.startswith("data:image/svg+xml;base64,") for source in page.loads)
-    assert "http" not in re.sub(r"base64,[\w+/=]+", "", text)
+    assert page.loads == []
+    assert text.count("<svg role=img") == text.count("<figure") == 10
+    assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]+"', "", text)
     assert "UserError: &lt;b&gt;no space&lt;/b&gt; &amp; more" in text
     assert "12 runs: 3 failed, 8 finished, 1 unfinished" in text
 
@@ -417,6 +418,14 @@ def test_a_measured_run_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (tmp_path / "report" / "figures" / "density.svg").exists()
 
 
+def test_the_page_of_many_long_runs_stays_small(tmp_path: Path) -> None:
+    for number in range(16):
+        settings = (f"seed={number % 2}", f"optim.lr={1e-3 * (1 + number // 2)}")
+        write_run(tmp_path / f"r{number}", *settings, steps=2000)
+    report.main([str(tmp_path)])
+    assert (tmp_path / "report" / "index.html").stat().st_size < 16 * 5_000_000 / 200
+
+
 def test_the_command_of_the_sweep_is_shown(tmp_path: Path) -> None:
     write_run(tmp_path / "run")
     (tmp_path / "multirun.yaml").write_text("hydra: {overrides: {task: [experiment=lambda, 'seed=1,2']}}")
@@ -457,7 +466,7 @@ def test_a_runs_own_folder_is_told_from_the_folder_of_a_sweep(tmp_path: Path) ->
 def test_losses_over_steps_have_a_line_per_run_named_by_what_differs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "MOST_LINES", 12)
+    monkeypatch.setattr(draw, "MOST_LINES", 12)
     for seed in range(13):
         write_run(tmp_path / f"s{seed}", f"seed={seed}", loss=2.0 + seed, steps=20 if seed == 12 else 40)
     (write_run(tmp_path / "damaged") / "config.yaml").unlink()
@@ -492,31 +501,52 @@ def test_failed_runs_alone_make_a_page_too(tmp_path: Path) -> None:
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 LOOK = """<script>
 addEventListener("load", () => {
-  const page = document.documentElement, pictures = [...document.images];
+  const page = document.documentElement, pictures = [...document.querySelectorAll("figure svg")];
   const cut = [...document.querySelectorAll("td, th, code, figcaption")].filter(e => e.scrollWidth > e.clientWidth + 1
     && getComputedStyle(e).display != "inline");
-  document.title = [page.scrollWidth <= innerWidth, pictures.length > 0, pictures.every(p => p.naturalWidth > 0),
-    cut.length].join(" ");
+  document.title = [page.scrollWidth <= innerWidth, pictures.length > 0,
+    pictures.every(p => p.getBoundingClientRect().width > 200 && p.getBBox().width > 200), cut.length].join(" ");
 })</script>"""
+FILTER = """<script>
+addEventListener("load", () => {
+  const count = of => [...document.querySelectorAll(of)].filter(e => e.style.display != "none").length;
+  const line = "figure g[id='lambda_disp=0.1 seed=1']";
+  const seen = () => [count("article"), count("tr[data-kind]"), count(line)].join(" ");
+  const choose = (key, value) => {
+    const select = document.querySelector(`select[data-key="${key}"]`);
+    select.value = value;
+    select.dispatchEvent(new Event("change"));
+  };
+  const steps = [seen()];
+  for (const [key, value] of [["dispersion.lambda_disp", "0.1"], ["seed", "2"], ["dispersion.lambda_disp", ""]]) {
+    choose(key, value);
+    steps.push(seen());
+  }
+  document.title = steps.join("; ");
+})</script>"""
+
+
+def title_in_browser(page: Path, script: str, folder: Path, width: int = 1280) -> str:
+    """The title of a page in Chromium after a script that is added to it."""
+    looked = folder / "index.html"
+    looked.write_text(page.read_text().replace("</html>", script + "</html>"))
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking")
+    options = (*options, f"--user-data-dir={folder}", f"--window-size={width},900", "--dump-dom")
+    command = [str(CHROMIUM), *options, str(looked)]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    return "".join(re.findall("<title>(.*?)</title>", shown)[:1])
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 @pytest.mark.parametrize("width", [500, 1280])
 def test_in_a_browser_nothing_is_cut_off_or_missing(pages: Path, tmp_path: Path, width: int) -> None:
-    looked = tmp_path / "index.html"
-    looked.write_text((pages / "index.html").read_text().replace("</html>", LOOK + "</html>"))
-    options = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking")
-    page = subprocess.run(
-        [
-            str(CHROMIUM),
-            *options,
-            f"--user-data-dir={tmp_path}",
-            f"--window-size={width},900",
-            "--dump-dom",
-            f"{looked}",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    ).stdout
-    assert re.findall("<title>(.*?)</title>", page) == ["true true true 0"]
+    assert title_in_browser(pages / "index.html", LOOK, tmp_path, width) == "true true true 0"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_in_a_browser_the_filter_hides_what_it_excludes(pages: Path, tmp_path: Path) -> None:
+    everything, tenth, second, all_lambdas = title_in_browser(pages / "index.html", FILTER, tmp_path).split("; ")
+    assert everything == "12 9 4"  # runs, rows, and parts of one run's line
+    assert tenth == "5 7 4", "the rows of the other lambdas are hidden; a run without a configuration too"
+    assert second == "1 7 0"
+    assert all_lambdas == "3 9 0"
