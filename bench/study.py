@@ -5,10 +5,10 @@
     python -m bench.study list                                          # every job that is known now, and its state
     python -m bench.study records                                       # finished runs -> docs/study/records/*.jsonl
 
-Each job of `bench.study_plan` is one `python train.py` under out/study/; with --benchmarks, the last checkpoint of a run
-of design (a) is then evaluated by `nanodisp.evaluate`. Runs that stand in docs/study/records/ are finished, even if their
-folders are on another machine. A second worker on the same machine runs other jobs: one whose folder is in use fails at
-once.
+Each job of `bench.study_plan` is one `python train.py` under out/study/; with --benchmarks, the last checkpoint of a
+run of design (a) is then evaluated by `nanodisp.evaluate`. Runs that stand in docs/study/records/ are finished, even if
+their folders are on another machine. A second worker on the same machine runs other jobs: one whose folder is in use
+fails at once.
 """
 
 from __future__ import annotations

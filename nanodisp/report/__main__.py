@@ -3,7 +3,8 @@
     python -m nanodisp.report out/<sweep>
 
 writes into out/<sweep>/report: index.html (self-contained, with a filter by every key that differs), report.md,
-runs.csv and figures/. Runs are read by `runs/read.py`, tables made by `tables.py`, figures by `draw.py`, pages by `page.py`.
+runs.csv and figures/. Runs are read by `runs/read.py`, tables made by `tables.py`, figures by `draw.py`, pages by
+`page.py`.
 """
 
 from __future__ import annotations
