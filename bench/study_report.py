@@ -1,7 +1,5 @@
-"""The tables of the study, from docs/study/records/ alone: `make study-report` writes docs/study/results.md.
-
-Every number of that page is computed here, as docs/study/plan.md says under "Statistics": paired differences with 95% t
-intervals, Holm's correction within a family of tests, two one-sided tests of equivalence, and power.
+"""The tables and figures of the study, from docs/study/records/ alone: `make study-report` writes docs/study/results.md
+and docs/study/figures/. Statistics are in `study_statistics`, what is exploratory in `study_mechanism`.
 """
 
 from __future__ import annotations
@@ -11,77 +9,21 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
-
+from bench import study_figures, study_mechanism
 from bench.study import RECORDS
 from bench.study_plan import SIZES
+from bench.study_statistics import Arms, Paired, baseline_of, holm, paired, pairs_needed
+from nanodisp.condensation.figures import STYLE
 from nanodisp.errors import UserError
 from nanodisp.report.scaling import effective_parameters, fit
 
-PAGE = RECORDS.parent / "results.md"
+PAGE, FIGURES = RECORDS.parent / "results.md", RECORDS.parent / "figures"
 NOTHING = "\N{EN DASH}"  # in place of a missing number
-FEWEST = 3  # pairs of a test
-ALPHA, POWER = 0.05, 0.8
 MARGINS = {"loss": 0.01, "BLiMP": 0.005}  # of equivalence
 PRIMARY = "(a) lambda 0.1"
-WITHOUT_LAMBDA = ("c", "tuned")  # designs whose baseline is lambda 0 of design (a)
-
-Arms = dict[str, dict[int, float]]  # arm -> seed -> value
-
-
-@dataclass(frozen=True)
-class Paired:
-    """Differences of pairs, arm minus baseline.
-
-    half: half the width of their 95% t interval. p: of the two-sided paired t test. equivalent: the larger p of two
-    one-sided t tests that the mean lies within +-margin. All NaN below `FEWEST` pairs.
-    """
-
-    n: int
-    mean: float
-    deviation: float
-    half: float
-    p: float
-    equivalent: float
-
-
-def paired(values: dict[int, float], baseline: dict[int, float], margin: float) -> Paired:
-    """Compare the seeds that both have."""
-    gaps = [values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())]
-    n = len(gaps)
-    if n < FEWEST:
-        return Paired(n, statistics.fmean(gaps) if gaps else math.nan, *[math.nan] * 4)
-    mean, deviation = statistics.fmean(gaps), statistics.stdev(gaps)
-    error = deviation / math.sqrt(n)
-    test = lambda of: math.copysign(math.inf, of) if error == 0 else of / error  # noqa: E731
-    of_t = stats.t(n - 1)
-    outside = max(of_t.sf(test(mean + margin)), of_t.cdf(test(mean - margin)))
-    return Paired(n, mean, deviation, of_t.ppf(0.975) * error, 2 * of_t.sf(abs(test(mean))), float(outside))
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """Adjusted p values of one family: Holm (1979). NaN where there was no test, which is not counted."""
-    tested = sorted((value, i) for i, value in enumerate(p) if not math.isnan(value))
-    adjusted, largest = [math.nan] * len(p), 0.0
-    for rank, (value, i) in enumerate(tested):
-        largest = max(largest, min(1.0, (len(tested) - rank) * value))
-        adjusted[i] = largest
-    return adjusted
-
-
-def pairs_needed(effect: float, deviation: float) -> int:
-    """Pairs that show a mean difference of `effect` with 80% power at 5%, two-sided: noncentral t distribution."""
-    for n in range(FEWEST, 100_000):
-        critical = stats.t.ppf(1 - ALPHA / 2, n - 1)
-        shift = abs(effect) / deviation * math.sqrt(n)
-        if stats.nct.sf(critical, n - 1, shift) + stats.nct.cdf(-critical, n - 1, shift) >= POWER:
-            return n
-    raise ValueError(f"an effect of {effect} is too small beside a deviation of {deviation}")
-
 
 # --- from records to arms ------------------------------------------------------------------------
 
@@ -113,12 +55,6 @@ def blimp(record: dict[str, Any]) -> float | None:
 def middle_cosine(record: dict[str, Any]) -> float:
     """The mean cosine of the layers between the embedding and the last one at the end."""
     return statistics.fmean(record["val"][-1]["mean_cosine"][1:-1])
-
-
-def baseline_of(arm: str) -> str:
-    """The arm at lambda 0 with everything else alike: "f-150k-dropout-lam0.1" -> "f-150k-dropout-lam0"."""
-    design, size, *_ = arm.split("-")
-    return f"a-{size}-lam0" if design in WITHOUT_LAMBDA else f"{arm.rpartition('-')[0]}-lam0"
 
 
 def family_of(arm: str) -> str:
@@ -221,13 +157,23 @@ def page(records: Sequence[dict[str, Any]]) -> str:
         *table("BLiMP, accuracy", arms_of(records, blimp), MARGINS["BLiMP"], 4),
         *table("Mean cosine of the middle layers", arms_of(records, middle_cosine), None, 3),
         *effective(records),
+        *study_mechanism.correlations(records),
+        *study_mechanism.interaction(records),
+        *study_mechanism.rivals(records),
     ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    PAGE.write_text(page(read_records()), encoding="utf-8")
+    records = read_records()
+    PAGE.write_text(page(records), encoding="utf-8")
     print(f"wrote {PAGE}")
+    arms = arms_of(records, loss), arms_of(records, blimp)
+    FIGURES.mkdir(exist_ok=True)
+    for name, figure in study_figures.draw(records, *arms, study_mechanism.compared(records)).items():
+        picture = FIGURES / f"{name}.png"
+        figure.savefig(picture, dpi=STYLE["savefig.dpi"])
+        print(f"wrote {picture}")
 
 
 if __name__ == "__main__":

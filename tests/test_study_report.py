@@ -11,17 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from bench.study_report import (
-    PAGE,
-    baseline_of,
-    effective,
-    families,
-    holm,
-    page,
-    paired,
-    pairs_needed,
-    read_records,
-)
+from bench.study_report import PAGE, effective, families, page, read_records
+from bench.study_statistics import baseline_of, holm, paired, pairs_needed
 from nanodisp.report.scaling import Law
 
 

@@ -45,6 +45,12 @@ def pages(sweep: Path) -> Path:
     return sweep / "report"
 
 
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes most of a report's time: for tests of what is written beside the figures."""
+    monkeypatch.setattr(report, "draw", lambda *_: [])
+
+
 # --- tables ---------------------------------------------------------------------------------
 
 
@@ -104,8 +110,9 @@ def test_architectures_are_rows_under_their_names_and_a_figure_per_lambda(
             run = tmp_path / f"{switch}-{disp}"
             write_run(run, "experiment=architecture", f"switch={switch}", f"dispersion.lambda_disp={disp}")
     drawn: list[list[str]] = []
-    mean_by_layer = figures.mean_by_layer
-    monkeypatch.setattr(figures, "mean_by_layer", lambda lines: drawn.append(list(lines)) or mean_by_layer(lines))
+    monkeypatch.setattr(figures, "mean_by_layer", lambda lines: drawn.append(list(lines)) or Figure())
+    for other in ("against_lambda", "losses", "over_training"):
+        monkeypatch.setattr(figures, other, lambda *_: Figure())
     report.main([str(tmp_path)])
     rows = make_rows(read_runs(tmp_path))
     assert {row.label.split("), ")[1] for row in rows} == set(switches)
@@ -113,6 +120,7 @@ def test_architectures_are_rows_under_their_names_and_a_figure_per_lambda(
     assert drawn == [[f"{row.label}, lambda {disp}" for row in rows] for disp in ("0", "0.1")]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_layers_are_averaged_over_the_seeds_of_the_last_validation(tmp_path: Path) -> None:
     for seed in (1, 2):
         write_run(tmp_path / f"s{seed}", f"seed={seed}", "dispersion=off")
@@ -151,6 +159,7 @@ def test_runs_of_an_older_version_share_the_row_of_newer_ones(tmp_path: Path) ->
     assert list(row.cells[0.1]) == [1, 2]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_figures_that_nanodisp_does_not_know_are_reported_by_name(tmp_path: Path) -> None:
     for seed in (1, 2):
         metrics = write_run(tmp_path / f"s{seed}", f"seed={seed}", "dispersion=off") / "metrics.jsonl"
@@ -228,6 +237,7 @@ def test_the_loss_of_decoders_and_the_masked_loss_of_encoders_are_never_together
     assert [lines["decoder02"][key] for key in ("loss", "bpb", "masked_loss")] == ["3.0", "6.0", ""]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_folder_of_encoders_has_no_table_of_the_loss_of_decoders(tmp_path: Path) -> None:
     write_run(tmp_path / "encoder", "model.causal=false")
     write_run(tmp_path / "diverged", "model.causal=false", "seed=2", loss=None)
@@ -310,6 +320,7 @@ def test_an_evaluation_of_another_step_is_left_out_and_reported(tmp_path: Path) 
     assert read.problem == "evaluation.json is of run at step 4, but the run is at step 40: evaluate it again"
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_an_imported_model_has_a_row_beside_its_trained_versions(tmp_path: Path) -> None:
     write_evaluation(write_run(tmp_path / "trained", "init_from=hf:gpt2"), easy=0.5)
     released = write_run(tmp_path / "gpt2", "init_from=hf:gpt2", "data=shards")
@@ -323,6 +334,7 @@ def test_an_imported_model_has_a_row_beside_its_trained_versions(tmp_path: Path)
     assert "lambda 0.1 | 0.5000 ± 0.0300" in table
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_page_shows_benchmarks_and_reports_a_damaged_file(tmp_path: Path) -> None:
     write_evaluation(write_run(tmp_path / "intact", "seed=1"), easy=0.5)
     for number, damage in enumerate(('{"tas', '{"tasks": {"easy": {"metrics": {}}}}', "[]", '{"tasks": {"easy": 1}}')):
@@ -390,6 +402,7 @@ def test_the_csv_has_a_line_per_run(pages: Path, sweep: Path) -> None:
     assert all(line["command"] == "" for line in lines.values()), "these runs were not launched by a command"
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_command_of_a_run_is_shown_as_it_was_launched(tmp_path: Path) -> None:
     config = write_run(tmp_path / "run") / "config.yaml"
     config.write_text(re.sub("^command: .*$", "command: python train.py 'a=<b>'", config.read_text(), flags=re.M))
@@ -426,6 +439,7 @@ def test_the_page_of_many_long_runs_stays_small(tmp_path: Path) -> None:
     assert (tmp_path / "report" / "index.html").stat().st_size < 16 * 5_000_000 / 200
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_command_of_the_sweep_is_shown(tmp_path: Path) -> None:
     write_run(tmp_path / "run")
     (tmp_path / "multirun.yaml").write_text("hydra: {overrides: {task: [experiment=lambda, 'seed=1,2']}}")
@@ -491,6 +505,7 @@ def test_a_single_run_is_named_by_its_folder(tmp_path: Path, monkeypatch: pytest
     assert "1 run: 1 finished" in (tmp_path / "report" / "report.md").read_text()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_failed_runs_alone_make_a_page_too(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "error.txt").write_text("")

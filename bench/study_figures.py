@@ -1,0 +1,118 @@
+"""The figures of docs/study/index.md, drawn from the records alone: `make study-report` writes them."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.rivals import Entry, curves
+from bench.study_mechanism import HIGH, RIVALS_SIZE, time_in_cone
+from bench.study_plan import SIZES
+from bench.study_statistics import Arms, Paired, baseline_of, paired
+from nanodisp.condensation.figures import MARKERS, STYLE
+
+Record = dict[str, Any]
+
+WITHOUT, WITH = "#440154", "#21918c"  # lambda 0, lambda 0.1: dark and middle of viridis
+
+
+def draw(records: Sequence[Record], losses: Arms, blimp: Arms, found: Sequence[Entry]) -> dict[str, Figure]:
+    """File name -> figure. found: the runs of the comparison with other losses."""
+    with matplotlib.rc_context(STYLE):
+        return {
+            "differences": differences(losses, blimp),
+            "start": start(records),
+            "cone": cone(records),
+            "rivals": rivals(found),
+        }
+
+
+def differences(losses: Arms, blimp: Arms) -> Figure:
+    """Paired differences to lambda 0 with 95% intervals, every pair a dot: the loss, and BLiMP beside it."""
+    figure = Figure(figsize=(7.4, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    sizes = [size for size in SIZES if f"a-{size}-lam0.1" in losses]
+    arms = [f"a-{size}-lam{lam}" for size in sizes for lam in ("0.03", "0.1", "0.3")]
+    arms = [arm for arm in arms if arm in losses]
+    for ax, values, unit, scale in ((left, losses, "nats per token", 1.0), (right, blimp, "BLiMP, points", 100.0)):
+        ax.axvline(0, color="0.6", linewidth=0.8)
+        for place, arm in enumerate(arms):
+            baseline = values.get(baseline_of(arm), {})
+            of = paired(values.get(arm, {}), baseline, margin=0.0)
+            seeds = values.get(arm, {}).keys() & baseline.keys()
+            dots = [scale * (values[arm][seed] - baseline[seed]) for seed in sorted(seeds)]
+            interval(ax, place, of, dots, scale)
+        ax.set_xlabel(f"difference to lambda 0, {unit}")
+        ax.grid(False, axis="y")
+    left.set_yticks(range(len(arms)), [arm.removeprefix("a-").replace("-lam", " parameters, lambda ") for arm in arms])
+    left.invert_yaxis()
+    return figure
+
+
+def interval(ax: Axes, place: int, of: Paired, dots: Sequence[float], scale: float) -> None:
+    """A mean with its 95% interval beside the pairs that it is of; only these if there are too few of them."""
+    ax.plot(dots, [place + 0.2] * len(dots), "o", color="0.65", markersize=2.5)
+    if np.isfinite(of.half):
+        ax.errorbar(scale * of.mean, place - 0.1, xerr=scale * of.half, fmt="o", color=WITH, capsize=3)
+
+
+def start(records: Sequence[Record]) -> Figure:
+    """The mean cosine of the last layer, and the training loss, over the first third of training, a line per seed."""
+    figure = Figure(figsize=(7.4, 3.0), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for lam, colour in (("0", WITHOUT), ("0.1", WITH)):
+        runs = [r for r in records if r["name"].startswith(f"a-{RIVALS_SIZE}-lam{lam}-")]
+        for number, run in enumerate(runs):
+            label = f"lambda {lam}, {len(runs)} seeds" if number == 0 else None
+            look = {"color": colour, "linewidth": 1, "alpha": 0.8, "linestyle": "-" if lam == "0" else "--"}
+            steps = [each["step"] for each in run["condensation"]]
+            left.plot(steps, [each["mean_cosine"][-1] for each in run["condensation"]], label=label, **look)
+            right.plot([each["step"] for each in run["train"]], [each["loss"] for each in run["train"]], **look)
+    most = max((r["val"][-1]["step"] for r in records if r["name"].startswith(f"a-{RIVALS_SIZE}-")), default=1)
+    for ax, label in ((left, "mean cosine, last layer"), (right, "training loss, nats per token")):
+        ax.set(xlabel="step", ylabel=label, xlim=(0, most / 2))
+    left.legend()
+    return figure
+
+
+def cone(records: Sequence[Record]) -> Figure:
+    """Final loss against the share of training in the cone, a point per run of the smallest size."""
+    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
+    ax = figure.add_subplot()
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        if record["name"].split("-")[1] == RIVALS_SIZE and record["design"] in ("a", "c") and record["condensation"]:
+            lam = record["config"]["dispersion"]["lambda_disp"]
+            groups[f"lambda {lam:g}" if record["design"] == "a" else "schedules, part of the layers"].append(record)
+    for number, (label, runs) in enumerate(sorted(groups.items())):
+        colour = matplotlib.colormaps["viridis"](0.88 * number / max(1, len(groups) - 1))
+        points = [(100 * time_in_cone(run), run["loss"]) for run in runs]
+        ax.plot(*zip(*points, strict=True), MARKERS[number], color=colour, label=label, linestyle="none")
+    ax.set_xlabel(f"% of training with the last layer's mean cosine above {HIGH}")
+    ax.set_ylabel("validation loss, nats per token")
+    ax.legend()
+    return figure
+
+
+def rivals(found: Sequence[Entry]) -> Figure:
+    """Validation loss against mean cosine, a line per loss through its weights, means over seeds."""
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    ax = figure.add_subplot()
+    lines = {name: points for name, points in curves(found).items() if len(points) > 1}
+    for number, (name, points) in enumerate(lines.items()):
+        colour = matplotlib.colormaps["viridis"](0.88 * number / max(1, len(lines) - 1))
+        x, y = [point.cosine for point in points], [point.loss for point in points]
+        ax.plot(x, y, marker=MARKERS[number], color=colour, label=name, linestyle=("-", "--", ":")[number % 3])
+    if lines:
+        without = [entry.loss for entry in found if entry.weight == 0]
+        ax.axhline(statistics.fmean(without), color="0.6", linewidth=0.8)
+        figure.legend(loc="outside right upper")
+    ax.set(xlabel="mean cosine, layers after the embedding", ylabel="validation loss, nats per token")
+    return figure

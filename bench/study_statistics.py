@@ -1,0 +1,72 @@
+"""The statistics of the study, as docs/study/plan.md says under "Statistics"."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scipy import stats
+
+FEWEST = 3  # pairs of a test
+ALPHA, POWER = 0.05, 0.8
+WITHOUT_LAMBDA = ("c", "tuned", "rivals")  # designs whose baseline is lambda 0 of design (a)
+
+Arms = dict[str, dict[int, float]]  # arm -> seed -> value
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Differences of pairs, arm minus baseline.
+
+    half: half the width of their 95% t interval. p: of the two-sided paired t test. equivalent: the larger p of two
+    one-sided t tests that the mean lies within +-margin. All NaN below `FEWEST` pairs.
+    """
+
+    n: int
+    mean: float
+    deviation: float
+    half: float
+    p: float
+    equivalent: float
+
+
+def paired(values: dict[int, float], baseline: dict[int, float], margin: float) -> Paired:
+    """Compare the seeds that both have."""
+    gaps = [values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())]
+    n = len(gaps)
+    if n < FEWEST:
+        return Paired(n, statistics.fmean(gaps) if gaps else math.nan, *[math.nan] * 4)
+    mean, deviation = statistics.fmean(gaps), statistics.stdev(gaps)
+    error = deviation / math.sqrt(n)
+    test = lambda of: math.copysign(math.inf, of) if error == 0 else of / error  # noqa: E731
+    of_t = stats.t(n - 1)
+    outside = max(of_t.sf(test(mean + margin)), of_t.cdf(test(mean - margin)))
+    return Paired(n, mean, deviation, of_t.ppf(0.975) * error, 2 * of_t.sf(abs(test(mean))), float(outside))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Adjusted p values of one family: Holm (1979). NaN where there was no test, which is not counted."""
+    tested = sorted((value, i) for i, value in enumerate(p) if not math.isnan(value))
+    adjusted, largest = [math.nan] * len(p), 0.0
+    for rank, (value, i) in enumerate(tested):
+        largest = max(largest, min(1.0, (len(tested) - rank) * value))
+        adjusted[i] = largest
+    return adjusted
+
+
+def pairs_needed(effect: float, deviation: float) -> int:
+    """Pairs that show a mean difference of `effect` with 80% power at 5%, two-sided: noncentral t distribution."""
+    for n in range(FEWEST, 100_000):
+        critical = stats.t.ppf(1 - ALPHA / 2, n - 1)
+        shift = abs(effect) / deviation * math.sqrt(n)
+        if stats.nct.sf(critical, n - 1, shift) + stats.nct.cdf(-critical, n - 1, shift) >= POWER:
+            return n
+    raise ValueError(f"an effect of {effect} is too small beside a deviation of {deviation}")
+
+
+def baseline_of(arm: str) -> str:
+    """The arm at lambda 0 with everything else alike: "f-150k-dropout-lam0.1" -> "f-150k-dropout-lam0"."""
+    design, size, *_ = arm.split("-")
+    return f"a-{size}-lam0" if design in WITHOUT_LAMBDA else f"{arm.rpartition('-')[0]}-lam0"

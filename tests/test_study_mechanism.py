@@ -1,0 +1,96 @@
+"""What the study says about causes, on runs whose answer is known; its figures from few and many records."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench import study_figures
+from bench.study_mechanism import compared, correlations, interaction, partial_correlation, rivals, time_in_cone
+from bench.study_report import arms_of, blimp, loss
+
+
+def record(name: str, loss: float, cosines: tuple[float, ...], weight: float, variant: str = "angular") -> Any:
+    """A run of two layers; cosines: of the last layer over training; at the end both layers have the last of them."""
+    end = [0.0, cosines[-1], cosines[-1]]
+    return {
+        **{"name": name, "design": name[: name.index("-")], "loss": loss},
+        "config": {"dispersion": {"variant": variant, "lambda_disp": weight}},
+        "condensation": [{"step": 10 * i, "mean_cosine": [*end[:2], each]} for i, each in enumerate(cosines)],
+        "train": [{"step": 1, "loss": 9.0}],
+        "val": [{"mean_cosine": end, "step": 40}],
+    }
+
+
+def ladder(size: str, base: float, slope: float) -> list[dict[str, Any]]:
+    """Runs at four lambdas and five seeds whose loss is a line of the time that they spend in the cone."""
+    runs = []
+    for number, (weight, seed) in enumerate(itertools.product((0.0, 0.03, 0.1, 0.3), range(1, 6))):
+        high = 0.55 + 0.02 * number
+        run = record(f"a-{size}-lam{weight:g}-s{seed}", 0.0, (0.0, high, 0.3, 0.2), weight)
+        runs.append(run | {"loss": base + slope * time_in_cone(run)})
+    return runs
+
+
+def test_the_time_in_the_cone_is_the_share_above_one_half() -> None:
+    assert time_in_cone(record("a-77k-lam0-s1", 5, (0.0, 1.0, 0.0), 0)) == pytest.approx(0.5, abs=0.01)
+    assert time_in_cone(record("a-77k-lam0-s1", 5, (0.0, 0.4, 0.0), 0)) == 0
+
+
+def test_a_partial_correlation_is_that_of_residuals_of_a_regression_on_the_groups() -> None:
+    random = np.random.default_rng(0)
+    groups = random.choice(["a", "b", "c"], 40)
+    x, y = random.normal(size=40) + (groups == "b"), random.normal(size=40) + 5 * (groups == "c")
+    y += x
+    dummies = np.stack([groups == name for name in "abc"], axis=1).astype(float)
+    residual = [v - dummies @ np.linalg.lstsq(dummies, v, rcond=None)[0] for v in (x, y)]
+    assert partial_correlation(x, y, groups.tolist()) == pytest.approx(np.corrcoef(*residual)[0, 1])
+    assert np.isnan(partial_correlation(np.ones(40), y, groups.tolist()))
+
+
+def test_sizes_do_not_make_a_correlation() -> None:
+    lines = list(correlations(ladder("77k", 5.4, 1.0) + ladder("150k", 4.0, 1.0)))
+    (line,) = (line for line in lines if line.startswith("| share"))
+    assert line.count("+1.00 [+1.00, +1.00]") == 3
+    (line,) = (line for line in correlations(ladder("77k", 5.4, -1.0)) if line.startswith("| share"))
+    assert line.count("-1.00") == 9
+
+
+def test_the_interaction_is_the_difference_of_paired_differences() -> None:
+    effects = {"a-77k-": (-0.10, -0.20, -0.30), "e-77k-muon-": (-0.02, -0.10, -0.18)}
+    runs = [
+        record(
+            f"{arm}lam{weight:g}-s{seed}",
+            5.0 + 0.01 * seed + (effects[arm][seed - 1] if weight else 0),
+            (0.1, 0.2),
+            weight,
+        )
+        for arm, weight, seed in itertools.product(effects, (0.0, 0.1), (1, 2, 3))
+    ]
+    (line,) = (line for line in interaction(runs) if line.startswith("| validation loss"))
+    assert "| 5.0200 | 4.8200 | 5.0200 | 4.9200 | +0.1000 [+0.0503, +0.1497] |" in line
+    assert "Not known yet" in "".join(interaction(runs[:6]))
+
+
+def test_losses_of_others_are_compared_with_the_same_seeds_of_angular() -> None:
+    runs = ladder("77k", 5.4, 1.0)
+    others = [
+        record(f"rivals-77k-cosreg-{w}-s{s}", 5.3, (0.5, 0.1 * w), w, "cosreg") for w in (1, 3) for s in (1, 2, 9)
+    ]
+    assert {entry.seed for entry in compared([*runs, *others])} == {1, 2, 3}
+    assert any(line.startswith("| cosreg | 5.3000 | 1 | 0.100 |") for line in rivals([*runs, *others]))
+    assert "Not known yet" in "".join(rivals(runs))
+    assert "Not known yet" in "".join(rivals(others)), "there is nothing to compare with"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, 20])
+def test_the_figures_can_be_drawn_from_any_number_of_runs(number: int) -> None:
+    runs = ladder("77k", 5.4, 1.0)[:number]
+    drawn = study_figures.draw(runs, arms_of(runs, loss), arms_of(runs, blimp), compared(runs))
+    assert len(drawn) == 4
+    for figure in drawn.values():
+        figure.draw_without_rendering()
