@@ -8,10 +8,11 @@ HAVE = $(or $(wildcard $(BIN)/python),$(PYTHON))
 RUNS ?= out
 EXPERIMENT ?= lambda
 JOBS ?= 2
+MINUTES ?= 9
 INSTALLED := $(VENV)/installed-$(EXTRAS)
 
 .PHONY: help install run test test-fast mutants lint format bench bench-train bench-data bench-gpu gpu-wheels verify-data
-.PHONY: audit soak study study-report report constraints clean
+.PHONY: audit soak study study-gpu study-report report constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +80,9 @@ soak: install ## kill runs, change their number of ranks, corrupt their files; J
 study: install ## run or resume an experiment and write its report: make study EXPERIMENT=lambda
 	$(BIN)/python train.py -m experiment=$(EXPERIMENT)
 	$(BIN)/python -m nanodisp.report out/$(EXPERIMENT)
+
+study-gpu: ## the study's larger sizes on one GPU, for MINUTES; again to resume: make study-gpu CORPUS=<folder>
+	$(HAVE) -m bench.study run --gpu --corpus $(CORPUS) --minutes $(MINUTES)
 
 study-report: install ## the study's tables from its records, into docs/study/results.md
 	$(BIN)/python -m bench.study_report

@@ -1,6 +1,7 @@
 """The queue of the study: the jobs of docs/study/plan.md, in order of priority.
 
     python -m bench.study run --corpus <folder of the English corpus>   # one worker, one thread; again to resume
+    python -m bench.study run --corpus <folder> --gpu --minutes 9       # the larger sizes, on one GPU, in short pieces
     python -m bench.study evaluate --benchmarks <folder>                # the benchmarks of finished runs
     python -m bench.study list                                          # every job that is known now, and its state
     python -m bench.study records                                       # finished runs -> docs/study/records/*.jsonl
@@ -19,6 +20,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ import torch
 from omegaconf import OmegaConf
 
 from bench.measure import device_name
-from bench.study_plan import Losses, Size, jobs
+from bench.study_plan import Losses, Size, gpu_jobs, jobs
 from nanodisp.runs.evaluation import EVALUATION, read_evaluation
 from nanodisp.runs.metrics import METRICS, read_records
 
@@ -66,12 +68,19 @@ def known_losses(out: Path) -> Losses:
     return losses
 
 
-def call(command: Sequence[str], log: Path) -> int:
-    """The exit code of a Python command with one thread, whose output is added to a file."""
+def call(command: Sequence[str], log: Path, deadline: float = math.inf) -> int:
+    """The exit code of a Python command with one thread, whose output is added to a file.
+
+    At `deadline`, in seconds of `time.monotonic`, it is asked to stop; train.py then saves and exits with 75.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with log.open("a") as file:
-        process = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, stdout=file, stderr=file)
-    return process.returncode
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=file, stderr=file)
+        try:
+            return process.wait(None if deadline == math.inf else max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            return process.wait()
 
 
 def evaluate(folder: Path, benchmarks: Path) -> None:
@@ -81,15 +90,18 @@ def evaluate(folder: Path, benchmarks: Path) -> None:
     print(f"    {folder.name}: evaluated, exit code {code}", flush=True)
 
 
-def work(out: Path, corpus: Path, benchmarks: Path | None) -> None:
-    """Run job after job until none is left; a job that fails is left for the next call."""
-    os.nice(19)
+def work(out: Path, corpus: Path, benchmarks: Path | None, gpu: bool = False, minutes: float = math.inf) -> None:
+    """Run job after job until none is left or the time is over; a job that fails is left for the next call."""
+    os.nice(0 if gpu else 19)
+    deadline = time.monotonic() + 60 * minutes
     failed: set[str] = set()
     revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    about = {"machine": device_name().partition(",")[0], "torch": torch.__version__, "code": revision}
+    machine = device_name("cuda" if gpu else "cpu").partition(",")[0]
+    about = {"machine": machine, "torch": torch.__version__, "code": revision}
     while True:
         losses = known_losses(out)
-        left = (j for j in jobs(losses, str(corpus)) if j.name not in losses and j.name not in failed)
+        every = gpu_jobs(losses) if gpu else jobs(losses, str(corpus))
+        left = (j for j in every if j.name not in losses and j.name not in failed)
         todo = next((j for j in left if j.needs is None or (out / j.needs / "checkpoints").is_dir()), None)
         if todo is None:
             print(f"nothing left to run; failed: {', '.join(sorted(failed)) or 'none'}", flush=True)
@@ -99,7 +111,8 @@ def work(out: Path, corpus: Path, benchmarks: Path | None) -> None:
         (folder / "machine.json").write_text(json.dumps(about))
         path = [] if any("data=pystdlib" in override for override in todo.overrides) else [f"data.path={corpus}"]
         print(f"--- {todo.name}", flush=True)
-        code = call(("train.py", *todo.overrides, *path, f"run_name={todo.name}"), folder / "log.txt")
+        command = ("train.py", *todo.overrides, *path, f"run_name={todo.name}")
+        code = call(command, folder / "log.txt", deadline)
         if code == EXITED_EARLY:
             return
         if code != 0:
@@ -136,7 +149,7 @@ def record_of(folder: Path) -> dict[str, Any]:
     metrics = read_records(folder / METRICS)
     validations = [r for r in metrics if r["split"] == "val"]
     model = config["model"]
-    size = Size(model["n_layer"], model["n_embd"], model["n_head"])
+    size = Size(model["n_layer"], model["n_embd"], model["n_head"], block_size=model["block_size"])
     about = json.loads((folder / "machine.json").read_text())
     evaluated = read_evaluation(folder / EVALUATION)
     train = ("step", "loss", "dispersion", "grad_norm", "tokens_per_second")
@@ -179,11 +192,14 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, help="the folder of the English corpus, for run")
     parser.add_argument("--benchmarks", type=Path, help="a folder of benchmarks, for run and evaluate")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "study", help="the runs, for list and records")
+    parser.add_argument("--gpu", action="store_true", help="the sizes for one GPU, for run and list")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="run: save and stop after so long")
     arguments = parser.parse_args()
     if arguments.action == "run":
         if arguments.corpus is None:
             parser.error("run needs --corpus, the folder of the English corpus")
-        work(arguments.out, arguments.corpus.resolve(), arguments.benchmarks and arguments.benchmarks.resolve())
+        benchmarks = arguments.benchmarks and arguments.benchmarks.resolve()
+        work(arguments.out, arguments.corpus.resolve(), benchmarks, arguments.gpu, arguments.minutes)
     elif arguments.action == "evaluate":
         if arguments.benchmarks is None:
             parser.error("evaluate needs --benchmarks, a folder of benchmarks")
@@ -194,7 +210,7 @@ def main() -> None:
         write_records(arguments.out)
     else:
         losses = known_losses(arguments.out)
-        for name in dict.fromkeys(j.name for j in jobs(losses)):
+        for name in dict.fromkeys(j.name for j in (gpu_jobs(losses) if arguments.gpu else jobs(losses))):
             print(f"{name:40} {losses.get(name, 'to do')}")
 
 

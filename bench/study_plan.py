@@ -25,14 +25,20 @@ QWEN3 = ("bias=false", "norm=rmsnorm", "position=rotary", "mlp=swiglu", "qk_norm
 FIRST_GRID, SMALLEST, LARGEST = (0.5, 1.0, 2.0, 4.0), 0.25, 16.0  # multiples of 0.384 / width
 
 
+ON_CPU = ("device=cpu", "train.dtype=float32", "train.compile=false")
+ON_GPU = ("device=cuda", "train.dtype=bfloat16", "train.compile=true", "data.shard_tokens=25000000")  # files of 50 MB
+
+
 @dataclass(frozen=True)
 class Size:
-    """Layers, width, heads and sequences per step of one rung of the ladder."""
+    """Layers, width, heads, sequences per step and their length of one rung of the ladder; and what it runs on."""
 
     n_layer: int
     n_embd: int
     n_head: int
     batch_size: int = 8
+    block_size: int = BLOCK_SIZE
+    machine: tuple[str, ...] = ON_CPU
 
     @property
     def non_embedding(self) -> int:
@@ -40,7 +46,7 @@ class Size:
         return self.n_layer * (12 * self.n_embd**2 + 13 * self.n_embd) + 2 * self.n_embd
 
     def total(self, vocab_size: int) -> int:
-        return self.non_embedding + (vocab_size + BLOCK_SIZE) * self.n_embd
+        return self.non_embedding + (vocab_size + self.block_size) * self.n_embd
 
 
 SIZES = {
@@ -50,6 +56,14 @@ SIZES = {
     "671k": Size(6, 96, 3),
     "1.19M": Size(6, 128, 4, batch_size=16),
     "2.47M": Size(8, 160, 5, batch_size=16),
+    "10.6M": Size(6, 384, 6, 32, 1024, ON_GPU),
+    "25.2M": Size(8, 512, 8, 32, 1024, ON_GPU),
+    "49.2M": Size(10, 640, 10, 64, 1024, ON_GPU),
+    "85.1M": Size(12, 768, 12, 64, 1024, ON_GPU),  # GPT-2 small: 124M with its own vocabulary
+}
+LARGER = {  # sizes -> the one whose learning rate they take, by width
+    **dict.fromkeys(("671k", "1.19M", "2.47M"), "312k"),
+    **dict.fromkeys(("25.2M", "49.2M", "85.1M"), "10.6M"),
 }
 
 
@@ -112,6 +126,17 @@ def jobs(losses: Losses, corpus: str = "<corpus>") -> Iterator[Job]:
     yield from ladder("2.47M", PRIMARY, 1, 3, losses)
 
 
+def gpu_jobs(losses: Losses) -> Iterator[Job]:
+    """Design (a) at sizes for one GPU, those with the largest expected effect first."""
+    yield from search("10.6M", 0.0, losses)[0]
+    yield from ladder("10.6M", PRIMARY, 1, 3, losses)
+    yield from ladder("25.2M", PRIMARY, 1, 3, losses)
+    yield from ladder("10.6M", SECONDARY, 1, 3, losses)
+    yield from ladder("49.2M", PRIMARY, 1, 3, losses)
+    yield from ladder("10.6M", PRIMARY, 4, 8, losses)
+    yield from ladder("85.1M", PRIMARY, 1, 3, losses)
+
+
 def search(size: str, lam: float, losses: Losses) -> tuple[list[Job], float | None]:
     """The search for a size's learning rate: runs that are still missing now, and the multiple once it is known."""
 
@@ -124,8 +149,8 @@ def search(size: str, lam: float, losses: Losses) -> tuple[list[Job], float | No
     def mean_loss(multiple: float, seeds: tuple[int, ...]) -> float:
         return sum(losses[run(multiple, seed).name] for seed in seeds) / len(seeds)
 
-    if size in ("671k", "1.19M", "2.47M"):
-        return [], search("312k", lam, losses)[1]
+    if size in LARGER:
+        return [], search(LARGER[size], lam, losses)[1]
     if size == "312k":
         centre = search("150k", lam, losses)[1]
         grid = [centre / 2, centre, centre * 2] if centre else []
@@ -152,16 +177,13 @@ def job(arm: str, size: str, seed: int, multiple: float, extra: list[str], budge
     """A run of `budget` tokens per non-embedding parameter; `extra` overrides come last and win."""
     s = SIZES[size]
     tokens = round(budget * s.non_embedding)
-    steps = math.ceil(tokens / (s.batch_size * BLOCK_SIZE))
+    steps = math.ceil(tokens / (s.batch_size * s.block_size))
     overrides = (
-        *(
-            *("data=english", "model=nano", "optim=adamw", "device=cpu", "out_dir=out/study"),
-            f"seed={seed}",
-            f"optim.lr={multiple * 0.384 / s.n_embd:.6g}",
-        ),
+        *("data=english", "model=nano", "optim=adamw", "out_dir=out/study", *s.machine),
+        *(f"seed={seed}", f"optim.lr={multiple * 0.384 / s.n_embd:.6g}"),
         *(f"model.n_layer={s.n_layer}", f"model.n_embd={s.n_embd}", f"model.n_head={s.n_head}"),
-        *(f"model.block_size={BLOCK_SIZE}", "optim.warmup_fraction=0.05"),
-        *(f"train.tokens={tokens}", f"train.batch_size={s.batch_size}", "train.dtype=float32", "train.compile=false"),
+        *(f"model.block_size={s.block_size}", "optim.warmup_fraction=0.05"),
+        *(f"train.tokens={tokens}", f"train.batch_size={s.batch_size}"),
         *("train.eval_windows=1024", f"train.eval_interval={math.ceil(steps / 2)}", "train.sample_tokens=0"),
         *(f"train.condensation_interval={math.ceil(steps / 20)}", f"train.log_interval={math.ceil(steps / 20)}"),
         *("train.checkpoint_interval=500", "train.keep_last=1"),

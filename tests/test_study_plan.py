@@ -2,18 +2,24 @@
 
 import math
 import re
+import time
 
 import pytest
 from conftest import compose
 
-from bench.study_plan import Job, jobs, search
+from bench.study import call
+from bench.study_plan import SIZES, Job, gpu_jobs, jobs, search
 from nanodisp import launch
+
+
+def every_job(losses):
+    return [*jobs(losses), *gpu_jobs(losses)]
 
 
 def run_all(loss_of):
     """Finish all jobs, each with the loss that `loss_of` gives it, until they name no further ones; jobs and losses."""
     losses, done = {}, {}
-    while todo := [job for job in jobs(losses) if job.name not in losses]:
+    while todo := [job for job in every_job(losses) if job.name not in losses]:
         done |= {job.name: job for job in todo}
         losses |= {job.name: loss_of(job) for job in todo}
         assert len(done) < 1000
@@ -50,7 +56,7 @@ def test_a_name_means_one_configuration():
     seen: dict[str, Job] = {}
     _, losses = run_all(lambda job: 5.0)
     for known in ({}, losses):
-        for job in jobs(known):
+        for job in every_job(known):
             assert seen.setdefault(job.name, job) == job
 
 
@@ -62,3 +68,20 @@ def test_every_kind_of_job_is_a_configuration_whose_keys_have_an_effect():
         path = ["data.path=a"] if "data=english" in job.overrides else []
         typed = [*(override.replace("<corpus>", "a") for override in job.overrides), *path]
         launch.without_unused(compose(*typed), typed, frozenset())
+
+
+def test_sizes_are_named_by_their_parameters_and_pieces_of_data_are_small():
+    for name, size in SIZES.items():
+        number = float(name[:-1]) * {"k": 1e3, "M": 1e6}[name[-1]]
+        assert size.non_embedding == pytest.approx(number, rel=0.02)
+    for job in gpu_jobs({}):
+        assert 2 * int(value(job, "data.shard_tokens")) < 60e6
+        assert value(job, "device") == "cuda"
+
+
+@pytest.mark.slow
+def test_a_run_is_asked_to_stop_when_the_time_is_over(tmp_path):
+    log = tmp_path / "log.txt"
+    assert call(["-c", "print('begun', flush=True); import time; time.sleep(60)"], log, time.monotonic() + 1) == -15
+    assert call(["-c", "print('ended')"], log) == 0
+    assert log.read_text().endswith("ended\n")
