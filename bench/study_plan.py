@@ -90,9 +90,9 @@ def jobs(losses: Losses, corpus: str = "<corpus>") -> Iterator[Job]:
     yield from search("77k", 0.1, losses)[0]
     yield from ladder("150k", SECONDARY, 1, 3, losses)
     yield from ladder("77k", PRIMARY, 5, 10, losses)
-    yield from rivals("77k", 1, 1, losses)
     yield from muon("77k", 1, 3, losses)
     yield from starts("77k", 1, 3, losses)
+    yield from rivals("77k", 1, 1, losses)
     yield from ladder("150k", PRIMARY, 5, 8, losses)
     yield from rivals("77k", 2, 3, losses)
     yield from search("312k", 0.0, losses)[0]
