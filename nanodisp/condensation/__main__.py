@@ -26,7 +26,7 @@ from torch import Tensor
 
 from nanodisp import cli
 from nanodisp.condensation import figures
-from nanodisp.condensation.measure import hidden_states, measure
+from nanodisp.condensation.measure import OTHERS, hidden_states, measure
 from nanodisp.data.batches import spread_windows
 from nanodisp.data.decode import read_whole
 from nanodisp.data.prepare import DataConfig, prepare
@@ -57,6 +57,8 @@ class CondensationConfig:
     include_diagonal: see `measure`.
     without: this many principal directions of each layer are removed before it is measured: 1 shows what is left
         without a massive activation.
+    without_largest: the number of dimensions that one of the measures leaves out.
+    measures: main, or all for a second table with the other measures; the files have all of them.
     quantize: int8, int4, w8a8 or w4a4: the model is measured after rounding, see `models/quantize.py`.
     projection: how the tokens of a window are projected onto the plane: pca, tsne or umap (if installed).
     device: "auto", "cpu" or "cuda".
@@ -71,6 +73,8 @@ class CondensationConfig:
     tokenizer: str | None = None
     include_diagonal: bool = False
     without: int = 0
+    without_largest: int = 3
+    measures: str = "main"
     quantize: str | None = None
     projection: str = "pca"
     device: str = "auto"
@@ -81,6 +85,10 @@ class CondensationConfig:
             raise ValueError(f"windows={self.windows} must be at least 1")
         if self.without < 0:
             raise ValueError(f"without={self.without} must not be negative")
+        if self.without_largest < 1:
+            raise ValueError(f"without_largest={self.without_largest} must be at least 1")
+        if self.measures not in ("main", "all"):
+            raise ValueError(f"measures={self.measures} is unknown; choose one of main, all")
         check_scheme(self.quantize)
         if self.block is not None and self.block < 2:
             raise ValueError(f"block={self.block}: a pair needs 2 tokens; null is the model's context")
@@ -106,9 +114,16 @@ def main(argv: Sequence[str]) -> None:
     refuse_another(folder, name)
     if config.quantize:
         quantize(model, config.quantize)
-    result = measure(model, batches, include_diagonal=config.include_diagonal, without=config.without)
+    result = measure(
+        model,
+        batches,
+        include_diagonal=config.include_diagonal,
+        without=config.without,
+        without_largest=config.without_largest,
+    )
     result.save(folder, name)
-    print(f"{name}: windows={result.windows} block={result.block}", result, sep="\n")
+    others = [result.table(OTHERS)] if config.measures == "all" else []
+    print(f"{name}: windows={result.windows} block={result.block}", *others, result, sep="\n")
 
     with torch.inference_mode():
         states = [z[0].float().cpu().numpy() for z in hidden_states(model, batches[0][:1].to(device))]
@@ -116,6 +131,7 @@ def main(argv: Sequence[str]) -> None:
     tokens = {f"layer {layer}": states[layer] for layer in chosen}
     drawn = [
         *figures.save(figures.density({name: result.histogram}), folder / "figures" / "condensation"),
+        *figures.save(figures.measures(result.panels()), folder / "figures" / "measures"),
         *figures.save(figures.projection(tokens, config.projection), folder / "figures" / "tokens"),
     ]
     print("wrote", *(folder / f"condensation{end}" for end in (".json", ".npz")), *drawn)

@@ -104,6 +104,26 @@ def mean_by_layer(runs: Mapping[str, np.ndarray]) -> Figure:
     return figure
 
 
+def measures(panels: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
+    """Measures by layer fraction, a panel per kind of measure; each panel has a scale and a legend of its own.
+
+    panels: title -> label -> [L + 1] (`Condensation.panels`). Those of a range above a hundredfold, all of them
+    positive, have a logarithmic scale.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panels(list(panels), "layer fraction", "", shared=False)
+        figure.set_size_inches(*(1.25 * figure.get_size_inches()))
+        for ax, lines in zip(axes, panels.values(), strict=True):
+            for index, (label, values) in enumerate(lines.items()):
+                ax.plot(np.linspace(0, 1, len(values)), values, label=label, **_look(index, len(lines)))
+            known = np.concatenate([values[np.isfinite(values)] for values in lines.values()])
+            if len(known) and 0 < 100 * known.min() < known.max():
+                ax.set_yscale("log")
+            if len(lines) > 1:
+                ax.legend(fontsize=6, loc="best")
+    return figure
+
+
 def over_training(runs: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
     """Mean cosine of every layer over training: one panel per run, a line per layer, dark at the embedding.
 
