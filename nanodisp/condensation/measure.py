@@ -210,6 +210,7 @@ PANELS = {  # of the figure: title -> what is in it
     "slope of the spectrum": ("spectrum_slope",),
     "kurtosis": ("kurtosis", "kurtosis_by_dimension"),
 }
+LOGARITHMIC = ("number of directions", "isotropy", "kurtosis")
 
 
 def mean_over_dimensions(values: np.ndarray) -> np.ndarray:
