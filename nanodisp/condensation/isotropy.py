@@ -72,14 +72,14 @@ def isoscore_star(z: Tensor) -> Tensor:
 
     IsoScore of (1 - zeta) Cov + zeta m I, zeta = 0.2 and m = trace(Cov) / F: one minus the loss `istar` of
     `nanodisp.dispersion`, which says why m I. With P the participation ratio of Cov, that of the shrunk matrix is
-    1 / ((1 - zeta)^2 / P + (1 - (1 - zeta)^2) / F), so that the sum of squares of Cov is enough.
+    1 / ((1 - zeta)^2 / P + (1 - (1 - zeta)^2) / F), so that the sum of squares of Cov is enough. Under autocast the
+    products are rounded like the model's own.
     """
-    with torch.autocast(z.device.type, enabled=False):  # it would round the products to bfloat16
-        x = z if z.dtype == torch.float64 else z.float()
-        n_tokens, n_features = x.shape[1:]
-        x = x - x.mean(dim=1, keepdim=True)
-        x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)  # trace 1
-        products = x @ x.mT if n_tokens < n_features else x.mT @ x  # the smaller one, with the same eigenvalues
-        kept = (1 - SHRINKAGE) ** 2
-        shrunk = 1 / (kept * products.square().sum(dim=(1, 2)) + (1 - kept) / n_features)
-        return (shrunk - 1) / (n_features - 1)
+    x = z if z.dtype == torch.float64 else z.float()
+    n_tokens, n_features = x.shape[1:]
+    x = x - x.mean(dim=1, keepdim=True)
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)  # trace 1
+    products = x @ x.mT if n_tokens < n_features else x.mT @ x  # the smaller one, with the same eigenvalues
+    kept = (1 - SHRINKAGE) ** 2
+    squares = torch.linalg.vector_norm(products, dim=(1, 2), dtype=x.dtype).square()
+    return (1 / (kept * squares + (1 - kept) / n_features) - 1) / (n_features - 1)

@@ -38,7 +38,7 @@ class Pooled(NamedTuple):
 
 
 def _directions(z: Tensor) -> Tensor:
-    mean = nn.functional.normalize(z.double(), dim=-1).mean(dim=1)  # [B, F]
+    mean = nn.functional.normalize(_exact(z), dim=-1).mean(dim=1, dtype=torch.float64)  # [B, F]
     return torch.stack([mean, mean.square()], dim=1)
 
 
@@ -50,8 +50,20 @@ def _cosine_across(rows: Tensor, n_windows: int) -> Tensor:
 
 
 def _powers(z: Tensor) -> Tensor:
-    x = z.double()
-    return torch.stack([x.mean(dim=1), *((x**power).mean(dim=1) for power in (2, 3, 4))], dim=1)
+    """Means of x, x^2, x^3, x^4, from those of y = x - s, s the window's mean: float32 is exact enough for y."""
+    x = _exact(z)
+    s = x.mean(dim=1, keepdim=True)
+    y = x - s
+    square = y * y
+    y1, y2, y3, y4 = (each.mean(dim=1).double() for each in (y, square, square * y, square * square))
+    s = s.squeeze(1).double()
+    first, second, third = s + y1, s**2 + 2 * s * y1 + y2, s**3 + 3 * s**2 * y1 + 3 * s * y2 + y3
+    return torch.stack([first, second, third, s**4 + 4 * s**3 * y1 + 6 * s**2 * y2 + 4 * s * y3 + y4], dim=1)
+
+
+def _exact(z: Tensor) -> Tensor:
+    """In float32, or float64 if it is."""
+    return z if z.dtype == torch.float64 else z.float()
 
 
 def _kurtosis_by_dimension(rows: Tensor, n_windows: int) -> Tensor:
