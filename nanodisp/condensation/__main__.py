@@ -2,11 +2,14 @@
 
     python -m nanodisp.condensation checkpoint=out/<run>
     python -m nanodisp.condensation checkpoint=hf:gpt2 text=book.txt      # needs nanodisp[eval]
+    python -m nanodisp.condensation compare checkpoint=hf:gpt2,hf:gpt2-medium text=<file or folder>
 
 A Hugging Face model is a decoder (GPT-2, LLaMA, Qwen, OPT, …) or an encoder (BERT, RoBERTa, …).
 
 The measure is the cosine similarity of all pairs of different tokens of a sequence: near 1 is condensed, near 0 is
 spread out. `measure.py` documents the other figures. Writes condensation.json, condensation.npz and figures.
+
+`compare` sets several models beside each other, and beside the figures of arXiv 2602.00217.
 """
 
 from __future__ import annotations
@@ -16,35 +19,25 @@ import nanodisp.process  # noqa: F401 - first: for what is loaded after it
 # isort: split
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from nanodisp import cli
-from nanodisp.condensation import figures
-from nanodisp.condensation.measure import hidden_states, measure
-from nanodisp.data.batches import spread_windows
-from nanodisp.data.decode import read_whole
-from nanodisp.data.prepare import DataConfig, prepare
-from nanodisp.data.shards import Manifest, check_tokens, open_split
-from nanodisp.data.tokenizer import load_tokenizer
+from nanodisp.condensation import compare, figures
+from nanodisp.condensation.measure import LOGARITHMIC, OTHERS, hidden_states, measure
+from nanodisp.condensation.windows import open_windows
 from nanodisp.distributed import start
 from nanodisp.errors import UserError
-from nanodisp.hf.corpus import folder_of_data
-from nanodisp.hf.open import PROBE, Measurable, open_for_measuring
+from nanodisp.hf.open import open_for_measuring
 from nanodisp.models.quantize import check_scheme, quantize
-
-LONGEST_BLOCK = 512  # tokens of a window, unless `block` is given
-TOKENS_AT_ONCE = 2048  # tokens per forward pass
 
 
 @dataclass
 class CondensationConfig:
-    """The model to measure, and the text to measure it on.
+    """Keys of a single model: what to measure, and the text to measure it on.
 
     checkpoint: a run's folder (its newest checkpoint), out/<run>@best (of the lowest validation loss) or @<step>, one
         checkpoint's folder, a Hugging Face folder, or hf:<id>.
@@ -57,6 +50,8 @@ class CondensationConfig:
     include_diagonal: see `measure`.
     without: this many principal directions of each layer are removed before it is measured: 1 shows what is left
         without a massive activation.
+    without_largest: the number of dimensions that one of the measures leaves out.
+    measures: main, or all for a second table with the other measures; the files have all of them.
     quantize: int8, int4, w8a8 or w4a4: the model is measured after rounding, see `models/quantize.py`.
     projection: how the tokens of a window are projected onto the plane: pca, tsne or umap (if installed).
     device: "auto", "cpu" or "cuda".
@@ -71,6 +66,8 @@ class CondensationConfig:
     tokenizer: str | None = None
     include_diagonal: bool = False
     without: int = 0
+    without_largest: int = 3
+    measures: str = "main"
     quantize: str | None = None
     projection: str = "pca"
     device: str = "auto"
@@ -81,6 +78,10 @@ class CondensationConfig:
             raise ValueError(f"windows={self.windows} must be at least 1")
         if self.without < 0:
             raise ValueError(f"without={self.without} must not be negative")
+        if self.without_largest < 1:
+            raise ValueError(f"without_largest={self.without_largest} must be at least 1")
+        if self.measures not in ("main", "all"):
+            raise ValueError(f"measures={self.measures} is unknown; choose one of main, all")
         check_scheme(self.quantize)
         if self.block is not None and self.block < 2:
             raise ValueError(f"block={self.block}: a pair needs 2 tokens; null is the model's context")
@@ -89,13 +90,15 @@ class CondensationConfig:
 
 
 def main(argv: Sequence[str]) -> None:
+    if argv[:1] == ["compare"]:
+        return compare.main(argv[1:])
     config = cli.parse(CondensationConfig, argv)
     if config.projection not in figures.PROJECTIONS:
         raise UserError(f"projection={config.projection} is unknown; choose one of {', '.join(figures.PROJECTIONS)}")
     device = start(config.device).device
     subject = open_for_measuring(config.checkpoint, config.tokenizer)
     model = subject.model.to(device).eval()
-    batches = list(open_windows(config, subject))
+    batches = list(open_windows(subject, config.text, config.data, config.windows, config.block))
     folder = Path(config.out) if config.out else subject.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)  # before the measurement, which may take long
@@ -106,9 +109,16 @@ def main(argv: Sequence[str]) -> None:
     refuse_another(folder, name)
     if config.quantize:
         quantize(model, config.quantize)
-    result = measure(model, batches, include_diagonal=config.include_diagonal, without=config.without)
+    result = measure(
+        model,
+        batches,
+        include_diagonal=config.include_diagonal,
+        without=config.without,
+        without_largest=config.without_largest,
+    )
     result.save(folder, name)
-    print(f"{name}: windows={result.windows} block={result.block}", result, sep="\n")
+    others = [result.table(OTHERS)] if config.measures == "all" else []
+    print(f"{name}: windows={result.windows} block={result.block}", result, *others, sep="\n")
 
     with torch.inference_mode():
         states = [z[0].float().cpu().numpy() for z in hidden_states(model, batches[0][:1].to(device))]
@@ -116,6 +126,7 @@ def main(argv: Sequence[str]) -> None:
     tokens = {f"layer {layer}": states[layer] for layer in chosen}
     drawn = [
         *figures.save(figures.density({name: result.histogram}), folder / "figures" / "condensation"),
+        *figures.save(figures.measures(result.panels(), LOGARITHMIC), folder / "figures" / "measures"),
         *figures.save(figures.projection(tokens, config.projection), folder / "figures" / "tokens"),
     ]
     print("wrote", *(folder / f"condensation{end}" for end in (".json", ".npz")), *drawn)
@@ -130,58 +141,5 @@ def refuse_another(folder: Path, name: str) -> None:
             raise UserError(f"{file} is of {earlier}, this is {name}: give another folder with out=…, or delete it")
 
 
-def open_windows(config: CondensationConfig, subject: Measurable) -> Iterator[Tensor]:
-    """The windows as batches, int64 [B, T]; raises UserError without data, or if it is shorter than one window."""
-    block = config.block or min(subject.context, LONGEST_BLOCK)
-    if block > subject.context:
-        raise UserError(f"block={block} is longer than the model's context of {subject.context} tokens")
-    if config.text is not None:
-        where, ids = f"text={config.text}", subject.encode(read_whole(Path(config.text), f"text={config.text}"))
-        if (highest := ids.max(initial=0)) >= subject.vocab_size:
-            raise UserError(
-                f"the tokenizer of {subject.name} gives token {highest}, the model has {subject.vocab_size}"
-            )
-        n_tokens, read = len(ids), lambda start, stop: ids[start:stop]
-    else:
-        folder = open_data(config, subject)
-        tokens = open_split(folder, "val")
-        where, n_tokens, read = (
-            f"the validation split of {folder}",
-            len(tokens) - 1,
-            tokens.read,
-        )  # the last is a target
-    if n_tokens < block:
-        hint = f", or block={n_tokens}" if n_tokens > 1 else ""
-        raise UserError(f"{where} has {n_tokens} tokens, a window {block}: give a longer text{hint}")
-    chosen = spread_windows(n_tokens // block, config.windows)
-    at_once = max(1, TOKENS_AT_ONCE // block)
-    for first in range(0, len(chosen), at_once):
-        starts = (chosen[first : first + at_once] * block).tolist()
-        rows = np.stack([read(start, start + block) for start in starts])
-        check_tokens(rows, subject.vocab_size, where)
-        yield torch.from_numpy(rows.astype(np.int64))
-
-
-def open_data(config: CondensationConfig, subject: Measurable) -> Path:
-    """The folder of shards to measure on; raises UserError if the run's data are missing or have changed since."""
-    others = "give text=<file> or data=<folder of shards>"
-    if config.data is not None:
-        folder = prepare(DataConfig(name="shards", path=config.data))
-        check_tokenizer(folder, subject)
-        return folder
-    return folder_of_data(subject, others)
-
-
-def check_tokenizer(folder: Path, subject: Measurable) -> None:
-    """Raises UserError if the tokenizers of shards and model are both available and differ."""
-    try:
-        ours = subject.encode(PROBE)
-        theirs = load_tokenizer(Manifest.load(folder).tokenizer, folder).encode(PROBE)
-    except UserError:
-        return
-    if ours.tolist() != theirs.tolist():
-        raise UserError(f"data={folder} was made with another tokenizer than that of {subject.name}: give text=<file>")
-
-
 if __name__ == "__main__":
-    cli.run(main, CondensationConfig)
+    cli.run(main, CondensationConfig, compare.CompareConfig)

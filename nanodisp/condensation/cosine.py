@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 
 def mean_cosine(z: Tensor) -> Tensor:
-    """Mean over pairs i != j of cos(z_i, z_j), and over sequences: [B, N, F] -> float32 scalar.
+    """Mean over pairs i != j of cos(z_i, z_j), and over sequences: [B, N, F] -> scalar, float32 or float64 as z.
 
     No N x N matrix is needed: sum_ij u_i . u_j = |sum_i u_i|^2. A zero token has cosine 0 with every token.
     """
-    u = nn.functional.normalize(z.float(), dim=-1)  # [B, N, F]
+    u = nn.functional.normalize(z if z.dtype == torch.float64 else z.float(), dim=-1)  # [B, N, F]
     n_tokens = z.size(1)
     all_pairs = u.sum(dim=1).square().sum(dim=-1)  # [B], the diagonal included
     diagonal = u.square().sum(dim=(1, 2))

@@ -12,7 +12,7 @@ pyplot's global state is not used, so figures can be made from any thread and pr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ STYLE: Any = {
 }
 MARKERS = "osD^vP*Xh<>p"
 COLUMNS = 3  # of panels, at most
+VIEWS = 6  # models in a row of `two_views`, at most
 PANEL = (2.7, 2.3)  # inches
 COSINES, SIGNED = "viridis", Normalize(0, 1)  # of a mean cosine: one scale for all figures
 DENSEST = 10.0  # density at the dark end of every heatmap, so that figures can be compared
@@ -76,17 +77,7 @@ def density(histograms: Mapping[str, np.ndarray]) -> Figure:
         figure, axes = _panels(list(histograms), "layer fraction", "cosine similarity")
         norm = PowerNorm(0.5, 0, DENSEST)  # the root makes thin tails visible
         for ax, histogram in zip(axes, histograms.values(), strict=True):
-            ax.grid(False)
-            ax.set_xticks([0, 0.5, 1])
-            ax.imshow(
-                histogram.T,
-                aspect="auto",
-                origin="lower",
-                interpolation="nearest",
-                extent=(0, 1, -1, 1),  # all layers equally wide
-                cmap="Greys",
-                norm=norm,
-            )
+            _heatmap(ax, histogram, norm)
         figure.colorbar(ScalarMappable(norm, "Greys"), ax=axes, label="density", extend="max", shrink=0.9)
     return figure
 
@@ -105,6 +96,56 @@ def mean_by_layer(runs: Mapping[str, np.ndarray]) -> Figure:
             _band(ax, depth, means, look["color"], label)
         ax.axhline(0, color="0.6", linewidth=0.8)
         _legend(figure, ax)
+    return figure
+
+
+def measures(panels: Mapping[str, Mapping[str, np.ndarray]], logarithmic: Collection[str] = ()) -> Figure:
+    """Measures by layer fraction, a panel per kind of measure; each panel has a scale and a legend of its own.
+
+    panels: title -> label -> [L + 1] (`Condensation.panels`).
+    logarithmic: titles of the panels with a logarithmic scale, if all of their values are positive.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panels(list(panels), "layer fraction", "", shared=False)
+        figure.set_size_inches(*(1.25 * figure.get_size_inches()))
+        for ax, (title, lines) in zip(axes, panels.items(), strict=True):
+            for index, (label, values) in enumerate(lines.items()):
+                ax.plot(np.linspace(0, 1, len(values)), values, label=label, **_look(index, len(lines)))
+            if title in logarithmic and all(np.nanmin(values, initial=1) > 0 for values in lines.values()):
+                ax.set_yscale("log")
+            if len(lines) > 1:
+                ax.legend(fontsize=6, loc="best")
+    return figure
+
+
+def two_views(histograms: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
+    """Distribution of the cosines by layer fraction as arXiv 2602.00217 draws it, above every pair's.
+
+    histograms: title -> two densities over [-1, 1], [L + 1, bins]: of the matrix of cosines averaged position by
+    position over the texts, and of all cosines. Averaging narrows the bands, so each row has a scale of its own.
+    """
+    with matplotlib.rc_context(STYLE):
+        columns, n = min(VIEWS, len(histograms)), len(histograms)
+        strips = -(-n // columns)
+        figure = Figure(figsize=(1.9 * columns + 1.2, 2 * PANEL[1] * strips + 0.4), layout="constrained")
+        grid = figure.subplots(2 * strips, columns, squeeze=False, sharex=True, sharey=True)
+        norms = [PowerNorm(0.5, 0, most) for most in (3 * DENSEST, DENSEST)]
+        for index, (title, views) in enumerate(histograms.items()):
+            strip, column = divmod(index, columns)
+            for row, (histogram, norm) in enumerate(zip(views, norms, strict=True)):
+                ax = grid[2 * strip + row, column]
+                _heatmap(ax, histogram, norm)
+                ax.set_title(_short(title, 20) if row == 0 else "")
+                if column == 0:
+                    ax.set_ylabel(("averaged over texts", "every pair")[row])
+        for ax in grid.reshape(strips, 2, columns).transpose(0, 2, 1).reshape(-1, 2)[n:].flat:
+            ax.remove()
+        for row, norm in enumerate(norms):
+            shades = ScalarMappable(norm, "Greys")
+            drawn = [ax for ax in grid[row::2].flat if ax.figure is not None]
+            figure.colorbar(shades, ax=drawn, label="density", extend="max", shrink=0.8)
+        figure.supxlabel("layer fraction", fontsize=STYLE["font.size"])
+        figure.supylabel("cosine similarity", fontsize=STYLE["font.size"])
     return figure
 
 
@@ -258,7 +299,7 @@ def _panels(titles: Sequence[str], xlabel: str, ylabel: str, shared: bool = True
     figure = Figure(figsize=(PANEL[0] * columns + 1, PANEL[1] * rows + 0.4), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharex=shared, sharey=shared).flatten()
     for ax, title in zip(grid, titles, strict=False):
-        ax.set_title(title if len(title) <= LONGEST_TITLE else "…" + title[1 - LONGEST_TITLE :])
+        ax.set_title(_short(title))
     for index, ax in enumerate(grid):
         if index >= len(titles):
             ax.remove()
@@ -267,6 +308,26 @@ def _panels(titles: Sequence[str], xlabel: str, ylabel: str, shared: bool = True
     figure.supxlabel(xlabel, fontsize=STYLE["font.size"])
     figure.supylabel(ylabel, fontsize=STYLE["font.size"])
     return figure, list(grid[: len(titles)])
+
+
+def _heatmap(ax: Axes, histogram: np.ndarray, norm: Normalize) -> None:
+    """A density by layer, [L + 1, bins], over [0, 1] x [-1, 1]."""
+    ax.grid(False)
+    ax.set_xticks([0, 0.5, 1])
+    ax.imshow(
+        histogram.T,
+        aspect="auto",
+        origin="lower",
+        interpolation="nearest",
+        extent=(0, 1, -1, 1),  # all layers equally wide
+        cmap="Greys",
+        norm=norm,
+    )
+
+
+def _short(title: str, longest: int = LONGEST_TITLE) -> str:
+    """Its end, if it is longer."""
+    return title if len(title) <= longest else "…" + title[1 - longest :]
 
 
 def _look(index: int, n: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from nanodisp.condensation.layers import NOT_ON_THE_TERMINAL
 from nanodisp.config import WandbConfig
 from nanodisp.errors import InUse, UserError, first_line, optional
 from nanodisp.files import write_whole
@@ -38,7 +39,7 @@ FORMS = {
     "tokens_per_second": "{:,.0f} tokens/s",
     "mfu": "mfu {:.1%}",
 }
-NOT_SHOWN = ("step", "split", "tokens", "seconds", "bad_steps", "lambda_disp")
+NOT_SHOWN = ("step", "split", "tokens", "seconds", "bad_steps", "lambda_disp", *NOT_ON_THE_TERMINAL)
 
 
 class Metrics:
@@ -213,7 +214,7 @@ def describe(record: dict[str, Any], total_steps: int) -> str:
     """A record as one line of text, without what is None."""
     parts = [f"step {record['step']:>{len(str(total_steps))}}/{total_steps}", f"{record['split']:5}"]
     for key, value in record.items():
-        if isinstance(value, list):
+        if isinstance(value, list) and key not in NOT_SHOWN:
             parts.append(f"{key.replace('_', ' ')} by layer " + " ".join(f"{each:.2f}" for each in value))
         elif key not in NOT_SHOWN and value is not None:
             parts.append(FORMS.get(key, key.replace("_", " ") + " {:.4f}").format(value))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanodisp.condensation.layers import LAYER_FIGURES, figures_of
+from nanodisp.condensation.layers import figures_from, summed
 from nanodisp.data.batches import count_windows, mask_tokens, read_windows, spread_windows
 from nanodisp.data.corpus import Corpus
 from nanodisp.data.questions import Question
@@ -62,25 +62,26 @@ class Validation:
         self.questions, self.benchmarks = questions, benchmarks
 
     def __call__(self, model: GPT) -> dict[str, Any]:
-        """Loss in nats per token, bits per byte (None where bytes are unknown), each of `LAYER_FIGURES` by layer.
+        """Loss in nats per token, bits per byte (None where bytes are unknown), the layers' figures, each by layer.
 
-        And "train_loss", the loss on training windows, also without dropout and noise: the gap to "loss" is what the
-        model has memorised. It costs at most a quarter of the rest.
+        These are the ones of `condensation/layers.py`. And "train_loss", the loss on training windows, also without
+        dropout and noise: the gap to "loss" is what the model has memorised. It costs at most a quarter of the rest.
 
         Of an encoder "masked_loss" and "train_masked_loss" in nats per masked token, no bits per byte, and the figures
         of its layers for the text without masks. A window has the same masks at every validation of every run.
         """
         model.eval()
-        loss, *by_layer = self._mean(self.look, model, self.corpus.val, self.windows)
-        (train_loss,) = self._mean(loss_alone, model, self.corpus.train, self.train_windows)
+        means = self._mean(self.look, model, self.corpus.val, self.windows)
+        loss, train_loss = means[0].item(), self._mean(loss_alone, model, self.corpus.train, self.train_windows).item()
+        by_layer = figures_from(means[1:], model.config.n_layer + 1, len(self.windows))
         model.train()
         name, ratio = model.config.loss_name, self.corpus.bytes_per_token
         bpb = {"bpb": loss / math.log(2) / ratio if ratio else None} if model.config.causal else {}
-        return {name: loss, **bpb, f"train_{name}": train_loss, **named(by_layer)}
+        return {name: loss, **bpb, f"train_{name}": train_loss, **by_layer}
 
     @torch.no_grad()
-    def _mean(self, look: Callable[..., Tensor], model: GPT, tokens: Tokens, windows: np.ndarray) -> list[float]:
-        """The mean over windows of a split of `look(model, text, x, y)`, a vector."""
+    def _mean(self, look: Callable[..., Tensor], model: GPT, tokens: Tokens, windows: np.ndarray) -> Tensor:
+        """The mean over windows of a split of `look(model, text, x, y)`, a vector: float64."""
         world, n_windows = self.world, len(windows)
         sums: Any = 0.0
         mine = windows[world.rank :: world.size]
@@ -92,19 +93,17 @@ class Validation:
             with self.autocast():
                 figures = look(model, *(hardware.send(each, world.device) for each in (text, x, y)))
             sums = sums + len(chunk) * figures.double()
-        return (world.sum(sums) / n_windows).tolist()
+        return world.sum(sums) / n_windows
 
     @torch.no_grad()
     def follow(self, model: GPT) -> dict[str, list[float]]:
-        """`LAYER_FIGURES` by layer on a few windows: cheap enough to be recorded between validations."""
+        """The same figures by layer on a few windows: cheap enough to be recorded between validations."""
         x, _ = read_windows(self.corpus.val, self.followed, self.block_size, model.vocab_size)
         model.eval()
         with self.autocast():
-            figures = figures_of(
-                model.hidden_states(hardware.send(x, self.world.device))
-            )  # on every rank: FSDP needs all
+            means = summed(model.hidden_states(hardware.send(x, self.world.device)))  # on every rank: FSDP needs all
         model.train()
-        return named(figures.flatten().tolist())
+        return figures_from(means, model.config.n_layer + 1, len(self.followed))
 
     def answer(self, model: GPT) -> dict[str, float]:
         """The share of questions whose likeliest choice is right, and their number; and the figures of benchmarks.
@@ -134,13 +133,7 @@ def loss_alone(model: GPT, text: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def loss_and_figures(model: GPT, text: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy, then every figure of every layer: [1 + len(LAYER_FIGURES) * (L + 1)]."""
+    """Cross-entropy, then what the figures of every layer are made from: flat."""
     out = model(x, y, n_targets=n_targets(model, x), return_hidden=model.config.causal)
     hidden = out.hidden if model.config.causal else model.hidden_states(text)
-    return torch.cat([out.loss[None], figures_of(hidden).flatten()])
-
-
-def named(values: Sequence[float]) -> dict[str, list[float]]:
-    """Flat figures as {"mean_cosine": [one for each layer], ...}."""
-    n_layers = len(values) // len(LAYER_FIGURES)
-    return {name: list(values[i * n_layers : (i + 1) * n_layers]) for i, name in enumerate(LAYER_FIGURES)}
+    return torch.cat([out.loss[None], summed(hidden)])

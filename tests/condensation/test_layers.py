@@ -11,7 +11,7 @@ import torch
 from conftest import records
 
 from nanodisp.condensation.cosine import mean_cosine
-from nanodisp.condensation.layers import LAYER_FIGURES, figures_of
+from nanodisp.condensation.layers import LAYER_FIGURES, NOT_ON_THE_TERMINAL, figures_of
 from nanodisp.condensation.measure import measure
 from nanodisp.models.gpt import GPT, GPTConfig
 from nanodisp.report import __main__ as report
@@ -56,6 +56,9 @@ def test_a_registered_figure_reaches_records_terminal_trackers_and_report(
             assert len(record["largest_entry"]) == len(record["mean_cosine"]) == 3
             assert min(record["largest_entry"]) > 0
             assert record["largest_entry"] != record["mean_cosine"]
+            for name in NOT_ON_THE_TERMINAL:
+                assert len(record[name]) == 3
+                assert name.replace("_", " ") not in terminal
 
     last = records(folder, "val")[-1]
     assert "largest entry by layer " + " ".join(f"{value:.2f}" for value in last["largest_entry"]) in terminal

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from scipy import stats
 from tiny_models import export, write_checkpointed_run, write_ranks_file
 
 from nanodisp.condensation import __main__ as condensation
@@ -43,6 +44,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
 }
 
+FAMILIES = ("gpt2", "llama", "qwen3", "opt", "bloom", "bert")  # that are compared
+
 
 OTHERS: dict[str, Callable[[], Any]] = {
     "t5": lambda: transformers.T5Model(
@@ -67,6 +70,16 @@ def measure(folder: Path, *arguments: str) -> dict[str, Any]:
     return json.loads((folder / "condensation.json").read_text())
 
 
+def states_of(folder: Path, corpus: Path, n_windows: int) -> tuple[torch.Tensor, ...]:
+    """Of windows of the whole context, spread over the validation split."""
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    tokens = open_split(corpus, "val")
+    starts = np.arange(n_windows) * ((len(tokens) - 1) // CONTEXT) // n_windows * CONTEXT
+    idx = torch.from_numpy(np.stack([tokens.read(s, s + CONTEXT) for s in starts.tolist()]).astype(np.int64))
+    with torch.no_grad():
+        return model(idx, output_hidden_states=True).hidden_states
+
+
 def rejected(folder: Path, *arguments: str) -> str:
     with pytest.raises(UserError) as error:
         measure(folder, *arguments)
@@ -89,15 +102,39 @@ def test_a_model_is_measured_over_its_whole_context(
     found = measure(folder, f"data={corpus}", "windows=3", *(["block=24"] if name == "bloom" else []))
     assert capfd.readouterr().err == "", "transformers is silent"
     assert (found["block"], found["windows"]) == (CONTEXT, 3)
-    model = transformers.AutoModel.from_pretrained(folder).eval()
-    tokens = open_split(corpus, "val")
-    starts = np.arange(3) * ((len(tokens) - 1) // CONTEXT) // 3 * CONTEXT
-    idx = torch.from_numpy(np.stack([tokens.read(s, s + CONTEXT) for s in starts.tolist()]).astype(np.int64))
-    with torch.no_grad():
-        states = model(idx, output_hidden_states=True).hidden_states
+    states = states_of(folder, corpus, 3)
     assert len(states) == 3
     expected = [mean_cosine(z).item() for z in states]
     assert [layer["mean"] for layer in found["layers"]] == pytest.approx(expected, abs=1e-6)
+
+
+def test_six_families_are_compared_in_one_table(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [save(name, tmp_path / name) for name in FAMILIES]
+    names = [f"hf:{folder}" for folder in folders]
+    out = tmp_path / "compared"
+    data = (f"data={corpus}", f"block={CONTEXT}", "device=cpu")
+    condensation.main(["compare", f"checkpoint={','.join(names)}", "texts=5", f"out={out}", *data])
+    content = json.loads((out / "compare.json").read_text())
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split("  ")[0]: line for line in lines}
+    assert [found["name"] for found in content["models"]] == names
+    for name, folder, found in zip(names, folders, content["models"], strict=True):
+        means = [(mean_cosine(z).item() * (CONTEXT - 1) + 1) / CONTEXT for z in states_of(folder, corpus, 5)]
+        assert found["mean"] == pytest.approx(means, abs=1e-6)
+        assert found["rho"] == pytest.approx(stats.spearmanr(range(3), means).statistic)
+        assert found["tau"] == pytest.approx(stats.kendalltau(range(3), means).statistic)
+        model = open_for_measuring(name).model
+        assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+        assert f"{found['parameters']:,}" in rows[name] and f"{means[-1]:.4f}" in rows[name]
+    assert content["models"][0]["paper"] == [0.38, 0.26], "its folder has the name of the published model"
+    assert content["models"][0]["difference"][0] == pytest.approx(content["models"][0]["rho"] - 0.38)
+    assert "0.38 / 0.26" in rows[names[0]] and rows[names[1]].endswith("\N{EN DASH}")
+    with np.load(tmp_path / "compared" / "compare.npz") as arrays:
+        assert arrays["5/averaged"].shape == arrays["5/histogram"].shape == (3, 128)
+    for name in ("heatmaps", "layers"):
+        assert (tmp_path / "compared" / "figures" / f"{name}.png").stat().st_size > 1000
 
 
 def test_an_encoder_decoder_is_rejected_with_what_is_supported(corpus: Path, tmp_path: Path) -> None:
