@@ -2,6 +2,7 @@
 
     python -m nanodisp.condensation checkpoint=out/<run>
     python -m nanodisp.condensation checkpoint=hf:gpt2 text=book.txt      # needs nanodisp[eval]
+    python -m nanodisp.condensation cka out/<run> [out/<other>]           # layers, steps and runs, from snapshots
 
 A Hugging Face model is a decoder (GPT-2, LLaMA, Qwen, OPT, …) or an encoder (BERT, RoBERTa, …).
 
@@ -25,8 +26,9 @@ import torch
 from torch import Tensor
 
 from nanodisp import cli
-from nanodisp.condensation import figures
+from nanodisp.condensation import figures, over_training
 from nanodisp.condensation.measure import hidden_states, measure
+from nanodisp.condensation.over_training import CkaConfig
 from nanodisp.data.batches import spread_windows
 from nanodisp.data.decode import read_whole
 from nanodisp.data.prepare import DataConfig, prepare
@@ -89,6 +91,8 @@ class CondensationConfig:
 
 
 def main(argv: Sequence[str]) -> None:
+    if argv and argv[0] == "cka":
+        return over_training.main(argv[1:])
     config = cli.parse(CondensationConfig, argv)
     if config.projection not in figures.PROJECTIONS:
         raise UserError(f"projection={config.projection} is unknown; choose one of {', '.join(figures.PROJECTIONS)}")
@@ -184,4 +188,4 @@ def check_tokenizer(folder: Path, subject: Measurable) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, CondensationConfig)
+    cli.run(main, CondensationConfig, CkaConfig)
