@@ -20,7 +20,7 @@ FLOORS = [
     {"plan"},
     {"runs"},
     {"hf"},
-    {"evaluate", "report", "launch", "condensation.__main__", "condensation.over_training", "hf.__main__"},
+    {"evaluate", "explore", "report", "launch", "condensation.__main__", "condensation.over_training", "hf.__main__"},
     {"train", "sample", "__main__"},
 ]
 LONGEST_MODULE, LONGEST_FUNCTION, LONGEST_TRAIN = 400, 80, 125
