@@ -27,7 +27,7 @@ from nanodisp.config import CONFIG
 from nanodisp.data.tokenizer import load_tokenizer
 from nanodisp.errors import UserError
 from nanodisp.explore import animation, page
-from nanodisp.explore.scene import PROJECTIONS, Scene, build
+from nanodisp.explore.scene import PROJECTIONS, Scene, build, unit
 from nanodisp.files import write_whole
 from nanodisp.runs import snapshots
 from nanodisp.runs.folder import spec_in
@@ -72,8 +72,8 @@ def main(argv: Sequence[str]) -> None:
     runs = [snapshots.read(folder) for folder in folders]
     steps = snapshots.common_steps(runs)
     n_tokens = min(config.tokens, len(runs[0].tokens))
-    states = [np.stack([run.hidden(step)[:, :n_tokens] for step in steps]) for run in runs]
-    views = build(label(folders, config.labels), states, config.projection)
+    directions = [np.stack([unit(run.hidden(step)[:, :n_tokens]) for step in steps]) for run in runs]
+    views = build(label(folders, config.labels), directions, config.projection)
     scene = Scene(steps, spell(folders[0], runs[0].tokens[:n_tokens]), config.projection, views)
     out = Path(config.out) if config.out else folders[0] / "explore.html"
     text = page.render(scene).encode()
@@ -96,7 +96,7 @@ def label(folders: Sequence[Path], given: str | None) -> list[str]:
         return labels
     lambdas = [read_config(folder).get("dispersion", {}).get("lambda_disp") for folder in folders]
     if len(set(lambdas)) == len(folders) and None not in lambdas:
-        return [f"lambda {value:g}" + " (no dispersion)" * (value == 0) for value in lambdas]
+        return [f"lambda {value:g}" for value in lambdas]
     return [folder.resolve().name for folder in folders]
 
 

@@ -31,11 +31,12 @@ function prepare(canvas) {
   return { context, width, height };
 }
 
-function theme() {
+/** The colours of the style sheet, which depend on the reader's preference for light or dark. */
+function readTheme() {
   const style = getComputedStyle(document.documentElement);
-  const read = (name) => style.getPropertyValue(name).trim();
-  return { ink: read("--ink"), soft: read("--soft"), line: read("--line"), sphere: read("--sphere"), ring: read("--ring"), panel: read("--panel") };
+  return Object.fromEntries(["ink", "soft", "line", "sphere", "ring", "panel"].map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
 }
+let look = readTheme();
 
 /* --- the sphere, or the plane ------------------------------------------------------------ */
 
@@ -85,7 +86,7 @@ function hull(points) {
   return [...half(sorted), ...half(sorted.reverse())];
 }
 
-function drawGlobe(context, project, look, places) {
+function drawGlobe(context, project, places) {
   const centre = project(0, 0, 0);
   const size = project.radius;
   const light = context.createRadialGradient(centre[0] - size / 3, centre[1] - size / 3, size / 10, centre[0], centre[1], size);
@@ -109,7 +110,7 @@ function drawGlobe(context, project, look, places) {
     const right = ring.reduce((best, p) => (p[0] > best[0] ? p : best));
     context.fillStyle = look.soft;
     context.textAlign = degrees === 90 ? "right" : "left";
-    context.fillText(`${degrees}°`, right[0] + (degrees === 90 ? -4 : 4), right[1] - 3);
+    if (degrees > 30) context.fillText(`${degrees}°`, right[0] + (degrees === 90 ? -4 : 4), right[1] - 3);
   }
   let height = 0;
   for (let i = 0; i < nTokens; i++) height += places[3 * i + 1] / nTokens;
@@ -128,7 +129,7 @@ function drawGlobe(context, project, look, places) {
   context.globalAlpha = 1;
 }
 
-function drawPlane(context, project, look) {
+function drawPlane(context, project) {
   context.strokeStyle = look.line;
   context.lineWidth = 1;
   if (data.projection !== "pca") return;
@@ -146,10 +147,9 @@ function drawPlane(context, project, look) {
  */
 function drawSpace(canvas, places, pairs, token, view) {
   const { context, width, height } = prepare(canvas);
-  const look = theme();
   const project = camera(width, height, view);
-  if (onSphere) drawGlobe(context, project, look, places);
-  else drawPlane(context, project, look);
+  if (onSphere) drawGlobe(context, project, places);
+  else drawPlane(context, project);
   const centre = project(0, 0, 0);
   const points = Array.from({ length: nTokens }, (_, i) => project(places[3 * i], places[3 * i + 1], places[3 * i + 2]));
   const base = Math.max(2.2, width / 115);
@@ -177,11 +177,11 @@ function drawSpace(canvas, places, pairs, token, view) {
     context.stroke();
     context.globalAlpha = 1;
   }
-  if (token >= 0) drawChosen(context, look, points, pairs, token, base, width);
+  if (token >= 0) drawChosen(context, points, pairs, token, base, width);
   return points;
 }
 
-function drawChosen(context, look, points, pairs, token, base, width) {
+function drawChosen(context, points, pairs, token, base, width) {
   const [x, y] = points[token];
   context.strokeStyle = look.ring;
   context.lineWidth = 2.5;
@@ -243,7 +243,6 @@ function binned(pairs) {
 /** Draw shares by cosine, up to `most`, in the colours of the matrix; `mean` is marked. */
 function drawHistogram(canvas, shares, most, mean) {
   const { context, width, height } = prepare(canvas);
-  const look = theme();
   const [bottom, top] = [height - 18, 16];
   const x = (value) => ((value + 1) / 2) * width;
   context.strokeStyle = look.line;
@@ -280,7 +279,6 @@ const MARGIN = { left: 22, bottom: 16 };
 /** Draw the mean cosine [steps, layers] of a run, layer 0 at the bottom, with a frame at what is shown. */
 function drawMap(canvas, means, step, layer) {
   const { context, width, height } = prepare(canvas);
-  const look = theme();
   const [nSteps, nLayers] = [means.length, means[0].length];
   const cell = [(width - MARGIN.left) / nSteps, (height - MARGIN.bottom) / nLayers];
   const corner = (s, l) => [MARGIN.left + s * cell[0], (nLayers - 1 - l) * cell[1]];

@@ -114,14 +114,14 @@ function readOut() {
   }
   const name = document.createElement("b");
   name.textContent = visible(data.tokens[token]);
-  target.replaceChildren(name, ` (token ${token + 1} of ${nTokens}) is most like `);
-  panels.forEach((panel, number) => {
+  target.replaceChildren(name, `, token ${token + 1} of ${nTokens}, is most like`);
+  panels.forEach((panel) => {
     const others = spans.map((_, i) => i).filter((i) => i !== token);
     others.sort((a, b) => cosine(panel.pairs, token, b) - cosine(panel.pairs, token, a));
     const words = others.slice(0, 4).map((i) => `${visible(data.tokens[i])} ${cosine(panel.pairs, token, i).toFixed(2)}`);
-    const run = document.createElement("b");
-    run.textContent = data.runs.length > 1 ? `${panel.run.name}: ` : "";
-    target.append(number ? "; " : "", run, words.join(", "));
+    const line = document.createElement("span");
+    line.textContent = (panels.length > 1 ? `${panel.run.name}: ` : "") + words.join(", ");
+    target.append(line);
   });
 }
 

@@ -55,14 +55,13 @@ class Scene:
     views: Sequence[View]
 
 
-def build(names: Sequence[str], states: Sequence[np.ndarray], projection: str) -> list[View]:
-    """A view of each run from its hidden states, float [S, L + 1, N, F] with S and N the same in all.
+def build(names: Sequence[str], directions: Sequence[np.ndarray], projection: str) -> list[View]:
+    """A view of each run from its hidden states as unit vectors, float32 [S, L + 1, N, F], S and N the same in all.
 
     A layer of a run is placed together with the layer of the same depth in the others.
 
     Raises UserError if the package of the projection is not installed.
     """
-    directions = [unit(state) for state in states]
     depths = [each.shape[1] for each in directions]
     places = [np.empty((*each.shape[:3], 2), dtype=np.float32) for each in directions]
     reference: np.ndarray | None = None  # the layer before: the next is turned towards it
@@ -70,7 +69,7 @@ def build(names: Sequence[str], states: Sequence[np.ndarray], projection: str) -
         own = [round(layer * (depth - 1) / max(1, max(depths) - 1)) for depth in depths]
         frames = [frame for each, mine in zip(directions, own, strict=True) for frame in each[:, mine]]
         drawn, reference = place(frames, projection, reference)
-        for run, part in enumerate(np.split(drawn, len(states))):
+        for run, part in enumerate(np.split(drawn, len(directions))):
             places[run][:, own[run]] = part
     views = []
     for name, each, where in zip(names, directions, places, strict=True):
