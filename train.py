@@ -168,7 +168,7 @@ def forward_backward(
 
 
 def validate(validation: Validation, model: GPT, run: Run, state: TrainState) -> None:
-    """Record whatever is due after `state.step` updates: held-out loss, benchmarks, the layers' figures."""
+    """Record whatever is due after `state.step` updates: held-out loss, benchmarks, the layers' figures, a snapshot."""
     if run.plan.validates_at(state.step):
         held_out = validation(model)
         state.val_loss = held_out[model.config.loss_name]
@@ -178,6 +178,8 @@ def validate(validation: Validation, model: GPT, run: Run, state: TrainState) ->
             run.record("task", state, validation.answer(model))
     if run.plan.follows_at(state.step):
         run.record("condensation", state, validation.follow(model))
+    if run.plan.snapshots_at(state.step):
+        run.keep(state, *validation.snapshot(model))
 
 
 def diverged(model: GPT, x: Tensor, run: Run, state: TrainState) -> UserError:

@@ -54,6 +54,15 @@ def parse(schema: type[T], arguments: Sequence[str]) -> T:
         raise UserError(str(error)) from error
 
 
+def split_names(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments that are names, such as folders, and those that are key=value.
+
+    A folder's name may hold "=" if something with a "/" comes before it.
+    """
+    names = [each for each in arguments if "=" not in each or "/" in each.partition("=")[0]]
+    return names, [each for each in arguments if each not in names]
+
+
 def _convert(argument: str, text: str, wanted: Any) -> Any:
     kinds = get_args(wanted) or (wanted,)
     if NoneType in kinds and text == "null":

@@ -55,6 +55,8 @@ class TrainConfig:
     eval_interval: steps between validations.
     condensation_interval: steps between records of the layers' figures on four of the validation windows; null for
         never.
+    snapshot_interval: steps between snapshots, which keep every layer's hidden states of the first 256 validation
+        tokens for `python -m nanodisp.explore`; more of them at the start. Null for none.
     checkpoint_interval: steps between checkpoints.
     eval_windows: validation windows, spread evenly over the split; null takes all.
     eval_task: a file of multiple-choice questions (data/hellaswag/prepare.py makes one), answered at every validation;
@@ -83,6 +85,7 @@ class TrainConfig:
     log_interval: int = 50
     eval_interval: int = 200
     condensation_interval: int | None = 50
+    snapshot_interval: int | None = None
     checkpoint_interval: int = 400
     eval_windows: int | None = 64
     eval_task: str | None = None
@@ -129,6 +132,7 @@ class TrainConfig:
             "eval_windows",
             "eval_task_limit",
             "condensation_interval",
+            "snapshot_interval",
             "keep_every",
         ):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
@@ -248,7 +252,7 @@ NOT_IDENTITY = {
     "dispersion": ("backend",),
     "train": (
         *("compile", "micro_batch_size", "log_interval", "eval_interval", "checkpoint_interval"),
-        *("condensation_interval", "keep_last", "keep_every", "max_bad_steps", "sample_tokens"),
+        *("condensation_interval", "snapshot_interval", "keep_last", "keep_every", "max_bad_steps", "sample_tokens"),
         *("parallel", "activation_checkpointing", "timeout_minutes", "eval_task"),
         *("eval_tasks", "eval_task_data", "eval_task_limit"),
     ),

@@ -88,6 +88,16 @@ class Plan:
         interval = self.config.train.condensation_interval
         return interval is not None and (self.is_done(step) or step % interval == 0)
 
+    def snapshots_at(self, step: int) -> bool:
+        """Whether a snapshot is taken after `step` updates.
+
+        Also at powers of two below the interval: embeddings condense within the first few per cent of a run.
+        """
+        interval = self.config.train.snapshot_interval
+        if interval is None:
+            return False
+        return self.is_done(step) or step % interval == 0 or (step < interval and step & (step - 1) == 0)
+
     def saves_at(self, step: int) -> bool:
         return self.is_done(step) or step % self.config.train.checkpoint_interval == 0
 

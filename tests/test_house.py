@@ -22,10 +22,12 @@ FLOORS = [
     {"hf"},
     {
         "evaluate",
+        "explore",
         "report",
         "launch",
         "condensation.__main__",
         "condensation.compare",
+        "condensation.over_training",
         "condensation.windows",
         "hf.__main__",
     },

@@ -3,6 +3,7 @@
     python -m nanodisp.condensation checkpoint=out/<run>
     python -m nanodisp.condensation checkpoint=hf:gpt2 text=book.txt      # needs nanodisp[eval]
     python -m nanodisp.condensation compare checkpoint=hf:gpt2,hf:gpt2-medium text=<file or folder>
+    python -m nanodisp.condensation cka out/<run> [out/<other>]           # layers, steps and runs, from snapshots
 
 A Hugging Face model is a decoder (GPT-2, LLaMA, Qwen, OPT, …) or an encoder (BERT, RoBERTa, …).
 
@@ -26,8 +27,9 @@ from pathlib import Path
 import torch
 
 from nanodisp import cli
-from nanodisp.condensation import compare, figures
+from nanodisp.condensation import compare, figures, over_training
 from nanodisp.condensation.measure import LOGARITHMIC, OTHERS, hidden_states, measure
+from nanodisp.condensation.over_training import CkaConfig
 from nanodisp.condensation.windows import open_windows
 from nanodisp.distributed import start
 from nanodisp.errors import UserError
@@ -92,6 +94,8 @@ class CondensationConfig:
 def main(argv: Sequence[str]) -> None:
     if argv[:1] == ["compare"]:
         return compare.main(argv[1:])
+    if argv[:1] == ["cka"]:
+        return over_training.main(argv[1:])
     config = cli.parse(CondensationConfig, argv)
     if config.projection not in figures.PROJECTIONS:
         raise UserError(f"projection={config.projection} is unknown; choose one of {', '.join(figures.PROJECTIONS)}")
@@ -142,4 +146,4 @@ def refuse_another(folder: Path, name: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, CondensationConfig, compare.CompareConfig)
+    cli.run(main, CondensationConfig, compare.CompareConfig, CkaConfig)

@@ -232,6 +232,27 @@ def standard_error(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
+def similarity(
+    panels: Mapping[str, np.ndarray], what: str, runs: Sequence[str], places: Sequence[int], measure: str = "CKA"
+) -> Figure:
+    """Similarity of layers or steps with each other, 0 to 1: one panel per title, bright where they are alike.
+
+    panels: title -> [A, B]. what: "layer" or "step". runs: the names of the rows' and the columns' run, "" for one run
+    alone. places: the layer or step of each row, evenly spaced in the figure whatever their distance.
+    """
+    rows, columns = (f"{what}, {_short(run)}" if run else what for run in runs)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panels(list(panels), columns, rows)
+        chosen = sorted({round(i) for i in np.linspace(0, len(places) - 1, min(len(places), 5))})
+        for ax, matrix in zip(axes, panels.values(), strict=True):
+            ax.grid(False)
+            ax.imshow(matrix, cmap="viridis", vmin=0, vmax=1, origin="lower", interpolation="nearest", aspect="auto")
+            ax.set_xticks(chosen, [str(places[i]) for i in chosen])
+            ax.set_yticks(chosen, [str(places[i]) for i in chosen])
+        figure.colorbar(ScalarMappable(Normalize(0, 1), "viridis"), ax=axes, label=measure, shrink=0.9)
+    return figure
+
+
 def projection(tokens: Mapping[str, np.ndarray], method: str = "pca") -> Figure:
     """One sequence's tokens projected onto the plane, one panel per layer, coloured by position.
 

@@ -25,9 +25,10 @@ from nanodisp.files import write_whole
 from nanodisp.models.generate import generate
 from nanodisp.models.gpt import GPT
 from nanodisp.plan import Plan
-from nanodisp.runs import checkpoint
+from nanodisp.runs import checkpoint, snapshots
 from nanodisp.runs.checkpoint import CHECKPOINTS
 from nanodisp.runs.metrics import METRICS, Metrics, read_records
+from nanodisp.runs.snapshots import SNAPSHOTS
 from nanodisp.training import optim
 from nanodisp.training.signals import EXIT_CODE, StopSignals
 
@@ -131,6 +132,9 @@ class Run:
             with unwritable(self.folder):
                 if Path(self.corpus.tokenizer).exists():
                     copy_tokenizer(self.corpus.tokenizer, self.folder, TOKENIZER)
+        if self.world.is_main:
+            with unwritable(self.folder):
+                snapshots.drop_after(self.folder / SNAPSHOTS, state.step if resumed else -1)
         self.metrics.begin(
             config=dataclasses.asdict(self.config),
             wandb_config=self.config.wandb,
@@ -157,6 +161,12 @@ class Run:
     def record(self, split: str, state: TrainState, figures: dict[str, Any]) -> None:
         """Record figures by name, see `runs/metrics.py`."""
         self.metrics.record({"step": state.step, "split": split, **figures, **self.tally(state)})
+
+    def keep(self, state: TrainState, tokens: Tensor, hidden: Tensor) -> None:
+        """Write a snapshot, see `runs/snapshots.py`; raises UserError on all ranks if rank 0 cannot."""
+        with self.world.together():
+            if self.world.is_main:
+                snapshots.write(self.folder / SNAPSHOTS, state.step, tokens, hidden)
 
     def save(
         self,

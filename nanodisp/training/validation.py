@@ -23,6 +23,7 @@ from nanodisp.training.objective import n_targets
 
 TRAIN_SHARE = 4  # one training window for so many validation windows
 FOLLOWED_WINDOWS = 4  # of the validation windows, for the figures between validations
+SNAPSHOT_TOKENS = 256  # at most: with the layers and features of a small model, half a megabyte a snapshot
 MASKS = (0,)  # the key of an encoder's masks, the same for all runs
 
 
@@ -104,6 +105,20 @@ class Validation:
             means = summed(model.hidden_states(hardware.send(x, self.world.device)))  # on every rank: FSDP needs all
         model.train()
         return figures_from(means, model.config.n_layer + 1, len(self.followed))
+
+    @torch.no_grad()
+    def snapshot(self, model: GPT) -> tuple[Tensor, Tensor]:
+        """The first tokens of the split, int64 [T], and what every layer makes of them, [L + 1, T, F] on the CPU.
+
+        Of an encoder without masks. All ranks call it, and get the same.
+        """
+        text, _ = read_windows(self.corpus.val, self.windows[:1], self.block_size, model.vocab_size)
+        text = text[:, :SNAPSHOT_TOKENS]
+        model.eval()
+        with self.autocast():
+            hidden = torch.cat(list(model.hidden_states(hardware.send(text, self.world.device))))
+        model.train()
+        return text[0], hidden.cpu()
 
     def answer(self, model: GPT) -> dict[str, float]:
         """The share of questions whose likeliest choice is right, and their number; and the figures of benchmarks.
