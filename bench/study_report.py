@@ -18,12 +18,12 @@ from bench.study_plan import SIZES
 from bench.study_statistics import Arms, Paired, baseline_of, holm, paired, pairs_needed
 from nanodisp.condensation.figures import STYLE
 from nanodisp.errors import UserError
-from nanodisp.report.scaling import effective_parameters, fit
+from nanodisp.report.scaling import effective_interval, effective_parameters, fit, resampled
 
 PAGE, FIGURES = RECORDS.parent / "results.md", RECORDS.parent / "figures"
 NOTHING = "\N{EN DASH}"  # in place of a missing number
 MARGINS = {"loss": 0.01, "BLiMP": 0.005}  # of equivalence
-PRIMARY = "(a) lambda 0.1"
+RESAMPLES = 200  # of the scaling law
 
 # --- from records to arms ------------------------------------------------------------------------
 
@@ -88,8 +88,10 @@ def effective(records: Sequence[dict[str, Any]]) -> Iterator[str]:
         return
     yield (
         f"Without dispersion L = {law.E:.3f} + {law.A:.4g} N^-{law.alpha:.3f} + {law.B:.4g} D^-{law.beta:.3f}. An "
-        "arm's loss is that of a model without dispersion with so many times its parameters, on the same tokens:\n"
+        "arm's loss is that of a model without dispersion with so many times its parameters, on the same tokens, with "
+        f"the 95% interval of {RESAMPLES} resamplings of all runs:\n"
     )
+    laws = resampled(law, n, d, losses, RESAMPLES)
     yield "| arm | runs | times |"
     yield "| --- | --- | --- |"
     by_arm: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -99,7 +101,8 @@ def effective(records: Sequence[dict[str, Any]]) -> Iterator[str]:
     for arm, runs in by_arm.items():
         mean, tokens = statistics.fmean(r["loss"] for r in runs), runs[0]["config"]["train"]["tokens"]
         times = effective_parameters(law, runs[0]["non_embedding"], tokens, mean)
-        yield f"| {arm} | {len(runs)} | {times:.2f} |"
+        low, high = effective_interval(laws, runs[0]["non_embedding"], tokens, [r["loss"] for r in runs])
+        yield f"| {arm} | {len(runs)} | {times:.2f} [{low:.2f}, {high:.2f}] |"
 
 
 # --- the page ------------------------------------------------------------------------------------

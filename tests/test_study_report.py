@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from bench import study_report
 from bench.study_report import PAGE, effective, families, page, read_records
 from bench.study_statistics import baseline_of, holm, paired, pairs_needed
 from nanodisp.report.scaling import Law
@@ -79,7 +80,8 @@ def test_every_arm_is_compared_with_lambda_0_of_its_own_design() -> None:
     }, "without a baseline there is no comparison"
 
 
-def test_arms_are_worth_the_parameters_of_the_law_without_dispersion() -> None:
+def test_arms_are_worth_the_parameters_of_the_law_without_dispersion(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study_report, "RESAMPLES", 10)
     law = Law(E=2.0, A=60.0, B=300.0, alpha=0.3, beta=0.35)
     runs, sizes = [], (8e4, 1.5e5, 3e5, 6e5)
     for n, times in itertools.product(sizes, (5, 20, 80)):
@@ -90,9 +92,9 @@ def test_arms_are_worth_the_parameters_of_the_law_without_dispersion() -> None:
             runs.append({"name": name, "design": name[0], "non_embedding": n, "config": config, "loss": loss})
     lines = list(effective(runs))
     assert [line for line in lines if "lam0.1" in line] == [
-        f"| a-{n:g}-lam0.1 | 1 | 1.50 |" for n in (8e4, 1.5e5, 3e5, 6e5)
+        f"| a-{n:g}-lam0.1 | 1 | 1.50 [1.50, 1.50] |" for n in (8e4, 1.5e5, 3e5, 6e5)
     ]
-    assert "| a-80000-lam0 | 1 | 1.00 |" in lines
+    assert "| a-80000-lam0 | 1 | 1.00 [1.00, 1.00] |" in lines
     assert "Not known yet" in "".join(effective([run for run in runs if run["design"] == "a"]))
 
 

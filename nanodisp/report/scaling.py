@@ -38,8 +38,10 @@ class Law(NamedTuple):
         return self.E + self.A * np.asarray(n, float) ** -self.alpha + self.B * np.asarray(d, float) ** -self.beta
 
 
-def fit(n: ArrayLike, d: ArrayLike, loss: ArrayLike) -> Law:
+def fit(n: ArrayLike, d: ArrayLike, loss: ArrayLike, start: Law | None = None) -> Law:
     """The law of runs with n parameters, d tokens and a final loss in nats per token, each [R].
+
+    From many starts, or only from `start` where a law nearby is known.
 
     Raises UserError with fewer different (n, d) than the law has constants, or if n or d never changes by itself: then
     the two terms cannot be told apart.
@@ -67,7 +69,9 @@ def fit(n: ArrayLike, d: ArrayLike, loss: ArrayLike) -> Law:
         found = least_squares(residuals, theta, jacobian, loss="huber", f_scale=HUBER, x_scale="jac", **exact)
         return float(found.cost), found.x
 
-    starts = ((a, b, e, alpha, alpha) for a, b, alpha, e in itertools.product(STARTS[0], STARTS[0], *STARTS[1:]))
+    starts = [(a, b, e, alpha, alpha) for a, b, alpha, e in itertools.product(STARTS[0], STARTS[0], *STARTS[1:])]
+    if start is not None:
+        starts = [(*np.log([start.A, start.B, start.E]), start.alpha, start.beta)]
     _, (a, b, e, alpha, beta) = min((best_from(start) for start in starts), key=lambda found: found[0])
     return Law(float(np.exp(e)), float(np.exp(a)), float(np.exp(b)), float(alpha), float(beta))
 
@@ -87,3 +91,29 @@ def effective_parameters(baseline: Law, n: float, d: float, loss: float) -> floa
     if gap(-edge) < 0:
         return 0.0
     return float(np.exp(brentq(gap, -edge, edge)))
+
+
+def resampled(law: Law, n: ArrayLike, d: ArrayLike, loss: ArrayLike, times: int) -> list[Law]:
+    """The laws of runs drawn again with replacement within each (n, d): a bootstrap of their `law`."""
+    random = np.random.default_rng(0)
+    n, d, loss = (np.asarray(each, float) for each in (n, d, loss))
+    _, kind = np.unique(np.stack([n, d]), axis=1, return_inverse=True)
+    members = [np.flatnonzero(kind.ravel() == each) for each in range(kind.max() + 1)]
+    laws = []
+    for _ in range(times):
+        drawn = np.concatenate([random.choice(of, len(of)) for of in members])
+        laws.append(fit(n[drawn], d[drawn], loss[drawn], law))
+    return laws
+
+
+def effective_interval(laws: Sequence[Law], n: float, d: float, loss: ArrayLike) -> tuple[float, float]:
+    """The 95% interval of `effective_parameters` of runs with these losses [R], all with n parameters and d tokens.
+
+    laws: of `resampled` runs without the change; for each, the losses are drawn again, too.
+    """
+    random = np.random.default_rng(0)
+    loss = np.asarray(loss, float)
+    means = (float(random.choice(loss, len(loss)).mean()) for _ in laws)
+    factors = [effective_parameters(law, n, d, mean) for law, mean in zip(laws, means, strict=True)]
+    low, high = np.quantile(factors, (0.025, 0.975), method="inverted_cdf")
+    return float(low), float(high)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nanodisp.errors import UserError
-from nanodisp.report.scaling import Law, effective_parameters, fit
+from nanodisp.report.scaling import Law, effective_interval, effective_parameters, fit, resampled
 
 CHINCHILLA = Law(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
 N, D = (each.flatten() for each in np.meshgrid(np.geomspace(8e4, 2.5e6, 5), np.geomspace(1e6, 2e8, 4)))
@@ -42,3 +42,15 @@ def test_runs_that_cannot_tell_the_terms_apart_are_refused() -> None:
         fit(n, 20 * n, CHINCHILLA.loss(n, 20 * n))
     with pytest.raises(UserError, match="as many different sizes and budgets"):
         fit(N[:4], D[:4], CHINCHILLA.loss(N[:4], D[:4]))
+
+
+def test_an_interval_of_the_worth_holds_the_truth_and_shrinks_with_the_noise() -> None:
+    random, widths = np.random.default_rng(0), []
+    n, d = np.repeat(N, 3), np.repeat(D, 3)
+    for noise in (2e-4, 2e-3):
+        laws = resampled(CHINCHILLA, n, d, CHINCHILLA.loss(n, d) * np.exp(random.normal(0, noise, len(n))), times=40)
+        losses = CHINCHILLA.loss(1.3 * 3e5, 6e6) * np.exp(random.normal(0, noise, 10))
+        low, high = effective_interval(laws, 3e5, 6e6, losses)
+        assert low < 1.3 < high
+        widths.append(high - low)
+    assert 3 < widths[1] / widths[0] < 30
