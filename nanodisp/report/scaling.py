@@ -64,15 +64,16 @@ def fit(n: ArrayLike, d: ArrayLike, loss: ArrayLike, start: Law | None = None) -
         of_n, of_d, of_e = softmax(terms(theta), axis=0)
         return np.stack([of_n, of_d, of_e, -x * of_n, -y * of_d], axis=1)
 
-    def best_from(theta: Sequence[float]) -> tuple[float, np.ndarray]:
-        exact = {"ftol": 1e-15, "xtol": 1e-12, "gtol": 1e-15, "max_nfev": 3000}  # the valley is narrow
+    def best_from(theta: Sequence[float], evaluations: int) -> tuple[float, np.ndarray]:
+        exact = {"ftol": 1e-15, "xtol": 1e-12, "gtol": 1e-15, "max_nfev": evaluations}  # the valley is narrow
         found = least_squares(residuals, theta, jacobian, loss="huber", f_scale=HUBER, x_scale="jac", **exact)
         return float(found.cost), found.x
 
     starts = [(a, b, e, alpha, alpha) for a, b, alpha, e in itertools.product(STARTS[0], STARTS[0], *STARTS[1:])]
     if start is not None:
         starts = [(*np.log([start.A, start.B, start.E]), start.alpha, start.beta)]
-    _, (a, b, e, alpha, beta) = min((best_from(start) for start in starts), key=lambda found: found[0])
+    _, near = min((best_from(start, 100) for start in starts), key=lambda found: found[0])
+    _, (a, b, e, alpha, beta) = best_from(near, 3000)
     return Law(float(np.exp(e)), float(np.exp(a)), float(np.exp(b)), float(alpha), float(beta))
 
 
