@@ -125,8 +125,9 @@ def two_views(histograms: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure
     position over the texts, and of all cosines. Averaging narrows the bands, so each row has a scale of its own.
     """
     with matplotlib.rc_context(STYLE):
-        columns, n = min(VIEWS, len(histograms)), len(histograms)
-        strips = -(-n // columns)
+        n = len(histograms)
+        strips = -(-n // VIEWS)
+        columns = -(-n // strips)
         figure = Figure(figsize=(1.9 * columns + 1.2, 2 * PANEL[1] * strips + 0.4), layout="constrained")
         grid = figure.subplots(2 * strips, columns, squeeze=False, sharex=True, sharey=True)
         norms = [PowerNorm(0.5, 0, most) for most in (3 * DENSEST, DENSEST)]
@@ -142,8 +143,7 @@ def two_views(histograms: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure
             ax.remove()
         for row, norm in enumerate(norms):
             shades = ScalarMappable(norm, "Greys")
-            drawn = [ax for ax in grid[row::2].flat if ax.figure is not None]
-            figure.colorbar(shades, ax=drawn, label="density", extend="max", shrink=0.8)
+            figure.colorbar(shades, ax=list(grid[row]), label="density", extend="max", shrink=0.8)  # beside the first
         figure.supxlabel("layer fraction", fontsize=STYLE["font.size"])
         figure.supylabel("cosine similarity", fontsize=STYLE["font.size"])
     return figure
