@@ -8,6 +8,7 @@ In a clone:
 Everywhere:
   python -m nanodisp.report            a page about a folder of runs
   python -m nanodisp.condensation      how far a model's embeddings have condensed, layer by layer
+  python -m nanodisp.explore           a page to see embeddings condense, step by step and layer by layer
   python -m nanodisp.evaluate          benchmarks of lm-evaluation-harness
   python -m nanodisp.hf                export to and import from Hugging Face
   python -m nanodisp.data.tokenizer    train a vocabulary on your own text

@@ -110,7 +110,7 @@ def test_help_is_printed_in_place_of_work(
 
 
 COMMANDS = [
-    *("sample.py", "nanodisp.condensation", "nanodisp.evaluate", "nanodisp.hf", "nanodisp.report"),
+    *("sample.py", "nanodisp.condensation", "nanodisp.evaluate", "nanodisp.explore", "nanodisp.hf", "nanodisp.report"),
     *(
         "nanodisp.data.shards",
         "nanodisp.data.tokenizer",

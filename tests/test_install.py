@@ -48,7 +48,14 @@ def sweep_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("runs")
     corpus = write_corpus(folder / "corpus")
-    settings = (*TINY, "train.steps=2", f"data.path={corpus}", f"out_dir={folder}/out", "run_name=run")
+    settings = (
+        *TINY,
+        "train.steps=2",
+        "train.snapshot_interval=1",
+        f"data.path={corpus}",
+        f"out_dir={folder}/out",
+        "run_name=run",
+    )
     train.train(compose(*settings))
     return folder / "out"
 
@@ -90,6 +97,13 @@ def test_a_folder_of_runs_becomes_a_page(python: Python, sweep_folder: Path) -> 
     assert done.returncode == 0, done.stderr
     assert "1 finished" in (sweep_folder / "report" / "index.html").read_text()
     assert "1 finished" in (sweep_folder / "report" / "report.md").read_text()
+
+
+def test_a_run_is_explored(python: Python, sweep_folder: Path, tmp_path: Path) -> None:
+    done = python("-m", "nanodisp.explore", str(sweep_folder / "run"), "out=page.html")
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "prefers-color-scheme" in text and "function cosinesOf" in text, "with its style and scripts"
 
 
 def test_a_run_is_exported_for_hugging_face(python: Python, sweep_folder: Path, tmp_path: Path) -> None:

@@ -109,8 +109,8 @@ function drawGlobe(context, project, places) {
     context.globalAlpha = 1;
     const right = ring.reduce((best, p) => (p[0] > best[0] ? p : best));
     context.fillStyle = look.soft;
-    context.textAlign = degrees === 90 ? "right" : "left";
-    if (degrees > 30) context.fillText(`${degrees}°`, right[0] + (degrees === 90 ? -4 : 4), right[1] - 3);
+    context.textAlign = "right";
+    if (degrees > 30) context.fillText(`${degrees}°`, right[0] - 4, right[1] - 3);
   }
   let height = 0;
   for (let i = 0; i < nTokens; i++) height += places[3 * i + 1] / nTokens;
@@ -265,11 +265,13 @@ function drawHistogram(canvas, shares, most, mean) {
   });
   context.strokeStyle = look.ink;
   context.lineWidth = 1.5;
-  path(context, [[x(mean), top - 2], [x(mean), bottom]]);
+  path(context, [[x(mean), top], [x(mean), bottom]]);
   context.stroke();
   context.fillStyle = look.ink;
-  context.textAlign = mean > 0.3 ? "right" : "left";
-  context.fillText(`mean ${mean.toFixed(2)}`, x(mean) + (mean > 0.3 ? -5 : 5), top - 4);
+  context.textAlign = "center";
+  const words = `mean ${mean.toFixed(2).replace("-", "−")}`;
+  const half = context.measureText(words).width / 2;
+  context.fillText(words, Math.max(half, Math.min(width - half, x(mean))), top - 4);
 }
 
 /* --- the map of layers and steps ----------------------------------------------------------- */

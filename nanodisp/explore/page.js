@@ -6,7 +6,7 @@ const MS_PER_STEP = 420; // while it plays
 const MS_TO_MOVE = 300; // from one step to the next
 const still = window.matchMedia("(prefers-reduced-motion: reduce)").matches;
 
-const state = { step: 0, layer: Math.max(0, nLayers - 2), token: -1, kept: -1, yaw: 0.5, tilt: 0.5, playing: false };
+const state = { step: 0, layer: Math.max(0, nLayers - 2), token: -1, kept: -1, yaw: 0.5, tilt: 0.36, playing: false };
 const moving = { from: [], to: [], began: 0, drawn: 0 }; // the tokens on their way from one place to another
 
 const element = (id) => document.getElementById(id);
@@ -69,33 +69,37 @@ function between(a, b, share) {
 
 /** Draw everything but the points on their way: for another step, layer, token or size. */
 function drawRest() {
+  look = readTheme();
   const most = Math.max(...panels.map((panel) => (panel.spread ? Math.max(...panel.spread) : 0)));
   for (const panel of panels) {
     const layer = layerOf(panel.run, state.layer);
-    const mean = panel.run.means[state.step][layer];
     drawMap(panel.map, panel.run.means, state.step, layer);
-    if (panel.pairs) {
-      drawMatrix(panel.matrix, panel.pairs, chosen());
-      drawHistogram(panel.histogram, panel.spread, most, mean);
-    }
-    say(panel.figures, mean, layer);
+    if (!panel.pairs) continue;
+    drawMatrix(panel.matrix, panel.pairs, chosen());
+    drawHistogram(panel.histogram, panel.spread, most, panel.run.means[state.step][layer]);
   }
+  for (const panel of panels) say(panel); // after the drawing, which asks for sizes
   paintText();
   readOut();
   redraw();
 }
 
-function say(target, mean, layer) {
+function say(panel) {
+  const layer = layerOf(panel.run, state.layer);
+  const mean = panel.run.means[state.step][layer];
   const number = document.createElement("b");
   number.textContent = mean.toFixed(2).replace("-", "−");
   const angle = (Math.acos(Math.sqrt(Math.max(0, (1 + (nTokens - 1) * mean) / nTokens))) * 180) / Math.PI;
   const cone = onSphere ? `, half-angle of the cone ${Math.round(angle)}°` : "";
-  const own = nLayers === data.runs[0].layers && data.runs.every((run) => run.layers === nLayers) ? "" : `, layer ${layer}`;
-  target.replaceChildren(number, ` mean cosine${cone}${own}`);
+  const own = data.runs.every((run) => run.layers === nLayers) ? "" : `, layer ${layer}`;
+  panel.figures.replaceChildren(number, ` mean cosine${cone}${own}`);
 }
 
+let painted = false; // as while no token is chosen
 function paintText() {
   const token = chosen();
+  if (token < 0 && painted) return;
+  painted = token < 0;
   spans.forEach((span, i) => {
     const bars = panels.map((panel) => css(token >= 0 && panel.pairs ? shade(cosine(panel.pairs, token, i)) : shadeOfPlace(i)));
     span.style.backgroundImage = bars.map((colour) => `linear-gradient(${colour}, ${colour})`).join(", ");
