@@ -97,7 +97,7 @@ class Attached:
     """
 
     def __init__(self, model: nn.Module, states: list[State], config: DispersionConfig, seed: int) -> None:
-        self.model, self.config, self.states = model, config, states
+        self.config, self.states = config, states
         self.names = [state.name for state in states]
         self.disperse = DispersionLoss(config.variant, config.tau, config.backend, config.clamp)
         self.mask: Tensor | None = None
@@ -107,7 +107,9 @@ class Attached:
         self._constant, self._scale, self._total = 1.0, torch.ones(0), torch.zeros(2, dtype=torch.float64)
         self._pass: Any = None  # a Pass, once there is one
         self._earlier: deque[Pass] = deque(maxlen=KEPT_PASSES)
-        self._inside: nn.Module | None = None  # the outermost module whose forward pass is under way
+        self._inside: int | None = (
+            None  # the outermost module whose forward pass is under way, of those around the blocks
+        )
         self._seen: set[int] = set()
         self._undo: list[Any] = []
         for i, state in enumerate(states):
@@ -116,12 +118,12 @@ class Attached:
             else:
                 hook = state.module.register_forward_hook(functools.partial(self._leaves, i))
             self._undo.append(hook.remove)
-        for module in ancestors(model, states):
+        for around, module in enumerate(ancestors(model, states)):
             names = list(inspect.signature(module.forward).parameters)
             place = names.index("attention_mask") if "attention_mask" in names else len(names)
-            begins = functools.partial(self._begins, place)
+            begins, ends = functools.partial(self._begins, around, place), functools.partial(self._ends, around)
             self._undo.append(module.register_forward_pre_hook(begins, with_kwargs=True).remove)
-            self._undo.append(module.register_forward_hook(self._ends, with_kwargs=True).remove)
+            self._undo.append(module.register_forward_hook(ends, with_kwargs=True).remove)
         log.info("%s", self)
 
     def __repr__(self) -> str:
@@ -223,19 +225,19 @@ class Attached:
 
     # --- hooks ---------------------------------------------------------------------------------------
 
-    def _on(self) -> bool:
-        return self._attached and self._is_on and self.model.training and torch.is_grad_enabled()
+    def _on(self, module: nn.Module) -> bool:
+        return self._attached and self._is_on and module.training and torch.is_grad_enabled()
 
-    def _begins(self, place: int, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _begins(self, around: int, place: int, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Before the forward pass of a module around the blocks: a new pass, unless one is under way."""
         compiling = torch.compiler.is_compiling()
         if not compiling and torch._C._current_autograd_node() is not None:
             return  # recomputed in backward
-        if not self._on():
+        if not self._on(module):
             self._inside = None
             return
-        if self._inside is None or self._inside is module:  # itself: its last pass ended with an exception
-            self._inside = module
+        if self._inside is None or self._inside == around:  # itself: its last pass ended with an exception
+            self._inside = around
             device = next(module.parameters()).device
             if self._scale.numel() == 0 or self._scale.device != device:
                 self._scale = torch.full((), self._constant, dtype=torch.float64, device=device)
@@ -266,16 +268,16 @@ class Attached:
 
     def _enters(self, i: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if args:
-            return (self._passes(i, args[0]), *args[1:]), kwargs
+            return (self._passes(i, module, args[0]), *args[1:]), kwargs
         name = next(iter(kwargs))
-        return args, {**kwargs, name: self._passes(i, kwargs[name])}
+        return args, {**kwargs, name: self._passes(i, module, kwargs[name])}
 
     def _leaves(self, i: int, module: nn.Module, args: Any, output: Any) -> Any:
         if isinstance(output, tuple):
-            return self._passes(i, output[0]), *output[1:]
-        return self._passes(i, output)
+            return self._passes(i, module, output[0]), *output[1:]
+        return self._passes(i, module, output)
 
-    def _passes(self, i: int, hidden: Tensor) -> Tensor:
+    def _passes(self, i: int, module: nn.Module, hidden: Tensor) -> Tensor:
         """A hidden state passes: the same, with the dispersion's gradient to come."""
         now = self._pass
         if not torch.compiler.is_compiling():
@@ -288,7 +290,7 @@ class Attached:
                         f"{self.names[i]} ran twice in one forward pass: attach to the module that runs it once"
                     )
                 self._seen.add(i)
-        if now is None or not self._on() or not hidden.requires_grad:
+        if now is None or not self._on(module) or not hidden.requires_grad:
             return hidden
         dispersion = self._measure(i, hidden, now)
         if dispersion is None:
@@ -305,10 +307,8 @@ class Attached:
                 f"{self.names[i]} gives {list(hidden.shape)}, not hidden states [B, N, F]: name others in layers=[…]"
             )
         if now.masked is not None and now.masked != hidden.shape[:2]:
-            raise ValueError(
-                f"the mask {list(now.masked)} does not fit the hidden states {list(hidden.shape[:2])} of {self.names[i]}: "
-                "set the mask of what attach returned before each forward pass"
-            )
+            shapes = f"{list(now.masked)} does not fit the hidden states {list(hidden.shape[:2])}"
+            raise ValueError(f"the mask {shapes} of {self.names[i]}: set `mask` before each forward pass")
         slices = draw_slices(hidden.detach(), now.key) if variant in SLICED else None
         if now.unmasked is None:
             if n_most is not None and n_most < hidden.size(1):
@@ -321,15 +321,14 @@ class Attached:
             total, n = part if total is None else total + part, n + len(places)
         return None if total is None else total / n
 
-    def _ends(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def _ends(self, around: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """After the forward pass of a module around the blocks: its loss, if it returns one, is followed."""
-        if self._inside is None or not self._on():
+        if self._inside is None or not self._on(module):
             return output
-        if self._inside is module:
+        if self._inside == around:
             self._inside = None
-            if not torch.compiler.is_compiling() and len(self._seen) < len(self.states):
-                missing = [name for i, name in enumerate(self.names) if i not in self._seen]
-                raise ValueError(f"{', '.join(missing)} did not run in a forward pass: name others in layers=[…]")
+            if not torch.compiler.is_compiling():
+                self._check_seen()
         if self._follows or self._pass is None or self._pass.heard:
             return output
         loss = (
@@ -351,8 +350,15 @@ class Attached:
         output.loss = loss
         return output
 
+    def _check_seen(self) -> None:
+        missing = [state for i, state in enumerate(self.states) if i not in self._seen]
+        # what is compiled passes unseen
+        if self._seen and any(state.module._compiled_call_impl is None for state in missing):
+            names = ", ".join(state.name for state in missing)
+            raise ValueError(f"{names} did not run in a forward pass: name others in layers=[…]")
+
     def _hear(self, loss: Tensor, share: float | Tensor) -> Tensor:
-        if not self._on() or self._pass is None:
+        if self._pass is None or not self._attached or not torch.is_grad_enabled():
             return loss
         self._pass.heard = True
         scale, self._scale = self._scale, torch.full_like(self._scale, self._constant)
