@@ -115,6 +115,29 @@ def sample_positions(seed: int, step: int, layers: Sequence[int], n_tokens: int,
     return torch.stack(rows)
 
 
+def sample_unmasked(seed: int, step: int, layer: int, mask: Tensor, max_tokens: int | None) -> list[Tensor]:
+    """Places of the tokens that the loss uses where some are padding: of each sequence at most `max_tokens`.
+
+    Args:
+        mask: [B, N] on the CPU, 0 for tokens to leave out.
+
+    Returns:
+        int64 [sequences, tokens] on the CPU, indices into the B * N tokens: sequences with equally many tokens
+        together, and none with fewer than 2. A sequence without padding has the tokens of `sample_positions`.
+    """
+    n_tokens = mask.size(1)
+    n_most = n_tokens if max_tokens is None else min(max_tokens, n_tokens)
+    order = torch.arange(n_tokens)
+    if n_most < n_tokens:
+        generator = _generator(np.random.SeedSequence((seed, step, layer)))
+        order = torch.randperm(n_tokens, generator=generator)
+    by_length: dict[int, list[Tensor]] = {}
+    for row, kept in enumerate(mask != 0):
+        places = order[kept[order]][:n_most].sort().values + row * n_tokens
+        by_length.setdefault(len(places), []).append(places)
+    return [torch.stack(rows) for length, rows in sorted(by_length.items()) if length >= 2]
+
+
 def sample_slices(variant: str, seed: int, step: int, n_features: int) -> Tensor | None:
     """Directions of sigreg for one step, the same for all layers, ranks and micro-batches: float32 [n_features, 64].
 
