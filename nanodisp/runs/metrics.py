@@ -1,9 +1,9 @@
 """The figures of a run: metrics.jsonl, the terminal, and the trackers (`trackers.py`).
 
-Only rank 0 writes; on other ranks every call does nothing. A record is one line of metrics.jsonl: "step" is the number
-of updates done, "split" is "train", "val", "task" (multiple-choice questions) or "condensation" (only the layers'
-figures, recorded more often and not shown). Every other key is a figure under its own name, a number or a list with one
-per layer; a new one is recorded, shown and tracked without a change here.
+Only ranks with a folder (0, or the first of each host) write; on others every call does nothing. A record is one line
+of metrics.jsonl: "step" is the number of updates done, "split" is "train", "val", "task" (multiple-choice questions) or
+"condensation" (only the layers' figures, recorded more often and not shown). Every other key is a figure under its own
+name, a number or a list with one per layer; a new one is recorded, shown and tracked without a change here.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ class Metrics:
         step: int,
         total_steps: int,
         tensorboard: bool = False,
+        quiet: bool = False,
     ) -> None:
         """Open the records.
 
@@ -87,6 +88,7 @@ class Metrics:
             step, total_steps: where the run begins and ends. Records of steps after `step`, left by an interrupted run,
                 are dropped: training will write them again.
             tensorboard: whether TensorBoard gets the records too.
+            quiet: only write metrics.jsonl: another rank prints, and has the trackers.
 
         Raises UserError when the records cannot be written, or tensorboard is asked for but not installed.
         """
@@ -101,7 +103,9 @@ class Metrics:
         except OSError as error:
             raise self._not_written(error) from error
         self.total_steps = total_steps
-        self.console = Console(highlight=False, soft_wrap=True, emoji=False)
+        self.console = Console(highlight=False, soft_wrap=True, emoji=False, quiet=quiet)
+        if quiet:
+            return
         if self.console.is_terminal:
             self.progress = Progress(
                 TextColumn("{task.description}"),
