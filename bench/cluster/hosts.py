@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from bench.cluster import network, sandbox
@@ -278,14 +279,22 @@ class Cases:
             job.wait_for_step(first, self.rng.randrange(6, 20))
             second.kill()
             third.kill()
-            sizes = lambda: re.findall(r"tokens, (\d) x cpu", text(job.log))  # noqa: E731, B023
-            until(lambda: "1" in sizes(), PATIENCE, f"one host goes on: {text(job.log)[-4000:]}")
+            until(partial(alone, job.log), PATIENCE, f"one host goes on: {text(job.log)[-4000:]}")
             second, third = self.replace(second), self.replace(third)
             job.join(second, "1:3", 9)
             good = job.wait(but=[third])
-            print(f"hosts: {' -> '.join(sizes())}")
-            errors.append(self.same(job.run_on(first)) if good and sizes()[-1] == "2" else 9)
+            print(f"hosts: {' -> '.join(sizes(job.log))}")
+            errors.append(self.same(job.run_on(first)) if good and sizes(job.log)[-1] == "2" else 9)
         self.note("elastic, --nnodes=1:3 --max-restarts=9: 3 hosts, 1, 2", errors, "one run")
+
+
+def sizes(log: Path) -> list[str]:
+    """On how many ranks a run was, each time that it began or went on."""
+    return re.findall(r"tokens, (\d) x cpu", text(log))
+
+
+def alone(log: Path) -> bool:
+    return "1" in sizes(log)
 
 
 def main(argv: Sequence[str]) -> None:

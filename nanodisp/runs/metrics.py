@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import json
 import math
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -64,7 +66,7 @@ class Metrics:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = (folder / ".lock").open("w")
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it when the process ends
+            take(self.lock, folder)
         except BlockingIOError:
             raise InUse(f"another process is training into {folder}; wait for it, or give another run_name") from None
         except OSError as error:
@@ -210,6 +212,22 @@ class Metrics:
         """Report an error of a tracker; training continues without it."""
         self.say(
             f"{name} {what} failed ({first_line(error)}): the run continues without it; metrics.jsonl has everything"
+        )
+
+
+def take(lock: TextIO, folder: Path) -> None:
+    """Lock a run's folder; the system releases it when the process ends. Some network file systems have no locks.
+
+    Raises BlockingIOError when another process holds it.
+    """
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        print(
+            f"{folder}: its file system has no locks ({error.strerror}): let no other process train into it",
+            file=sys.stderr,
         )
 
 
