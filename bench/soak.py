@@ -76,7 +76,7 @@ def run(folder: Path, name: str, *overrides: str, ranks: int = 1) -> Path:
 
 
 class Trial:
-    """A run of one rank that may be killed: a fork of a process with torch loaded, which starts at once, or a fresh one.
+    """A run of one rank that may be killed: fresh, or forked from a process with torch loaded, which starts at once.
 
     A fresh Python takes 3 seconds to start, which was most of a soak's time.
     """
@@ -91,12 +91,11 @@ class Trial:
         return self.fresh.poll() if self.fresh else self.forked.process.exitcode if self.forked else None
 
     def kill(self) -> None:
-        for process in (self.fresh, self.forked and self.forked.process):
-            if process is not None:
-                process.kill()
         if self.fresh:
+            self.fresh.kill()
             self.fresh.wait()
-        elif self.forked:
+        if self.forked:
+            self.forked.process.kill()
             self.forked.process.join()
 
 
