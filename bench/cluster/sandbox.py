@@ -63,8 +63,7 @@ def text(path: Path) -> str:
 
 def errors_in(log: str) -> list[str]:
     """The lines by which nanodisp ended, each once."""
-    lines = [line[line.index("error: ") :] for line in log.splitlines() if "error: " in line]
-    return list(dict.fromkeys(line for line in lines if not line.startswith(("error: Node", "error: ***"))))
+    return list(dict.fromkeys(line for line in log.splitlines() if line.startswith("error: ")))
 
 
 class Outcomes:
