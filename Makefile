@@ -9,10 +9,11 @@ RUNS ?= out
 EXPERIMENT ?= lambda
 JOBS ?= 2
 MINUTES ?= 9
+HOURS ?= 3
 INSTALLED := $(VENV)/installed-$(EXTRAS)
 
 .PHONY: help install run test test-fast mutants lint format bench bench-train bench-data bench-gpu gpu-wheels verify-data
-.PHONY: audit soak study study-gpu study-report report constraints clean
+.PHONY: audit soak slurm-test hosts-test endurance study study-gpu study-report report constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +77,17 @@ audit: install ## list known vulnerabilities of the pinned packages; needs a net
 
 soak: install ## kill runs, change their number of ranks, corrupt their files; JSON in bench/results/
 	$(BIN)/python -m bench.soak
+
+slurm-test: ## train under a real SLURM on this machine: time limits, cancelled jobs, a lost node; needs root
+	$(MAKE) --no-print-directory install EXTRAS=dev,slurm
+	$(BIN)/python -m bench.cluster.slurm
+
+hosts-test: install ## train on several hosts (network namespaces) that fail, and on disks that do; needs root
+	$(BIN)/python -m bench.cluster.hosts
+	$(BIN)/python -m bench.cluster.disks
+
+endurance: install ## train the default model for HOURS=3, with kills: memory, file handles and disk must not grow
+	$(BIN)/python -m bench.endurance hours=$(HOURS)
 
 study: install ## run or resume an experiment and write its report: make study EXPERIMENT=lambda
 	$(BIN)/python train.py -m experiment=$(EXPERIMENT)

@@ -17,7 +17,6 @@ Figures go to bench/results/soak-<machine>.json. Everything random is drawn from
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -39,20 +38,13 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from bench import measure
+from bench.runs import ENVIRONMENT, ROOT, SHORT, STEADY, curve, weights
 from nanodisp import cli, launch
 from nanodisp.config import Config
 from nanodisp.data import shards
 from nanodisp.errors import UserError
 from nanodisp.runs import checkpoint
-
-ROOT = Path(__file__).parent.parent
-SHORT = (
-    *("model=nano", "data=pystdlib_bytes", "optim=adamw"),
-    *("train.steps=24", "train.checkpoint_interval=2", "train.eval_interval=8", "train.eval_windows=8"),
-    *("train.batch_size=4", "train.sample_tokens=0", "train.dtype=float32", "device=cpu"),
-)
-STEADY = ("optim.schedule=constant", "optim.warmup_steps=0")  # the same for any number of steps
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+from tests.forked import Forked
 
 
 @dataclass
@@ -83,16 +75,28 @@ def run(folder: Path, name: str, *overrides: str, ranks: int = 1) -> Path:
     return folder / name
 
 
-def weights(run_folder: Path) -> str:
-    """The sha256 of the final weights."""
-    return json.loads((checkpoint.find(run_folder) / "state.json").read_text())["sha256"]["model.safetensors"]
+class Trial:
+    """A run of one rank that may be killed: fresh, or forked from a process with torch loaded, which starts at once.
 
+    A fresh Python takes 3 seconds to start, which was most of a soak's time.
+    """
 
-def curve(run_folder: Path) -> list[float]:
-    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [line["step"] for line in lines if line["split"] == "train"]
-    assert steps == sorted(set(steps)), f"a step twice: {steps}"
-    return [line["loss"] for line in lines if line["split"] == "train"]
+    def __init__(self, folder: Path, name: str, *overrides: str, fresh: bool) -> None:
+        self.fresh = start(folder, name, *overrides) if fresh else None
+        settings = (*SHORT, f"out_dir={folder}", f"run_name={name}", *overrides)
+        self.forked = None if fresh else Forked(ROOT / "train.py", *settings)
+
+    def poll(self) -> int | None:
+        """Its exit code; None while it runs."""
+        return self.fresh.poll() if self.fresh else self.forked.process.exitcode if self.forked else None
+
+    def kill(self) -> None:
+        if self.fresh:
+            self.fresh.kill()
+            self.fresh.wait()
+        if self.forked:
+            self.forked.process.kill()
+            self.forked.process.join()
 
 
 def soak_kills(folder: Path, n: int, rng: random.Random) -> dict[str, Any]:
@@ -100,25 +104,24 @@ def soak_kills(folder: Path, n: int, rng: random.Random) -> dict[str, Any]:
     right, right_curve = weights(whole), curve(whole)
     kills, identical, caught_saving = 0, 0, 0
     for number in range(n):
-        name = f"killed-{number}"
+        name, tries = f"killed-{number}", 0
         checkpoints = folder / name / "checkpoints"
         while True:
-            process = start(folder, name, "train.log_interval=1")
-            aim_at_save = rng.random() < 1 / 3
-            while process.poll() is None and not (folder / name / "metrics.jsonl").exists():
+            trial = Trial(folder, name, "train.log_interval=1", fresh=tries == 0 and number % 5 == 0)
+            aim_at_save, tries = rng.random() < 1 / 3, tries + 1
+            while trial.poll() is None and not (folder / name / "metrics.jsonl").exists():
                 time.sleep(0.01)
             deadline = time.monotonic() + (60 if aim_at_save else rng.uniform(0, 8))
-            while process.poll() is None and time.monotonic() < deadline:
+            while trial.poll() is None and time.monotonic() < deadline:
                 if aim_at_save and any(checkpoints.glob(".step_*.tmp")):
                     break
                 time.sleep(0.001)
-            if process.poll() is not None:
+            if trial.poll() is not None:
                 break
             caught_saving += any(checkpoints.glob(".step_*.tmp"))
-            process.kill()
-            process.wait()
+            trial.kill()
             kills += 1
-        identical += process.returncode == 0 and weights(folder / name) == right and curve(folder / name) == right_curve
+        identical += trial.poll() == 0 and weights(folder / name) == right and curve(folder / name) == right_curve
         shutil.rmtree(folder / name)
         print(f"killed runs with the weights and the losses of the unkilled: {identical} of {number + 1}", end="\r")
     print(f"\n{kills} kills, {caught_saving} while saving")
@@ -246,12 +249,16 @@ def main(argv: Sequence[str]) -> None:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if soak.mutations:
-            report["mutations"] = soak_mutations(folder, soak.mutations, rng)
-        if soak.ranks:
-            report["ranks"] = soak_ranks(folder)
-        if soak.kills:
-            report["kills"] = soak_kills(folder, soak.kills, rng)
+        parts: dict[str, Callable[[], dict[str, Any]]] = {
+            "mutations": lambda: soak_mutations(folder, soak.mutations, rng),
+            "ranks": lambda: soak_ranks(folder),
+            "kills": lambda: soak_kills(folder, soak.kills, rng),
+        }
+        for part, soak_part in parts.items():
+            if getattr(soak, part):
+                part_began = time.perf_counter()
+                report[part] = {**soak_part(), "seconds": time.perf_counter() - part_began}
+                print(f"{part}: {report[part]['seconds']:.0f} s")
     report["seconds"] = time.perf_counter() - began
     print(f"{report['seconds']:.0f} s in all")
     missed = soak.kills and report["kills"]["identical"] < soak.kills

@@ -106,7 +106,7 @@ def fail(error: Exception) -> int:
     """Print an error on stderr; return the exit code."""
     with contextlib.suppress(OSError):  # a full disk: there is no place left to report it
         print(f"error: {error}", file=sys.stderr)
-    return 2
+    return error.exit_code if isinstance(error, UserError) else 2
 
 
 class Output:

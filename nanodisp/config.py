@@ -66,6 +66,7 @@ class TrainConfig:
     eval_task_data: the folder of these files.
     eval_task_limit: the first so many items of each benchmark (of BLiMP evenly over its paradigms); null for all.
     keep_last: how many of the newest checkpoints are kept, besides the one with the lowest validation loss.
+    replicate_checkpoints: every host keeps the run's folder: for hosts that share no disk, see docs/distributed.md.
     keep_every: also keep checkpoints whose step is a multiple of this; null for none.
     max_bad_steps: updates whose gradient is not finite are skipped; this many in a row end the run (on a GPU when the
         next figures are logged: checking at every step would make it wait).
@@ -93,6 +94,7 @@ class TrainConfig:
     eval_task_data: str | None = None
     eval_task_limit: int | None = 300
     keep_last: int = 2
+    replicate_checkpoints: bool = False
     keep_every: int | None = None
     max_bad_steps: int = 10
     sample_tokens: int = 256
@@ -253,6 +255,7 @@ NOT_IDENTITY = {
     "train": (
         *("compile", "micro_batch_size", "log_interval", "eval_interval", "checkpoint_interval"),
         *("condensation_interval", "snapshot_interval", "keep_last", "keep_every", "max_bad_steps", "sample_tokens"),
+        "replicate_checkpoints",
         *("parallel", "activation_checkpointing", "timeout_minutes", "eval_task"),
         *("eval_tasks", "eval_task_data", "eval_task_limit"),
     ),

@@ -9,12 +9,20 @@ from typing import Any
 class UserError(Exception):
     """An error that the user can fix, in one line: the wrong value, what is allowed, what to do.
 
-    The commands print it without a traceback; any other exception is a bug and shows one.
+    The commands print it without a traceback and end with `exit_code`; any other exception is a bug and shows one.
     """
+
+    exit_code = 2
 
 
 class AlreadyReported(UserError):
     """An error that another rank prints."""
+
+
+class RankLost(UserError):
+    """Another rank hangs, or it, its host or its network is gone: no mistake, the same command may well succeed."""
+
+    exit_code = 74  # EX_IOERR of sysexits.h
 
 
 class InUse(UserError):

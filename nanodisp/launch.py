@@ -38,8 +38,8 @@ from nanodisp.config import SECTIONS, Config, Unused, flatten, name_of, unused
 from nanodisp.data.prepare import DataConfig
 from nanodisp.data.shards import MANIFEST, Manifest
 from nanodisp.data.tokenizer import identity
-from nanodisp.distributed import of_torchrun
-from nanodisp.errors import AlreadyReported, InUse, UserError, first_line
+from nanodisp.distributed import of_torchrun, rank_lost
+from nanodisp.errors import AlreadyReported, InUse, RankLost, UserError, first_line
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 OFF = Unused(("dispersion.lambda_disp",), "dispersion", lambda value: value == "off", "leave one of them out")
@@ -130,12 +130,12 @@ class Jobs:
                 self.seconds |= {f"{config.out_dir}/{config.run_name}": seconds} if seconds is not None else {}
         except AlreadyReported:
             sys.exit(2)
-        except Exception as error:
+        except Exception as problem:
+            error = rank_lost(problem) or problem
             if self.is_worker() and isinstance(error, InUse):
                 say(f"{job}: skipped, {error}")
                 return
-            mistake = isinstance(error, UserError)
-            if not mistake and not in_sweep:
+            if not (mistake := isinstance(error, UserError)) and not in_sweep:
                 raise
             line = str(error) if mistake else f"{type(error).__name__}: {error}"
             self.failures.append(f"{job}: {line}" if in_sweep else line)
@@ -144,7 +144,7 @@ class Jobs:
             if in_sweep and is_main_rank() and not composed.dry_run:
                 leave_note(note, config, f"{command}\n{self.failures[-1]}\n")
             if of_torchrun("WORLD_SIZE", 1) > 1:  # the other ranks may be unaware: torchrun must end them
-                sys.exit(cli.fail(UserError(self.failures[-1])))
+                sys.exit(cli.fail((RankLost if isinstance(error, RankLost) else UserError)(self.failures[-1])))
         if self.is_worker():
             self.write_ledger()
 

@@ -7,7 +7,8 @@ GOMP_SPINCOUNT when it is loaded; it is set here unless the user has set it or O
 
 Ctrl-C ends a command of ours at once and without a traceback. A KeyboardInterrupt could not do that: while torch and
 others are loaded, which takes seconds, they turn it into errors of their own. A training run saves first
-(`training/signals.py`), and chooses when Python collects garbage.
+(`training/signals.py`), and chooses when Python collects garbage. Before its first step there is nothing to save: then
+SIGTERM and SIGUSR1, by which a scheduler takes the machine back, end it at once with the exit code that says "again".
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 
 SPIN_COUNT = "3000"
+NOT_DONE = 75  # EX_TEMPFAIL of sysexits.h: not done, try again
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("train.py", "sample.py", "nanodisp", "data", "bench", "examples")  # files and folders with commands
 
@@ -32,6 +34,12 @@ def end_quietly(number: int, frame: FrameType | None) -> None:
         show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hides it
         os.write(2, f"{show_cursor}\ninterrupted\n".encode())
     os._exit(130)
+
+
+def end_before_the_first_step(number: int, frame: FrameType | None) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, f"{signal.Signals(number).name}: ended before a step, nothing to save\n".encode())
+    os._exit(NOT_DONE)
 
 
 def is_ours(program: str) -> bool:
@@ -61,3 +69,6 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 if is_ours(getattr(sys.modules["__main__"], "__file__", None) or ""):
     signal.signal(signal.SIGINT, end_quietly)
+    if Path(sys.modules["__main__"].__file__ or "").name == "train.py":
+        signal.signal(signal.SIGTERM, end_before_the_first_step)
+        signal.signal(signal.SIGUSR1, end_before_the_first_step)

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import cast
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 280.0  # seconds, also on a machine that does much else
@@ -53,7 +54,7 @@ class Forked:
         said = [Path(self.streams.name, str(descriptor)).read_text() for descriptor in (1, 2)]
         if not ended:
             raise subprocess.TimeoutExpired(self.arguments, timeout, *said)
-        return subprocess.CompletedProcess(self.arguments, self.process.exitcode, *said)
+        return subprocess.CompletedProcess(self.arguments, cast(int, self.process.exitcode), *said)
 
 
 def start_ranks(n: int, script: Path, *arguments: str) -> list[Forked]:

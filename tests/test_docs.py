@@ -51,7 +51,7 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
 def test_keys_that_a_page_names_exist(page: Path) -> None:
     for section, key in re.findall(rf"\b({'|'.join(SECTIONS)})\.([a-z]\w*)", TEXTS[page]):
         known = {field.name for field in dataclasses.fields(SECTIONS[section])}
-        assert key in known | {"py", "md", "bin", "safetensors"}, f"{section}.{key}"
+        assert key in known | {"py", "md", "bin", "safetensors", "sbatch"}, f"{section}.{key}"
 
 
 @pages

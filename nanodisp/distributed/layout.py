@@ -115,15 +115,15 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gather(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
-    """Full tensors for rank 0, sharded ones moved to its CPU one by one; an empty dict on other ranks.
+def gather(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Full tensors for a rank that keeps them, sharded ones moved to its CPU one by one; an empty dict on others.
 
     All ranks call it.
     """
     gathered = {}
     for name, tensor in tensors.items():
         full = whole(tensor)
-        if world.is_main:
+        if keep:
             gathered[name] = full if full is tensor else full.cpu()
     return gathered
 

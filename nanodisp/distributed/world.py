@@ -10,10 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-import re
 import sys
-import threading
-import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanodisp.errors import AlreadyReported, UserError, first_line
+from nanodisp.distributed.roll_call import RollCall
+from nanodisp.errors import AlreadyReported, RankLost, UserError, first_line
 
 DEVICES = ("auto", "cpu", "cuda")
-SECONDS_TO_ANSWER = 10.0  # grace period in which waiting ranks report, so that the silent one can be identified
 
 
 @dataclass(frozen=True)
@@ -81,32 +78,19 @@ class World:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: object) -> None:
-        """After a timeout, raise UserError that names the ranks which did not answer."""
-        timed_out = isinstance(error, RuntimeError) and re.search(r"tim(e|ed|ing) ?out", str(error), re.IGNORECASE)
-        if timed_out and (silent := _silent_ranks(self.rank, self.size)):
-            hang = f"rank {silent} hangs: no answer within train.timeout_minutes"
-            raise UserError(f"{hang}; the same command resumes from the last checkpoint") from error
+        """After a timeout or a lost connection, raise RankLost, which names the ranks that hang or are gone."""
+        if lost := rank_lost(error):
+            raise lost from error
 
 
-def _silent_ranks(rank: int, size: int) -> str:
-    """The ranks that do not ask this as well, or rank 0 where it keeps the store and does not answer."""
-    silent = ["0, which keeps the store,"]
-
-    def ask() -> None:
-        assert _store is not None
-        with contextlib.suppress(RuntimeError):  # the store may be gone
-            _store.set(f"waiting/{rank}", "")
-            time.sleep(SECONDS_TO_ANSWER)
-            silent[:] = [str(other) for other in range(size) if not _store.check([f"waiting/{other}"])]
-
-    question = threading.Thread(target=ask, daemon=True)  # the store may hang: do not wait for it
-    question.start()
-    question.join(3 * SECONDS_TO_ANSWER)
-    return ", ".join(silent)
+def rank_lost(error: BaseException | None) -> RankLost | None:
+    """RankLost in place of an error of lost connections, after asking who is still there; None for another error."""
+    missing = _roll_call.missing(error) if _roll_call is not None else None
+    return RankLost(missing) if missing is not None else None
 
 
 _control_group: dist.ProcessGroup | None = None  # of the CPUs, where the default one is of the GPUs
-_store: dist.Store | None = None  # where ranks leave messages for each other
+_roll_call: RollCall | None = None  # where there are several ranks
 
 
 def of_torchrun(name: str, default: int) -> int:
@@ -120,10 +104,11 @@ def of_torchrun(name: str, default: int) -> int:
 def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
     """Join the process group that torchrun describes (gloo on CPU, NCCL on CUDA), once per process.
 
-    When a rank keeps the others waiting for `timeout_minutes`, they fail and torchrun ends all of them. Inside
-    `with world:` their error names that rank.
+    When a rank keeps the others waiting for `timeout_minutes`, or its connection is lost, they fail and torchrun ends
+    all of them. Inside `with world:` their error names that rank and its host.
 
-    Raises UserError for an unknown or missing device, and for variables of torchrun that are incomplete.
+    Raises UserError for an unknown or missing device, and for variables of torchrun that are incomplete; RankLost when
+    the ranks cannot reach each other.
     """
     if device not in DEVICES:
         raise UserError(f"device={device} is unknown; choose one of {', '.join(DEVICES)}")
@@ -142,22 +127,24 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
             raise UserError(f"rank {rank} needs GPU {local_rank}, but torch sees only {torch.cuda.device_count()}")
         torch.cuda.set_device(local_rank)
     if size > 1 and not dist.is_initialized():
-        global _control_group, _store
+        global _control_group, _roll_call
         timeout = datetime.timedelta(minutes=timeout_minutes)
         # NCCL would end the process without a message: the CPUs, which meet once a step, must notice first
         backend, patience = ("nccl", 2 * timeout) if use_cuda else ("gloo", timeout)
         try:
-            _store = _rendezvous_store(rank, timeout)
+            store, connection = _rendezvous_stores(rank, timeout)
+            _roll_call = RollCall(store, connection, rank, size)
             gpu = torch.device("cuda", local_rank) if use_cuda else None  # known now: NCCL connects at once
-            dist.init_process_group(backend, timeout=patience, store=_store, rank=rank, world_size=size, device_id=gpu)
+            dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=size, device_id=gpu)
             _control_group = dist.new_group(backend="gloo", timeout=timeout) if use_cuda else None
-        except dist.DistError as error:
-            raise UserError(f"rank {rank} could not reach all {size} ranks: {first_line(error)}") from error
+            _roll_call.begin()
+        except RuntimeError as error:
+            raise RankLost(f"rank {rank} could not reach all {size} ranks: {first_line(error)}") from error
     return World(rank, size, torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"), local_rank)
 
 
-def _rendezvous_store(rank: int, timeout: datetime.timedelta) -> dist.Store:
-    """The store for the ranks' addresses: torchrun's own if it has one, else rank 0's.
+def _rendezvous_stores(rank: int, timeout: datetime.timedelta) -> tuple[dist.Store, dist.Store]:
+    """Two connections to the store for the ranks' addresses: torchrun's own if it has one, else rank 0's.
 
     torchrun's survives a restart (`--max-restarts`) with the addresses of dead ranks, so each attempt has its own
     prefix.
@@ -165,7 +152,9 @@ def _rendezvous_store(rank: int, timeout: datetime.timedelta) -> dist.Store:
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     host, port = os.environ["MASTER_ADDR"], of_torchrun("MASTER_PORT", 0)
     store = dist.TCPStore(host, port, is_master=rank == 0 and not agents, timeout=timeout)
-    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    another = dist.TCPStore(host, port, is_master=False, timeout=timeout)
+    attempt = f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    return dist.PrefixStore(attempt, store), dist.PrefixStore(attempt, another)
 
 
 @contextlib.contextmanager
@@ -190,4 +179,6 @@ def group_of_ranks() -> Iterator[None]:
             sys.stderr.flush()
         os._exit(code if isinstance(code, int) else code is not None)
     if dist.is_initialized():
+        if _roll_call is not None:
+            _roll_call.end()
         dist.destroy_process_group()

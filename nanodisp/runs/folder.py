@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shlex
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from nanodisp.files import write_whole
 from nanodisp.models.generate import generate
 from nanodisp.models.gpt import GPT
 from nanodisp.plan import Plan
-from nanodisp.runs import checkpoint, snapshots
+from nanodisp.runs import checkpoint, replicas, snapshots
 from nanodisp.runs.checkpoint import CHECKPOINTS
 from nanodisp.runs.metrics import METRICS, Metrics, read_records
 from nanodisp.runs.snapshots import SNAPSHOTS
@@ -62,14 +63,17 @@ class TrainState:
 class Run:
     """A run in progress: its folder, locked; its records; its checkpoints; requests to stop.
 
-    Used as a context. Only rank 0 writes; all ranks call every method.
+    Used as a context. Only rank 0 writes, and with `train.replicate_checkpoints` the first rank of each host, into its
+    own host's folder; all ranks call every method.
     """
 
     def __init__(self, plan: Plan, corpus: Corpus, world: World) -> None:
         self.plan, self.config, self.corpus, self.world = plan, plan.config, corpus, world
         self.folder = Path(plan.config.out_dir) / str(plan.config.run_name)
         self.fingerprint = fingerprint(corpus)
-        self.sample_start = sample_start(corpus) if world.is_main else None
+        self.replicated = plan.config.train.replicate_checkpoints and world.size > 1
+        self.writes = world.is_main or (self.replicated and world.local_rank == 0)
+        self.sample_start = sample_start(corpus) if self.writes else None
         self.began = time.perf_counter()
         self.stop = StopSignals()
         train = plan.config.train
@@ -80,14 +84,26 @@ class Run:
         with contextlib.ExitStack() as contexts:
             contexts.enter_context(self.stop)
             with self.world.together():
-                self.metrics = contexts.enter_context(Metrics(self.folder if self.world.is_main else None))
+                self.metrics = contexts.enter_context(Metrics(self.folder if self.writes else None))
             contexts.enter_context(self.saver)
             contexts.enter_context(self.world)
+            self._check_same_tokens()
             self.contexts = contexts.pop_all()
         return self
 
     def __exit__(self, *exception: Any) -> bool | None:
         return self.contexts.__exit__(*exception)
+
+    def _check_same_tokens(self) -> None:
+        """UserError on all ranks when a host has other tokens than rank 0's."""
+        own = int(self.fingerprint[:15], 16)
+        first = self.world.sum(torch.tensor(own if self.world.is_main else 0, device=self.world.device))
+        with self.world.together():
+            if int(first) != own:
+                raise UserError(
+                    f"the tokens in {self.corpus.folder} on {socket.gethostname()} are not those of rank 0: give all "
+                    "hosts the same text, or a data.folder on a disk that they share"
+                )
 
     # --- from the beginning or a checkpoint to the first step
 
@@ -102,15 +118,22 @@ class Run:
         if self.config.resume == "never" and ((self.folder / CONFIG).exists() or checkpoint.all_checkpoints(folder)):
             raise UserError(f"{self.folder} holds a run: resume=auto resumes it, run_name=<another> starts a new one")
         with self.world.together():
-            saved = checkpoint.load_newest(folder) if self.world.is_main else None
-        found = torch.tensor(saved.step + 1 if saved else 0, device=self.world.device)
-        step = int(self.world.sum(found)) - 1  # rank 0 tells the others
+            saved = checkpoint.load_newest(folder) if self.writes else None
+        if self.replicated:
+            step = replicas.same_on_all(self.folder, saved, self.world, self.writes)
+            saved = None  # read again below: another host's may have taken its place
+        else:
+            found = torch.tensor(saved.step + 1 if saved else 0, device=self.world.device)
+            step = int(self.world.sum(found)) - 1  # rank 0 tells the others
         if step < 0:
             return None
-        saved = saved or checkpoint.load(checkpoint.path_of(folder, step))
-        try:
+        with self.world.together():
+            if saved is None:
+                saved = self._load(checkpoint.path_of(folder, step))
+        with self.world.together():  # each host has read its own
             check_same_run(saved, self.config, self.corpus, self.fingerprint)
-            if self.world.is_main and self.plan.is_done(saved.step):
+        try:
+            if self.writes and self.plan.is_done(saved.step):
                 restore_config(self.folder, saved.state["config"])
             model.load_state_dict(layout.scatter(saved.model, model))
             optim.load_state_tensors(model, optimizers, layout.scatter(saved.optimizer, model))
@@ -121,13 +144,22 @@ class Run:
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise UserError(f"{saved.path} cannot be resumed although its checksums match: {reason}") from error
 
+    def _load(self, path: Path) -> checkpoint.Checkpoint:
+        """A checkpoint that rank 0, or this host's first rank, has found intact."""
+        if not path.exists():
+            raise UserError(
+                f"{path} exists for rank 0, but not on {socket.gethostname()}: put out_dir on a disk that the hosts "
+                "share, or give train.replicate_checkpoints=true to all of them"
+            )
+        return checkpoint.load(path)
+
     def begin(self, state: TrainState | None) -> TrainState:
         """Write the configuration, open the records after `state` (None for a new run) and print what runs."""
         plan, resumed = self.plan, state is not None
         if state is None:
             none = torch.zeros(2, dtype=torch.int64, device=self.world.device)
             state = TrainState(0, 0.0, none[0], none[1])
-        if self.world.is_main and not plan.is_done(state.step):
+        if self.writes and not plan.is_done(state.step):
             write_config(self.folder, self.config)
             with unwritable(self.folder):
                 if Path(self.corpus.tokenizer).exists():
@@ -139,6 +171,7 @@ class Run:
             config=dataclasses.asdict(self.config),
             wandb_config=self.config.wandb,
             tensorboard=self.config.tensorboard,
+            quiet=not self.world.is_main,
             step=state.step if resumed else -1,
             total_steps=plan.total_steps,
         )
@@ -177,9 +210,9 @@ class Run:
     ) -> None:
         """Start writing a checkpoint; training continues once the tensors are copied."""
         # weights first: state_dict shards again what an evaluation has gathered, as the optimizers expect
-        weights = layout.gather(model.state_dict(), self.world)
-        tensors = layout.gather(optim.state_tensors(model, optimizers), self.world)
-        if self.world.is_main:
+        weights = layout.gather(model.state_dict(), self.writes)
+        tensors = layout.gather(optim.state_tensors(model, optimizers), self.writes)
+        if self.writes:
             self.metrics.flush()
             self.saver.save(
                 weights,
@@ -217,7 +250,7 @@ class Run:
         self.saver.wait()
         if self.samples:
             layout.unshard(model)  # rank 0 writes the sample alone
-        if self.metrics.enabled:
+        if self.world.is_main:
             self._report(model)
         if self.is_asked_to_stop():  # this run is complete, but a sweep ends here
             raise SystemExit(EXIT_CODE)

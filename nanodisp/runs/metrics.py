@@ -1,24 +1,26 @@
 """The figures of a run: metrics.jsonl, the terminal, and the trackers (`trackers.py`).
 
-Only rank 0 writes; on other ranks every call does nothing. A record is one line of metrics.jsonl: "step" is the number
-of updates done, "split" is "train", "val", "task" (multiple-choice questions) or "condensation" (only the layers'
-figures, recorded more often and not shown). Every other key is a figure under its own name, a number or a list with one
-per layer; a new one is recorded, shown and tracked without a change here.
+Only ranks with a folder (0, or the first of each host) write; on others every call does nothing. A record is one line
+of metrics.jsonl: "step" is the number of updates done, "split" is "train", "val", "task" (multiple-choice questions) or
+"condensation" (only the layers' figures, recorded more often and not shown). Every other key is a figure under its own
+name, a number or a list with one per layer; a new one is recorded, shown and tracked without a change here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import json
 import math
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -65,7 +67,7 @@ class Metrics:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = (folder / ".lock").open("w")
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it when the process ends
+            take(self.lock, folder)
         except BlockingIOError:
             raise InUse(f"another process is training into {folder}; wait for it, or give another run_name") from None
         except OSError as error:
@@ -79,6 +81,7 @@ class Metrics:
         step: int,
         total_steps: int,
         tensorboard: bool = False,
+        quiet: bool = False,
     ) -> None:
         """Open the records.
 
@@ -88,6 +91,7 @@ class Metrics:
             step, total_steps: where the run begins and ends. Records of steps after `step`, left by an interrupted run,
                 are dropped: training will write them again.
             tensorboard: whether TensorBoard gets the records too.
+            quiet: only write metrics.jsonl: another rank prints, and has the trackers.
 
         Raises UserError when the records cannot be written, or tensorboard is asked for but not installed.
         """
@@ -102,7 +106,9 @@ class Metrics:
         except OSError as error:
             raise self._not_written(error) from error
         self.total_steps = total_steps
-        self.console = Console(highlight=False, soft_wrap=True, emoji=False)
+        self.console = Console(highlight=False, soft_wrap=True, emoji=False, quiet=quiet)
+        if quiet:
+            return
         if self.console.is_terminal:
             self.progress = Progress(
                 TextColumn("{task.description}"),
@@ -207,6 +213,22 @@ class Metrics:
         """Report an error of a tracker; training continues without it."""
         self.say(
             f"{name} {what} failed ({first_line(error)}): the run continues without it; metrics.jsonl has everything"
+        )
+
+
+def take(lock: TextIO, folder: Path) -> None:
+    """Lock a run's folder; the system releases it when the process ends. Some network file systems have no locks.
+
+    Raises BlockingIOError when another process holds it.
+    """
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        print(
+            f"{folder}: its file system has no locks ({error.strerror}): let no other process train into it",
+            file=sys.stderr,
         )
 
 

@@ -11,8 +11,10 @@ import threading
 from types import FrameType
 from typing import Any
 
+from nanodisp.process import NOT_DONE
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not done, try again
+EXIT_CODE = NOT_DONE
 
 
 class StopSignals:

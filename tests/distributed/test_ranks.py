@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -200,9 +201,9 @@ import signal
 import time
 import train
 from nanodisp import launch
-from nanodisp.distributed import world
+from nanodisp.distributed import roll_call
 
-world.SECONDS_TO_ANSWER = 1
+roll_call.SECONDS_TO_ANSWER = 1
 update, steps = train.optim.update, 0
 
 def hanging(*arguments):
@@ -230,8 +231,8 @@ def test_a_rank_that_hangs_ends_the_run_and_is_named(corpus: Path, tmp_path: Pat
         timeout=200,  # less than the rank's sleep
     )
     assert result.returncode != 0
-    assert "error: rank 1 hangs" in result.stderr
-    assert "rank 1 hangs" in (tmp_path / "run" / "error.txt").read_text()
+    assert f"error: rank 1 on {socket.gethostname()} hangs" in result.stderr
+    assert f"rank 1 on {socket.gethostname()} hangs" in (tmp_path / "run" / "error.txt").read_text()
     assert checkpoint.find(tmp_path / "run").name == "step_00000002"
 
 
@@ -264,8 +265,8 @@ def test_a_hanging_rank_0_that_keeps_the_store_is_named(corpus: Path, tmp_path: 
     processes = forked.start_ranks(2, script, *TINY, *settings, "train.steps=5")
     try:
         ended = processes[1].finish()
-        assert "error: rank 0, which keeps the store, hangs" in ended.stderr
-        assert ended.returncode != 0
+        assert f"error: rank 0 on {socket.gethostname()}, which keeps the store, hangs or is gone" in ended.stderr
+        assert ended.returncode == 74
     finally:
         processes[0].process.kill()
 
@@ -310,7 +311,7 @@ clip = train.optim.clip_gradients
 
 def killing(*arguments):
     killing.calls += 1
-    if killing.calls == 7 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if killing.calls == 7 and os.environ["RANK"] == "1" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         os.kill(os.getpid(), signal.SIGKILL)
     return clip(*arguments)
 
@@ -318,6 +319,15 @@ killing.calls = 0
 train.optim.clip_gradients = killing
 launch.main(train.train)
 """
+
+
+def test_a_killed_rank_is_named_by_the_others_in_one_line(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "killed.py").write_text(KILLED)
+    settings = [*TINY, *CURVE, f"data.path={corpus}", f"out_dir={tmp_path}", "run_name=killed"]
+    ranks = forked.finish(forked.start_ranks(3, tmp_path / "killed.py", *settings, "train.batch_size=6"))
+    assert [rank.returncode for rank in ranks] == [74, -9, 74], ranks
+    for rank in (ranks[0], ranks[2]):
+        assert re.fullmatch(rf"error: rank 1 on {socket.gethostname()} is gone: .*command resumes.*\n", rank.stderr)
 
 
 def test_torchrun_restarts_a_killed_rank(run: Run, corpus: Path, tmp_path: Path) -> None:

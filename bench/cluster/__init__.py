@@ -1,0 +1,1 @@
+"""Training on several machines, all of them on this one: a SLURM cluster, and hosts with a network between them."""

@@ -1,0 +1,113 @@
+"""Hosts that share no disk: here two ranks with a folder each, both the first rank of their host."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import forked
+import pytest
+from conftest import ROOT, TINY, losses, write_corpus
+
+from nanodisp.runs import checkpoint
+
+pytestmark = pytest.mark.slow  # starts processes
+
+SETTINGS = (
+    *TINY,
+    "train.checkpoint_interval=3",
+    "train.log_interval=1",
+    "optim.schedule=constant",
+    "optim.warmup_steps=0",
+)
+
+
+def train_on(hosts: list[Path], *settings: str, data: list[Path], ends: int = 0) -> list[str]:
+    """Two ranks, each with its out_dir and its data; what they say on stderr."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    ranks = [
+        forked.Forked(
+            *(ROOT / "train.py", *SETTINGS, *settings, f"out_dir={host}", "run_name=run", f"data.path={corpus}"),
+            **{**shared, "RANK": str(rank), "LOCAL_RANK": "0"},
+        )
+        for rank, (host, corpus) in enumerate(zip(hosts, data, strict=True))
+    ]
+    ended = forked.finish(ranks)
+    assert [each.returncode for each in ended] == [ends, ends], ended
+    return [each.stderr for each in ended]
+
+
+def newest(host: Path) -> dict[str, str]:
+    return json.loads((checkpoint.find(host / "run") / "state.json").read_text())["sha256"]
+
+
+def test_a_replicated_run_goes_on_without_the_host_that_wrote_it(corpus: Path, tmp_path: Path) -> None:
+    hosts, data = [tmp_path / "a", tmp_path / "b"], [corpus, corpus]
+    replicated = "train.replicate_checkpoints=true"
+    train_on(hosts, replicated, "train.steps=12", data=data)
+    whole = losses(hosts[0] / "run")
+    assert losses(hosts[1] / "run") == whole
+    assert newest(hosts[0])["model.safetensors"] == newest(hosts[1])["model.safetensors"]
+
+    for host in hosts:
+        shutil.rmtree(host)
+    train_on(hosts, replicated, "train.steps=6", data=data)
+    shutil.rmtree(hosts[0])  # rank 0's: a new host takes its place
+    train_on(hosts, replicated, "train.steps=12", data=data)
+    assert losses(hosts[0] / "run") == losses(hosts[1] / "run") == whole
+
+
+def test_hosts_that_went_on_without_each_other_are_one_run_again(corpus: Path, tmp_path: Path) -> None:
+    hosts, data, replicated = [tmp_path / "a", tmp_path / "b"], [corpus, corpus], "train.replicate_checkpoints=true"
+    train_on(hosts, replicated, "train.steps=3", data=data)
+    tensors = checkpoint.load(checkpoint.find(hosts[1] / "run"))
+    changed = {name: tensor + 1 for name, tensor in tensors.model.items()}
+    checkpoint.save(hosts[1] / "run" / "checkpoints", changed, tensors.optimizer, tensors.state)
+    train_on(hosts, replicated, "train.steps=6", data=data)
+    assert newest(hosts[0])["model.safetensors"] == newest(hosts[1])["model.safetensors"]
+    assert losses(hosts[0] / "run") == losses(hosts[1] / "run")
+
+
+def test_without_replicas_a_resume_on_separate_disks_says_what_to_do(corpus: Path, tmp_path: Path) -> None:
+    hosts, data = [tmp_path / "a", tmp_path / "b"], [corpus, corpus]
+    train_on(hosts, "train.steps=3", data=data)
+    said = train_on(hosts, "train.steps=6", data=data, ends=2)
+    assert said[0] == ""
+    assert re.fullmatch(
+        r"error: .*step_00000003 exists for rank 0, but not on .*replicate_checkpoints=true.*\n", said[1]
+    )
+
+
+def test_other_tokens_on_another_host_end_the_run_in_one_line(corpus: Path, tmp_path: Path) -> None:
+    other = write_corpus(tmp_path / "other", n_train=6000)
+    said = train_on([tmp_path / "a", tmp_path / "b"], "train.steps=3", data=[corpus, other], ends=2)
+    assert said[0] == ""
+    assert re.fullmatch(
+        rf"error: the tokens in {other} on {socket.gethostname()} are not those of rank 0: .*\n", said[1]
+    )
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_before_the_first_step_ends_with_the_code_that_means_again(name: str) -> None:
+    """A scheduler's signal may come while torch is loaded: it must not look like a crash."""
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py")], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    handled = getattr(signal, name)
+    deadline = time.monotonic() + 60
+    status = Path(f"/proc/{process.pid}/status")
+    while time.monotonic() < deadline:  # until the handler is there, long before the first step
+        caught = int(re.findall(r"SigCgt:\s*(\w+)", status.read_text())[0], 16)
+        if caught >> (handled - 1) & 1:
+            break
+        time.sleep(0.002)
+    process.send_signal(handled)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (75, f"{name}: ended before a step, nothing to save\n")
