@@ -64,7 +64,7 @@ def fit(n: ArrayLike, d: ArrayLike, loss: ArrayLike, start: Law | None = None) -
         of_n, of_d, of_e = softmax(terms(theta), axis=0)
         return np.stack([of_n, of_d, of_e, -x * of_n, -y * of_d], axis=1)
 
-    def best_from(theta: Sequence[float], evaluations: int) -> tuple[float, np.ndarray]:
+    def best_from(theta: ArrayLike, evaluations: int) -> tuple[float, np.ndarray]:
         exact = {"ftol": 1e-15, "xtol": 1e-12, "gtol": 1e-15, "max_nfev": evaluations}  # the valley is narrow
         found = least_squares(residuals, theta, jacobian, loss="huber", f_scale=HUBER, x_scale="jac", **exact)
         return float(found.cost), found.x
