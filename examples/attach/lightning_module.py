@@ -19,7 +19,7 @@ class Module(lightning.LightningModule):
     def __init__(self, name: str) -> None:
         super().__init__()
         self.model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).train()
-        self.handle = attach(self.model, lambda_disp=0.1)  # its out.loss is followed by itself
+        self.handle = attach(self.model, lambda_disp=0.1)
 
     def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
         return self.model(input_ids=batch, labels=batch).loss
@@ -29,13 +29,12 @@ class Module(lightning.LightningModule):
 
 
 def main(name: str, text: str, length: int = 256, **settings: Any) -> Module:
-    ids = torch.tensor(AutoTokenizer.from_pretrained(name)(Path(text).read_text(encoding="utf-8"))["input_ids"])
-    blocks = DataLoader(ids[: len(ids) // length * length].view(-1, length), batch_size=8, shuffle=True)  # type: ignore
-    module = Module(name)
-    lightning.Trainer(**{"max_steps": 100, "accumulate_grad_batches": 4, **settings}).fit(module, blocks)
-    print(f"dispersion {module.handle.value:.4f}")
+    ids: Any = torch.tensor(AutoTokenizer.from_pretrained(name)(Path(text).read_text(encoding="utf-8"))["input_ids"])
+    blocks = DataLoader(ids[: len(ids) // length * length].view(-1, length), batch_size=8, shuffle=True)
+    module, settings = Module(name), {"max_steps": 100, "accumulate_grad_batches": 4, **settings}
+    lightning.Trainer(**settings).fit(module, blocks)
     return module
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main(sys.argv[1], sys.argv[2])

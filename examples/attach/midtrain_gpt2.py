@@ -14,7 +14,7 @@ from nanodisp.dispersion import Attached, attach
 
 def main(name: str, text: str, to: str, steps: int = 1526, length: int = 1024, batch: int = 32, n: int = 4) -> Attached:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device).train()
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, device_map=device).train()
     tokenizer = AutoTokenizer.from_pretrained(name)
     tokens = torch.tensor(tokenizer(Path(text).read_text(encoding="utf-8"), verbose=False)["input_ids"])
     blocks = tokens[: len(tokens) // length * length].view(-1, length)
@@ -36,4 +36,4 @@ def main(name: str, text: str, to: str, steps: int = 1526, length: int = 1024, b
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    main(sys.argv[1], sys.argv[2], sys.argv[3])

@@ -37,4 +37,4 @@ def main(name: str, text: str, steps: int = 100, length: int = 256, batch: int =
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main(sys.argv[1], sys.argv[2])

@@ -34,4 +34,4 @@ def main(name: str, data: str, to: str, **settings: Any) -> SFTTrainer:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    main(sys.argv[1], sys.argv[2], sys.argv[3])

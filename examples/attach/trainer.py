@@ -27,8 +27,8 @@ def main(name: str, text: str, to: str, length: int = 256, **settings: Any) -> T
             if "loss" in logs:
                 state.log_history[-1]["dispersion"] = logs["dispersion"] = handle.value
 
-    arguments = {"max_steps": 100, "logging_steps": 10, "save_strategy": "no", "report_to": "none", **settings}
-    arguments = TrainingArguments(output_dir=to, learning_rate=5e-5, gradient_accumulation_steps=4, **arguments)
+    settings = {"max_steps": 100, "logging_steps": 10, "save_strategy": "no", "report_to": "none", **settings}
+    arguments = TrainingArguments(output_dir=to, learning_rate=5e-5, gradient_accumulation_steps=4, **settings)
     trainer = Trainer(model, arguments, train_dataset=blocks, callbacks=[LogDispersion()])
     trainer.train()
     trainer.save_model(to)
@@ -36,4 +36,4 @@ def main(name: str, text: str, to: str, length: int = 256, **settings: Any) -> T
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    main(sys.argv[1], sys.argv[2], sys.argv[3])
