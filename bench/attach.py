@@ -10,6 +10,7 @@ the text, which is not trained on.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ def run(settings: argparse.Namespace) -> None:
     transformers = optional("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(settings.model)
     models = [transformers.AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32) for _ in range(2)]
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=settings.lr) for model in models]
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=settings.lr, fused=True) for model in models]
     ids = torch.tensor(tokenizer(Path(settings.text).read_text(), verbose=False)["input_ids"])
     blocks = ids[: len(ids) // settings.block * settings.block].view(-1, settings.block)
     needed = settings.steps * settings.batch + HELD_OUT
@@ -50,23 +51,26 @@ def run(settings: argparse.Namespace) -> None:
     handle = attach(models[0], lambda_disp=settings.lambda_disp)
     print(handle)
     apart: list[list[float]] = []
-    seconds = [0.0, 0.0]
+    seconds, gradients, weights = [0.0, 0.0], math.nan, math.nan
     for step, batch in enumerate(blocks[: settings.steps * settings.batch].split(settings.batch), start=1):
         losses: list[Tensor] = []
         for i, model in enumerate(models):
             started = time.perf_counter()
-            optimizers[i].zero_grad()
+            optimizers[i].zero_grad(set_to_none=False)
             out = model.train()(batch, labels=batch, output_hidden_states=i == 1)
             losses.append(out.loss.detach())
             total = out.loss if i == 0 else out.loss + settings.lambda_disp * dispersion(out.hidden_states)
             total.backward()
             seconds[i] += time.perf_counter() - started
-        gradients = distance([p.grad for p in models[0].parameters()], [p.grad for p in models[1].parameters()])
+        shown = step % 10 == 0 or step == 1
+        if shown:
+            gradients = distance([p.grad for p in models[0].parameters()], [p.grad for p in models[1].parameters()])
         for optimizer in optimizers:
             optimizer.step()
-        weights = distance(list(models[0].parameters()), list(models[1].parameters()))
-        apart.append([abs(losses[0] - losses[1]).item(), gradients, weights])
-        if step % 10 == 0 or step == 1:
+        apart.append([abs(losses[0] - losses[1]).item()])
+        if shown:
+            weights = distance(list(models[0].parameters()), list(models[1].parameters()))
+            apart[-1] += [gradients, weights]
             print(
                 f"step {step:3}  loss {losses[0]:.4f} and {losses[1]:.4f}  dispersion {handle.value:.4f}  "
                 f"gradients {gradients:.1e} apart, weights {weights:.1e}",
@@ -74,8 +78,11 @@ def run(settings: argparse.Namespace) -> None:
             )
     handle.detach()
     after = cosines(models[0], held_out)
-    largest = ", ".join(f"{max(column):.1e}" for column in zip(*apart, strict=True))
-    print(f"largest difference of losses, gradients, weights (relative norms): {largest}")
+    largest = [max(each[i] for each in apart if len(each) > i) for i in range(3)]
+    print(
+        f"largest difference of losses {largest[0]:.1e}; of gradients {largest[1]:.1e} and weights {largest[2]:.1e}, "
+        "as norms relative to theirs, in the steps shown"
+    )
     print(f"mean cosine of layers 1 to {len(before) - 1}: {mean(before[1:]):.4f} before, {mean(after[1:]):.4f} after")
     for layer, pair in enumerate(zip(before, after, strict=True)):
         print(f"  layer {layer:2}  {pair[0]:.4f}  {pair[1]:.4f}")
@@ -95,8 +102,9 @@ def cosines(model: nn.Module, idx: Tensor) -> list[float]:
 
 def distance(found: Sequence[Any], right: Sequence[Any]) -> float:
     """|found - right| / |right| over all tensors together."""
-    gap = sum((a.detach() - b.detach()).square().sum() for a, b in zip(found, right, strict=True))
-    return float((gap / sum(b.detach().square().sum() for b in right)) ** 0.5)
+    with torch.no_grad():
+        gap = sum(torch.dist(a, b).square() for a, b in zip(found, right, strict=True))
+        return float((gap / sum(b.norm().square() for b in right)) ** 0.5)
 
 
 def mean(values: Sequence[float]) -> float:
