@@ -91,9 +91,7 @@ def main(argv: Sequence[str]) -> None:
         if run(out, "whole").returncode != 0:
             raise SystemExit("an undisturbed run failed")
         for fault, moments in (("becomes read-only at a random step", rng), ("is read-only at the start", None)):
-            ended = [
-                read_only(out, f"run-{fault[:7].strip()}-{i}", out / "whole", moments) for i in range(config.times)
-            ]
+            ended = [read_only(out, f"{fault.split()[0]}-{i}", out / "whole", moments) for i in range(config.times)]
             line = ended[-1][1]
             outcomes.note(
                 f"the checkpoints' disk {fault}",

@@ -11,7 +11,9 @@ import contextlib
 import datetime
 import os
 import sys
+import time
 import traceback
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -132,7 +134,7 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
         # NCCL would end the process without a message: the CPUs, which meet once a step, must notice first
         backend, patience = ("nccl", 2 * timeout) if use_cuda else ("gloo", timeout)
         try:
-            store, connection = _rendezvous_stores(rank, timeout)
+            store, connection = _rendezvous_stores(rank, size, timeout)
             _roll_call = RollCall(store, connection, rank, size)
             gpu = torch.device("cuda", local_rank) if use_cuda else None  # known now: NCCL connects at once
             dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=size, device_id=gpu)
@@ -143,18 +145,44 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
     return World(rank, size, torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"), local_rank)
 
 
-def _rendezvous_stores(rank: int, timeout: datetime.timedelta) -> tuple[dist.Store, dist.Store]:
+def _rendezvous_stores(rank: int, size: int, timeout: datetime.timedelta) -> tuple[dist.Store, dist.Store]:
     """Two connections to the store for the ranks' addresses: torchrun's own if it has one, else rank 0's.
 
-    torchrun's survives a restart (`--max-restarts`) with the addresses of dead ranks, so each attempt has its own
-    prefix.
+    torchrun's survives a restart, with the addresses of dead ranks, and its count of restarts differs on a host that
+    came later. So each attempt has a prefix of its own, which rank 0 draws.
     """
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     host, port = os.environ["MASTER_ADDR"], of_torchrun("MASTER_PORT", 0)
     store = dist.TCPStore(host, port, is_master=rank == 0 and not agents, timeout=timeout)
     another = dist.TCPStore(host, port, is_master=False, timeout=timeout)
-    attempt = f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    attempt = agree(store, rank, size, timeout.total_seconds())
     return dist.PrefixStore(attempt, store), dist.PrefixStore(attempt, another)
+
+
+def agree(store: dist.Store, rank: int, size: int, seconds: float) -> str:
+    """A name that only the ranks of this attempt share, in a store that may hold the messages of earlier ones.
+
+    Raises RankLost where ranks do not come within `seconds`.
+    """
+    own = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"knock/{rank}", own)
+        store.wait([f"answer/{own}"], datetime.timedelta(seconds=seconds))
+        attempt = store.get(f"answer/{own}").decode()
+        store.set(f"{attempt}/{rank}", "")
+        return attempt
+    missing, deadline = set(range(1, size)), time.monotonic() + seconds
+    while missing := {other for other in missing if not store.check([f"{own}/{other}"])}:
+        if time.monotonic() > deadline:
+            raise RankLost(
+                f"of {size} ranks, {', '.join(map(str, sorted(missing)))} did not come within train.timeout_minutes: "
+                "start all hosts, and look at their network (GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose one)"
+            )
+        for other in missing:  # a knock may be of an earlier attempt: its answer is read by nobody
+            if store.check([f"knock/{other}"]):
+                store.set(f"answer/{store.get(f'knock/{other}').decode()}", own)
+        time.sleep(0.02)
+    return own
 
 
 @contextlib.contextmanager

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 
 import pytest
+import torch.distributed as dist
 from conftest import ROOT
 
 from nanodisp.distributed import start
-from nanodisp.errors import UserError
+from nanodisp.distributed.world import agree
+from nanodisp.errors import RankLost, UserError
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -42,6 +45,31 @@ def test_one_process_needs_no_variables(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert start("cpu").is_main
+
+
+def test_the_ranks_of_an_attempt_agree_on_a_name_whatever_earlier_ones_left() -> None:
+    """torchrun's store outlives its ranks: a host that comes later counts other restarts than the rest."""
+    store, names = dist.HashStore(), []
+    for size in (3, 2, 3):
+
+        def come(rank: int, size: int = size) -> None:
+            names.append(agree(store, rank, size, 20.0))
+
+        ranks = [threading.Thread(target=come, args=(rank,)) for rank in reversed(range(size))]
+        for each in ranks:
+            each.start()
+        for each in ranks:
+            each.join()
+    assert len(names) == 8
+    assert [len(set(names[start:stop])) for start, stop in ((0, 3), (3, 5), (5, 8))] == [1, 1, 1]
+    assert len(set(names)) == 3
+
+
+def test_ranks_that_do_not_come_are_named() -> None:
+    store = dist.HashStore()
+    store.set("knock/1", "of an earlier attempt")
+    with pytest.raises(RankLost, match="of 3 ranks, 1, 2 did not come"):
+        agree(store, 0, 3, 0.3)
 
 
 @pytest.mark.slow
