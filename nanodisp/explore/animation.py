@@ -27,7 +27,7 @@ HEIGHT_OF_LINES = 1.15  # inches of the mean cosines over steps
 BETWEEN = 2  # frames from one step to the next
 MS, MS_AT_END = 90, 2600  # of a frame, of the last one
 YAW, TILT = 0.5, 0.36  # of the camera, in radians, as the page begins
-N_COLOURS = 96
+N_COLOURS = 64
 LOOKS = (("#440154", "-"), ("#1f9e89", "--"))  # a line per run
 SOFT = "0.45"
 
@@ -42,7 +42,9 @@ def write(path: Path, scene: Scene, layer: int | None = None) -> None:
     if not 0 <= layer <= depth:
         raise UserError(f"layer={layer} does not exist: the runs have layers 0 to {depth}")
     with matplotlib.rc_context(STYLE):
-        images = [image.quantize(N_COLOURS, dither=Image.Dither.NONE) for image in frames(scene, layer)]
+        pictures = list(frames(scene, layer))
+    colours = palette_of(pictures[len(pictures) // 2])
+    images = [in_colours(picture, colours) for picture in pictures]
     durations = [MS] * (len(images) - 1) + [MS_AT_END]
     file = io.BytesIO()
     images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0, optimize=True)
@@ -51,6 +53,23 @@ def write(path: Path, scene: Scene, layer: int | None = None) -> None:
     except OSError as error:
         raise UserError(f"animation={path} cannot be written: {error.strerror}") from error
     write_whole(path, file.getvalue())
+
+
+def palette_of(picture: Image.Image) -> np.ndarray:
+    """`N_COLOURS` colours of a picture, [n, 3], for all of them, which makes the file smaller; white stays white."""
+    palette = picture.quantize(N_COLOURS, dither=Image.Dither.NONE).getpalette()
+    return np.vstack([np.reshape(palette, (-1, 3))[: N_COLOURS - 1], [[255, 255, 255]]])
+
+
+def in_colours(picture: Image.Image, colours: np.ndarray) -> Image.Image:
+    """The picture in the nearest of these colours; Pillow's own search confuses those that are near each other."""
+    pixels = np.asarray(picture).astype(np.int64) @ [1 << 16, 1 << 8, 1]
+    packed, where = np.unique(pixels, return_inverse=True)
+    unpacked = np.stack([packed >> 16, packed >> 8 & 255, packed & 255], axis=1)
+    nearest = ((unpacked[:, None] - colours) ** 2).sum(axis=-1).argmin(axis=1).astype(np.uint8)
+    image = Image.fromarray(nearest[where.reshape(pixels.shape)])
+    image.putpalette(colours.ravel().tolist())
+    return image
 
 
 def frames(scene: Scene, layer: int) -> Iterator[Image.Image]:

@@ -74,7 +74,7 @@ def build(names: Sequence[str], directions: Sequence[np.ndarray], projection: st
     views = []
     for name, each, where in zip(names, directions, places, strict=True):
         cosines = pairs_of(each)
-        views.append(View(name, where, np.rint(cosines * 127).astype(np.int8), cosines.mean(axis=-1)))
+        views.append(View(name, where, np.rint(cosines * 127).astype(np.int8), cosines.mean(axis=-1, dtype=np.float64)))
     return views
 
 

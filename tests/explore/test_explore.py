@@ -164,6 +164,9 @@ def test_the_camera_of_the_animation_keeps_lengths_and_moves_along_the_sphere() 
         points = animation.moved(places, time)
         assert np.linalg.norm(points, axis=1) == pytest.approx(np.ones(9))
         assert np.linalg.norm(animation.seen(points), axis=1) == pytest.approx(np.ones(9))
+    halfway = animation.on_sphere(places[0]) + animation.on_sphere(places[1])
+    halfway /= np.linalg.norm(halfway, axis=1, keepdims=True)
+    assert animation.moved(places, 0.5) == pytest.approx(halfway)
     assert animation.moved(places, 1.0)[:, 1] == pytest.approx(np.cos(places[1, :, 0]))
 
 
