@@ -19,6 +19,7 @@ from tiny_models import write_checkpointed_run
 import sample
 from nanodisp.condensation import __main__ as condensation
 from nanodisp.condensation.cosine import mean_cosine
+from nanodisp.condensation.layers import LAYER_FIGURES, POOLED_FIGURES
 from nanodisp.condensation.measure import measure
 from nanodisp.config import identity
 from nanodisp.data.batches import Batches, mask_tokens, read_windows
@@ -33,6 +34,7 @@ from nanodisp.models.gpt import GPT, GPTConfig
 from nanodisp.training.validation import Validation
 
 Run = Callable[..., Path]
+BY_LAYER = {*LAYER_FIGURES, *POOLED_FIGURES}
 ENCODER = "model.causal=false"
 CURVE = ("train.steps=8", "train.log_interval=1", "train.eval_interval=4", "train.condensation_interval=4", ENCODER)
 
@@ -52,7 +54,7 @@ def test_an_encoder_learns_and_its_loss_has_its_own_name(run: Run, capsys: pytes
         *("tokens", "tokens_per_second", "mfu", "seconds"),
     }
     val = records(folder, "val")
-    assert set(val[0]) == {*("step", "split", "masked_loss", "train_masked_loss", "mean_cosine", "tokens", "seconds")}
+    assert set(val[0]) == {*("step", "split", "masked_loss", "train_masked_loss", "tokens", "seconds"), *BY_LAYER}
     assert val[-1]["masked_loss"] < val[0]["masked_loss"] - 0.5
     assert open_run(str(folder)).saved.state["val_loss"] == val[-1]["masked_loss"]
     printed = capsys.readouterr().out
@@ -108,7 +110,7 @@ def test_validation_has_the_same_masks_for_every_run_and_measures_layers_of_the_
         if name == "masked_loss":
             assert measured["mean_cosine"] == pytest.approx(cosines, rel=1e-4)
             assert measured["mean_cosine"] != pytest.approx(of_masked, rel=1e-2)
-    assert set(measured) == {"masked_loss", "train_masked_loss", "mean_cosine"}
+    assert set(measured) == {"masked_loss", "train_masked_loss", *BY_LAYER}
 
 
 @pytest.mark.slow
