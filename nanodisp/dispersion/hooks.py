@@ -120,7 +120,7 @@ class Attached:
             self._undo.append(hook.remove)
         for around, module in enumerate(ancestors(model, states)):
             names = list(inspect.signature(module.forward).parameters)
-            place = names.index("attention_mask") if "attention_mask" in names else len(names)
+            place = names.index("attention_mask") if "attention_mask" in names else None
             begins, ends = functools.partial(self._begins, around, place), functools.partial(self._ends, around)
             self._undo.append(module.register_forward_pre_hook(begins, with_kwargs=True).remove)
             self._undo.append(module.register_forward_hook(ends, with_kwargs=True).remove)
@@ -228,7 +228,7 @@ class Attached:
     def _on(self, module: nn.Module) -> bool:
         return self._attached and self._is_on and module.training and torch.is_grad_enabled()
 
-    def _begins(self, around: int, place: int, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _begins(self, around: int, place: int | None, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Before the forward pass of a module around the blocks: a new pass, unless one is under way."""
         compiling = torch.compiler.is_compiling()
         if not compiling and torch._C._current_autograd_node() is not None:
@@ -251,7 +251,8 @@ class Attached:
             now = self._pass
         mask, self.mask = self.mask, None
         if mask is None and now.masked is None:
-            mask = args[place] if place < len(args) else kwargs.get("attention_mask")
+            positional = place is not None and place < len(args)
+            mask = args[place] if positional else kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
             now.masked, now.unmasked = mask.shape, self._choose(mask)
 
