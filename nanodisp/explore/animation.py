@@ -57,13 +57,13 @@ def write(path: Path, scene: Scene, layer: int | None = None) -> None:
 
 def palette_of(picture: Image.Image) -> np.ndarray:
     """`N_COLOURS` colours of a picture, [n, 3], for all of them, which makes the file smaller; white stays white."""
-    palette = picture.quantize(N_COLOURS, dither=Image.Dither.NONE).getpalette()
+    palette = picture.quantize(N_COLOURS, dither=Image.Dither.NONE).getpalette() or []
     return np.vstack([np.reshape(palette, (-1, 3))[: N_COLOURS - 1], [[255, 255, 255]]])
 
 
 def in_colours(picture: Image.Image, colours: np.ndarray) -> Image.Image:
     """The picture in the nearest of these colours; Pillow's own search confuses those that are near each other."""
-    pixels = np.asarray(picture).astype(np.int64) @ [1 << 16, 1 << 8, 1]
+    pixels = np.asarray(picture).astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
     packed, where = np.unique(pixels, return_inverse=True)
     unpacked = np.stack([packed >> 16, packed >> 8 & 255, packed & 255], axis=1)
     nearest = ((unpacked[:, None] - colours) ** 2).sum(axis=-1).argmin(axis=1).astype(np.uint8)
