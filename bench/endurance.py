@@ -51,7 +51,7 @@ class EnduranceConfig:
 
     hours: float = 3.0
     kill_minutes: float = 4.0
-    warmup_minutes: float = 10.0
+    warmup_minutes: float = 30.0
     every_seconds: float = 5.0
     folder: str | None = None
     seed: int = 0

@@ -3,7 +3,7 @@
     python -m bench.soak                # everything
     python -m bench.soak kills=5        # fewer kills: also ranks=, mutations=
 
-- kills: runs of `nano`, killed repeatedly with SIGKILL at random moments, every third time while a
+- kills: runs of `nano`, killed up to 5 times with SIGKILL at random moments, every third time while a
   checkpoint is being written, and started again until they are complete. Their final weights and losses must equal
   those of an uninterrupted run.
 - ranks: one run on 2, 1, 4 and 2 ranks in turn, half of it with FSDP, compared with the loss curve of one rank; and a
@@ -45,6 +45,8 @@ from nanodisp.data import shards
 from nanodisp.errors import UserError
 from nanodisp.runs import checkpoint
 from tests.forked import Forked
+
+MOST_KILLS = 5  # of one run
 
 
 @dataclass
@@ -111,9 +113,10 @@ def soak_kills(folder: Path, n: int, rng: random.Random) -> dict[str, Any]:
             aim_at_save, tries = rng.random() < 1 / 3, tries + 1
             while trial.poll() is None and not (folder / name / "metrics.jsonl").exists():
                 time.sleep(0.01)
-            deadline = time.monotonic() + (60 if aim_at_save else rng.uniform(0, 8))
+            patience = 60 if aim_at_save else rng.uniform(0, 4)
+            deadline = time.monotonic() + (patience if tries <= MOST_KILLS else 600)
             while trial.poll() is None and time.monotonic() < deadline:
-                if aim_at_save and any(checkpoints.glob(".step_*.tmp")):
+                if aim_at_save and tries <= MOST_KILLS and any(checkpoints.glob(".step_*.tmp")):
                     break
                 time.sleep(0.001)
             if trial.poll() is not None:
