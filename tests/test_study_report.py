@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -100,3 +101,10 @@ def test_arms_are_worth_the_parameters_of_the_law_without_dispersion(monkeypatch
 
 def test_the_page_is_what_the_records_give() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(read_records()), "run make study-report"
+
+
+def test_every_number_of_the_short_page_stands_in_the_results() -> None:
+    known = page(read_records())
+    numbers = re.findall(r"[+-]?\d+\.\d{3,}", (PAGE.parent / "index.md").read_text(encoding="utf-8"))
+    assert len(numbers) > 15
+    assert [number for number in numbers if number not in known] == []
