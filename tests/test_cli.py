@@ -114,6 +114,7 @@ COMMANDS = [
     *(
         "nanodisp.data.shards",
         "nanodisp.data.tokenizer",
+        "nanodisp.runs",
         "bench.soak",
         "data/text/prepare.py",
         "data/hellaswag/prepare.py",

@@ -130,9 +130,9 @@ class Run:
         with self.world.together():
             if saved is None:
                 saved = self._load(checkpoint.path_of(folder, step))
-        with self.world.together():  # each host has read its own
-            check_same_run(saved, self.config, self.corpus, self.fingerprint)
         try:
+            with self.world.together():  # each host has read its own
+                check_same_run(saved, self.config, self.corpus, self.fingerprint)
             if self.writes and self.plan.is_done(saved.step):
                 restore_config(self.folder, saved.state["config"])
             model.load_state_dict(layout.scatter(saved.model, model))
