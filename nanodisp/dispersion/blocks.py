@@ -39,7 +39,11 @@ def find_states(model: nn.Module, layers: str | Sequence[int] | Sequence[str] | 
     Raises:
         ValueError: no list of blocks, two of equal length, a module or a layer that the model does not have.
     """
-    if not isinstance(layers, str) and any(isinstance(layer, str | nn.Module) for layer in layers):
+    if (
+        isinstance(layers, Sequence)
+        and not isinstance(layers, str)
+        and any(isinstance(layer, str | nn.Module) for layer in layers)
+    ):
         return [State(*_named(model, layer), number) for number, layer in enumerate(layers, start=1)]
     name, blocks = _find_blocks(model)
     passed = [(_clean(f"{name}.{key}"), block) for key, block in blocks.named_children()]

@@ -310,6 +310,8 @@ class Attached:
         if now.masked is not None and now.masked != hidden.shape[:2]:
             shapes = f"{list(now.masked)} does not fit the hidden states {list(hidden.shape[:2])}"
             raise ValueError(f"the mask {shapes} of {self.names[i]}: set `mask` before each forward pass")
+        if hidden.size(1) < 2:
+            return None  # no pairs, as in a sequence of padding
         slices = draw_slices(hidden.detach(), now.key) if variant in SLICED else None
         if now.unmasked is None:
             if n_most is not None and n_most < hidden.size(1):

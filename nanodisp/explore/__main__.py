@@ -94,15 +94,15 @@ def label(folders: Sequence[Path], given: str | None) -> list[str]:
         if len(labels) != len(folders):
             raise UserError(f"labels={given} names {len(labels)} runs, there are {len(folders)}: separate them by |")
         return labels
-    lambdas = [read_config(folder).get("dispersion", {}).get("lambda_disp") for folder in folders]
-    if len(set(lambdas)) == len(folders) and None not in lambdas:
+    lambdas = [read_section(folder, "dispersion").get("lambda_disp") for folder in folders]
+    if len(set(map(str, lambdas))) == len(folders) and all(isinstance(value, (int, float)) for value in lambdas):
         return [f"lambda {value:g}" for value in lambdas]
     return [folder.resolve().name for folder in folders]
 
 
 def spell(folder: Path, tokens: np.ndarray) -> list[str]:
     """The text of each token by the run's tokenizer; "#17" if it is not known."""
-    spec = read_config(folder).get("data", {}).get("tokenizer")
+    spec = read_section(folder, "data").get("tokenizer")
     try:
         tokenizer = load_tokenizer(spec_in(folder, str(spec)))
     except UserError:
@@ -111,13 +111,13 @@ def spell(folder: Path, tokens: np.ndarray) -> list[str]:
     return [piece or "⟨end⟩" for piece in pieces]
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """A run's config.yaml; empty if it cannot be read."""
+def read_section(folder: Path, name: str) -> dict[str, Any]:
+    """A section of a run's config.yaml; empty if it cannot be read."""
     try:
-        config = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
-    except (OSError, YAMLError, OmegaConfBaseException):
+        section = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))[name]  # type: ignore[index, call-overload]
+    except (OSError, YAMLError, OmegaConfBaseException, KeyError, TypeError):
         return {}
-    return config if isinstance(config, dict) else {}  # type: ignore[return-value]
+    return section if isinstance(section, dict) else {}
 
 
 if __name__ == "__main__":

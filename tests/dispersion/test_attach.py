@@ -375,6 +375,16 @@ def test_a_batch_of_padding_alone_adds_nothing() -> None:
     assert math.isnan(handle.value)
 
 
+def test_a_batch_of_single_tokens_adds_nothing() -> None:
+    model, idx = made(), tokens(length=1)
+    handle = attach(model, lambda_disp=LAMBDA)
+    model(idx).square().sum().backward()
+    right = made()
+    right(idx).square().sum().backward()
+    assert_equal(gradients(model), gradients(right))
+    assert math.isnan(handle.value)
+
+
 # --- when nothing is added ------------------------------------------------------------------------------------
 
 
@@ -515,6 +525,7 @@ def test_mistakes_are_reported_in_one_line() -> None:
         (Two(), {}, r"2 lists of 3 blocks each \(encoder.layers, decoder.layers\): give layers="),
         (made(), {"layers": [4]}, "layers names 4; the model has hidden states 0 to 3"),
         (made(), {"layers": "middle"}, "layers=middle is unknown; choose all, last"),
+        (made(), {"layers": 3}, "layers=3 is unknown; choose all, last"),
         (made(), {"layers": ["layers.7"]}, "layers names 'layers.7', which the model does not have"),
         (made(), {"layers": [nn.Linear(2, 2)]}, "layers has Linear.*: give modules of the model"),
         (made(), {"variant": "angles"}, "variant=angles is unknown; choose one of angular"),

@@ -110,6 +110,14 @@ def test_the_page_asks_for_nothing() -> None:
     assert "default-src 'none'" in text
 
 
+@pytest.mark.parametrize("config", ["dispersion: 3\ndata: [1]\n", "dispersion: {lambda_disp: high}\n", "- 1\n", ": :"])
+def test_a_run_whose_configuration_is_damaged_is_named_by_its_folder(tmp_path: Path, config: str) -> None:
+    run = write_run(tmp_path / "mine", 0.1)
+    (run / "config.yaml").write_text(config)
+    assert explore.label([run], None) == ["mine"]
+    assert explore.spell(run, np.array([7])) == ["#7"]
+
+
 def test_runs_of_the_same_lambda_are_named_by_their_folders(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / name, 0.1) for name in ("a", "b")]
     assert explore.label(folders, None) == ["a", "b"]
