@@ -108,6 +108,8 @@ def read(run: Path) -> Snapshots:
             steps.append(step_of(path))
     if first is None or not steps:
         raise UserError(f"every snapshot in {run / SNAPSHOTS} has values that are not finite: the run diverged")
+    if len(steps) < len(paths):
+        print(f"{run}: {len(paths) - len(steps)} of {len(paths)} snapshots are left out: values that are not finite")
     return Snapshots(run, tuple(steps), first[0], first[1])
 
 
