@@ -449,11 +449,17 @@ def test_the_global_generator_is_not_used_and_passes_can_be_resumed() -> None:
 
 
 def test_a_pass_that_failed_does_not_disturb_the_next() -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("in the middle of a pass")
+
     model, idx = made(), tokens()
-    attach(model, lambda_disp=LAMBDA, max_tokens=5)
-    for bad in (tokens() + 100, tokens()[:, :1]):
-        with pytest.raises((IndexError, ValueError)):
-            model(bad)
+    last = attach(model, lambda_disp=LAMBDA, max_tokens=5).states[-1].module
+    with pytest.raises(IndexError):
+        model(tokens() + 100)
+    hook = last.register_forward_pre_hook(fail)
+    with pytest.raises(ValueError, match="in the middle"):
+        model(idx)
+    hook.remove()
     cross_entropy(model(idx), idx).backward()
     assert_equal(gradients(model), explicit(idx, n_tokens=5, step=3))
 
