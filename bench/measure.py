@@ -117,9 +117,14 @@ def write(name: str, report: dict[str, Any], say: bool = True) -> None:
     path = path_of(name, report["device"])
     path.parent.mkdir(parents=True, exist_ok=True)
     report = {**report, "torch": torch.__version__, "python": platform.python_version()}
-    path.write_text(json.dumps(report, indent=1, default=str) + "\n")
+    path.write_text(json.dumps(report, indent=1, default=name_of) + "\n")
     if say:
         print(f"written to {path}")
+
+
+def name_of(value: object) -> str:
+    """What a report says of a value that JSON does not know: of a path only its name."""
+    return value.name if isinstance(value, Path) else str(value)
 
 
 def parser_of(module_docstring: str | None) -> argparse.ArgumentParser:

@@ -55,7 +55,8 @@ def main() -> None:
         }
         times = measure.alternate(steps, measure.wall_clock, arguments.rounds, warmup=1)
 
-    report: dict[str, Any] = {**vars(arguments), "device": f"{measure.device_name()}, {cores} cores", "kinds": {}}
+    given = {**vars(arguments), "tokenizer": Path(arguments.tokenizer).name}
+    report: dict[str, Any] = {**given, "device": f"{measure.device_name()}, {cores} cores", "kinds": {}}
     print(f"{report['device']}: {megabytes:.0f} MB")
     for kind, milliseconds in times.items():
         figures = measure.summary(milliseconds)

@@ -139,7 +139,7 @@ def compact(record: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
 def record_of(folder: Path) -> dict[str, Any]:
     """Everything about a finished run that the report needs, without paths."""
     config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    for key in ("wandb", "out_dir", "run_name", "device", "resume", "dry_run", "tensorboard"):
+    for key in ("wandb", "out_dir", "run_name", "device", "resume", "dry_run", "tensorboard", "command"):
         config.pop(key, None)
     for key in ("path", "folder"):
         config["data"].pop(key, None)

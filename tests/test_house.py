@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -142,3 +143,10 @@ def test_modules_and_functions_fit(name: str) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             limit = LONGEST_TRAIN if (name, node.name) == ("train", "train") else LONGEST_FUNCTION
             assert (node.end_lineno or 0) - node.lineno + 1 <= limit, node.name
+
+
+def test_recorded_results_name_no_folder_of_a_machine() -> None:
+    recorded = [*(ROOT / "bench" / "results").glob("*.json"), *(ROOT / "docs" / "study" / "records").glob("*.jsonl")]
+    assert len(recorded) > 10
+    for path in recorded:
+        assert re.findall(r"[\s\"=](/\w+/[^\s\"]*)", path.read_text(encoding="utf-8")) == [], path.name
