@@ -19,13 +19,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from bench.cluster import network, sandbox
 from bench.cluster.network import Host
-from bench.cluster.sandbox import TINY, Outcomes, errors_in, text, until
+from bench.cluster.sandbox import TINY, Outcomes, Tried, errors_in, text, until
 from bench.runs import STEADY, curve, difference, weights
 from nanodisp import cli
 
@@ -46,20 +45,6 @@ SETTINGS = (
     *("data=text", "train.batch_size=6", "train.steps=80", "train.checkpoint_interval=5"),
     f"train.timeout_minutes={TIMEOUT / 60}",
 )
-
-
-@dataclass
-class HostsConfig:
-    """What is tried, how often.
-
-    only: cases whose name contains one of these, separated by commas; null for all.
-    times: of each disturbance.
-    seed: of its moments.
-    """
-
-    only: str | None = None
-    times: int = 2
-    seed: int = 0
 
 
 class Job:
@@ -123,7 +108,7 @@ class Job:
 class Cases:
     """Every case: a method whose name says what is done to the hosts."""
 
-    def __init__(self, folder: Path, config: HostsConfig) -> None:
+    def __init__(self, folder: Path, config: Tried) -> None:
         self.folder, self.times, self.rng = folder, config.times, random.Random(config.seed)
         self.outcomes = Outcomes("hosts")
         self.disk = folder / "disk"
@@ -339,7 +324,7 @@ def ran_on(log: Path, ranks: str) -> bool:
 
 
 def main(argv: Sequence[str]) -> None:
-    config = cli.parse(HostsConfig, argv)
+    config = cli.parse(Tried, argv)
     began = time.monotonic()
     order = ("separate_disks", "late", "clocks", "loss_and_delay", "cut_shortly", "cut_long", "killed", "first_lost")
     with tempfile.TemporaryDirectory() as name:
@@ -359,4 +344,4 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     if not cli.asks_for_help(sys.argv[1:]):
         sandbox.enter("bench.cluster.hosts", "--net")
-    cli.run(main, HostsConfig)
+    cli.run(main, Tried)

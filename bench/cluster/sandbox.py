@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -64,6 +65,20 @@ def text(path: Path) -> str:
 def errors_in(log: str) -> list[str]:
     """The lines by which nanodisp ended, each once."""
     return list(dict.fromkeys(line for line in log.splitlines() if line.startswith("error: ")))
+
+
+@dataclass
+class Tried:
+    """What is tried, how often.
+
+    only: cases whose name contains one of these, separated by commas; null for all.
+    times: of each disturbance.
+    seed: of its moments.
+    """
+
+    only: str | None = None
+    times: int = 2
+    seed: int = 0
 
 
 class Outcomes:

@@ -23,10 +23,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from bench.cluster.sandbox import TINY, Outcomes, enter, errors_in, skip, text, until
+from bench.cluster.sandbox import TINY, Outcomes, Tried, enter, errors_in, skip, text, until
 from bench.runs import ROOT, checkpoints_of, curve, weights
 from nanodisp import cli
 
@@ -62,20 +61,6 @@ NodeName=n[1-4] NodeHostname={host} NodeAddr=127.0.0.1 Port=17001-17004 Sockets=
 RealMemory=4000 Gres=gpu:2
 PartitionName=all Nodes=ALL Default=YES State=UP OverSubscribe=NO
 """
-
-
-@dataclass
-class SlurmConfig:
-    """What is tried, how often.
-
-    only: cases whose name contains one of these, separated by commas; null for all.
-    times: of each disturbance.
-    seed: of its moments.
-    """
-
-    only: str | None = None
-    times: int = 3
-    seed: int = 0
 
 
 def install() -> None:
@@ -197,7 +182,7 @@ class Job:
 class Cases:
     """Every case: a method whose name says what is done to a job."""
 
-    def __init__(self, cluster: Cluster, out: Path, config: SlurmConfig) -> None:
+    def __init__(self, cluster: Cluster, out: Path, config: Tried) -> None:
         self.cluster, self.out, self.times, self.rng = cluster, out, config.times, random.Random(config.seed)
         self.outcomes = Outcomes("slurm")
         whole = Job(out, "whole", STEPS)
@@ -317,7 +302,7 @@ class Cases:
 
 
 def main(argv: Sequence[str]) -> None:
-    config = cli.parse(SlurmConfig, argv)
+    config = cli.parse(Tried, argv)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as name, Cluster(Path(name)) as cluster:
         out = Path(name) / "out"
@@ -334,4 +319,4 @@ if __name__ == "__main__":
     if not cli.asks_for_help(sys.argv[1:]):
         install()
         enter("bench.cluster.slurm")
-    cli.run(main, SlurmConfig)
+    cli.run(main, Tried)
