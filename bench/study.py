@@ -90,8 +90,18 @@ def evaluate(folder: Path, benchmarks: Path) -> None:
     print(f"    {folder.name}: evaluated, exit code {code}", flush=True)
 
 
-def work(out: Path, corpus: Path, benchmarks: Path | None, gpu: bool = False, minutes: float = math.inf) -> None:
-    """Run job after job until none is left or the time is over; a job that fails is left for the next call."""
+def work(
+    out: Path,
+    corpus: Path,
+    benchmarks: Path | None,
+    gpu: bool = False,
+    minutes: float = math.inf,
+    only: Sequence[str] = ("",),
+) -> None:
+    """Run job after job until none is left or the time is over; a job that fails is left for the next call.
+
+    `only` jobs whose names begin with one of these.
+    """
     os.nice(0 if gpu else 19)
     deadline = time.monotonic() + 60 * minutes
     failed: set[str] = set()
@@ -101,7 +111,8 @@ def work(out: Path, corpus: Path, benchmarks: Path | None, gpu: bool = False, mi
     while True:
         losses = known_losses(out)
         every = gpu_jobs(losses) if gpu else jobs(losses, str(corpus))
-        left = (j for j in every if j.name not in losses and j.name not in failed)
+        wanted = (j for j in every if j.name.startswith(tuple(only)))
+        left = (j for j in wanted if j.name not in losses and j.name not in failed)
         todo = next((j for j in left if j.needs is None or (out / j.needs / "checkpoints").is_dir()), None)
         if todo is None:
             print(f"nothing left to run; failed: {', '.join(sorted(failed)) or 'none'}", flush=True)
@@ -194,12 +205,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "study", help="the runs, for list and records")
     parser.add_argument("--gpu", action="store_true", help="the sizes for one GPU, for run and list")
     parser.add_argument("--minutes", type=float, default=math.inf, help="run: save and stop after so long")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="run: only jobs whose names begin so")
     arguments = parser.parse_args()
     if arguments.action == "run":
         if arguments.corpus is None:
             parser.error("run needs --corpus, the folder of the English corpus")
         benchmarks = arguments.benchmarks and arguments.benchmarks.resolve()
-        work(arguments.out, arguments.corpus.resolve(), benchmarks, arguments.gpu, arguments.minutes)
+        work(arguments.out, arguments.corpus.resolve(), benchmarks, arguments.gpu, arguments.minutes, arguments.only)
     elif arguments.action == "evaluate":
         if arguments.benchmarks is None:
             parser.error("evaluate needs --benchmarks, a folder of benchmarks")

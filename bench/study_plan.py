@@ -62,7 +62,7 @@ SIZES = {
     "85.1M": Size(12, 768, 12, 64, 1024, ON_GPU),  # GPT-2 small: 124M with its own vocabulary
 }
 LARGER = {  # sizes -> the one whose learning rate they take, by width
-    **dict.fromkeys(("671k", "1.19M", "2.47M"), "312k"),
+    **dict.fromkeys(("312k", "671k", "1.19M", "2.47M"), "150k"),
     **dict.fromkeys(("25.2M", "49.2M", "85.1M"), "10.6M"),
 }
 
@@ -95,12 +95,11 @@ def jobs(losses: Losses, corpus: str = "<corpus>") -> Iterator[Job]:
     yield from rivals("77k", 1, 1, losses)
     yield from ladder("150k", PRIMARY, 5, 8, losses)
     yield from rivals("77k", 2, 3, losses)
-    yield from search("312k", 0.0, losses)[0]
-    yield from ladder("312k", PRIMARY, 1, 2, losses)
+    yield from ladder("312k", PRIMARY, 1, 3, losses)
+    yield from tuned(losses)
     yield from ladder("150k", PRIMARY, 9, 10, losses)
     yield from search("150k", 0.1, losses)[0]
-    yield from tuned(losses)
-    yield from ladder("312k", PRIMARY, 3, 6, losses)
+    yield from ladder("312k", PRIMARY, 4, 6, losses)
     yield from ladder("671k", PRIMARY, 1, 2, losses)
     yield from placements("150k", 1, 5, losses)
     yield from text_and_tokenizer("150k", 1, 3, losses, corpus)
@@ -151,12 +150,6 @@ def search(size: str, lam: float, losses: Losses) -> tuple[list[Job], float | No
 
     if size in LARGER:
         return [], search(LARGER[size], lam, losses)[1]
-    if size == "312k":
-        centre = search("150k", lam, losses)[1]
-        grid = [centre / 2, centre, centre * 2] if centre else []
-        wanted = missing(grid, 101)
-        done = bool(grid) and not wanted
-        return wanted, min(grid, key=lambda m: mean_loss(m, (101,))) if done else None
     grid = list(FIRST_GRID)
     while not (wanted := missing(grid, 101)):
         best = min(grid, key=lambda m: mean_loss(m, (101,)))
