@@ -251,7 +251,7 @@ def save(found: Sequence[Compared], folder: Path, config: CompareConfig) -> list
     setting = {
         "texts": config.texts,
         "include_diagonal": config.include_diagonal,
-        "source of paper": "arXiv 2602.00217",
+        "source_of_paper": "arXiv 2602.00217",
     }
     content = {**setting, "models": [each.summary() for each in found]}
     content = json.loads(json.dumps(content), parse_constant=lambda name: None)  # JSON has no NaN

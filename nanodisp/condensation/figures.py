@@ -296,7 +296,7 @@ def umap(z: np.ndarray) -> np.ndarray:
         from umap import UMAP
     except ImportError as error:
         raise UserError("projection=umap needs umap-learn: pip install umap-learn, or use pca") from error
-    return UMAP(n_neighbors=min(15, len(z) - 1), random_state=0).fit_transform(z)
+    return UMAP(n_jobs=1, n_neighbors=min(15, len(z) - 1), random_state=0).fit_transform(z)
 
 
 PROJECTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"pca": pca, "tsne": tsne, "umap": umap}

@@ -37,15 +37,24 @@ def find_states(model: nn.Module, layers: str | Sequence[int] | Sequence[str] | 
             of names of modules or of modules, whose outputs are taken.
 
     Raises:
-        ValueError: no list of blocks, two of equal length, a module or a layer that the model does not have.
+        ValueError: no list of blocks, two of equal length, a block that is in the list twice, a module or a layer that
+            the model does not have or that is named twice.
     """
     if (
         isinstance(layers, Sequence)
         and not isinstance(layers, str)
         and any(isinstance(layer, str | nn.Module) for layer in layers)
     ):
-        return [State(*_named(model, layer), number) for number, layer in enumerate(layers, start=1)]
+        states = [State(*_named(model, layer), number) for number, layer in enumerate(layers, start=1)]
+        twice = next((state.name for i, state in enumerate(states) if state.name in [s.name for s in states[:i]]), None)
+        if twice is not None:
+            raise ValueError(f"layers names {twice} twice: give each module once")
+        return states
     name, blocks = _find_blocks(model)
+    if len(blocks._modules) > len(list(blocks.children())):
+        raise ValueError(
+            f"{_clean(name)} has one block several times: give layers=[…], modules that run once in a pass"
+        )
     passed = [(_clean(f"{name}.{key}"), block) for key, block in blocks.named_children()]
     entered = State(f"{passed[0][0]} (input)", passed[0][1], 0, enters=True)
     passed[-1] = _norm_after(model, name, blocks) or passed[-1]

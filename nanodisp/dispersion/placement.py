@@ -58,8 +58,10 @@ class DispersionConfig:
             raise ValueError(f"dispersion.tau={self.tau} must be a positive number")
         if not 0 < self.clamp < 1:
             raise ValueError(f"dispersion.clamp={self.clamp} must be between 0 and 1")
-        if self.max_tokens is not None and self.max_tokens < 2:
-            raise ValueError(f"dispersion.max_tokens={self.max_tokens}: a pair needs 2 tokens; null takes all")
+        if self.max_tokens is not None and (type(self.max_tokens) is not int or self.max_tokens < 2):
+            raise ValueError(
+                f"dispersion.max_tokens={self.max_tokens}: a pair needs 2 tokens; a whole number, or null for all"
+            )
         if not 0 < self.warmup_fraction <= 1:
             raise ValueError(f"dispersion.warmup_fraction={self.warmup_fraction} must be in (0, 1]")
         check_backend(self.backend, self.variant, self.tau, self.clamp)

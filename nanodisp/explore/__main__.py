@@ -59,6 +59,10 @@ class ExploreConfig:
             raise ValueError(f"tokens={self.tokens} must be at least 3")
         if self.projection not in PROJECTIONS:
             raise ValueError(f"projection={self.projection} is unknown; choose one of {', '.join(PROJECTIONS)}")
+        if self.layer is not None and self.animation is None:
+            raise ValueError(
+                f"layer={self.layer} is of the animation: give animation=<file.gif>, too; the page has all"
+            )
         if self.animation is not None and self.projection != "cone":
             raise ValueError("the animation shows projection=cone: leave out projection or animation")
 
@@ -75,6 +79,7 @@ def main(argv: Sequence[str]) -> None:
     directions = [np.stack([unit(run.hidden(step)[:, :n_tokens]) for step in steps]) for run in runs]
     views = build(label(folders, config.labels), directions, config.projection)
     scene = Scene(steps, spell(folders[0], runs[0].tokens[:n_tokens]), config.projection, views)
+    layer = animation.choose_layer(scene, config.layer)
     out = Path(config.out) if config.out else folders[0] / "explore.html"
     text = page.render(scene).encode()
     write_whole(out, text)
@@ -83,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"wrote {out}, {len(text) / 1e6:.1f} MB")
     if config.animation:
         path = Path(config.animation)
-        animation.write(path, scene, config.layer)
+        animation.write(path, scene, layer)
         print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB")
 
 

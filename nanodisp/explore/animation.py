@@ -37,10 +37,7 @@ def write(path: Path, scene: Scene, layer: int | None = None) -> None:
 
     Raises UserError for a layer that a run does not have, or a file that cannot be written.
     """
-    depth = min(view.means.shape[1] for view in scene.views) - 1
-    layer = max(0, depth - 1) if layer is None else layer
-    if not 0 <= layer <= depth:
-        raise UserError(f"layer={layer} does not exist: the runs have layers 0 to {depth}")
+    layer = choose_layer(scene, layer)
     with matplotlib.rc_context(STYLE):
         pictures = list(frames(scene, layer))
     colours = palette_of(pictures[len(pictures) // 2])
@@ -53,6 +50,14 @@ def write(path: Path, scene: Scene, layer: int | None = None) -> None:
     except OSError as error:
         raise UserError(f"animation={path} cannot be written: {error.strerror}") from error
     write_whole(path, file.getvalue())
+
+
+def choose_layer(scene: Scene, layer: int | None) -> int:
+    """The layer that is drawn: as given, which must be one of all runs, else the last before the final norm."""
+    depth = min(view.means.shape[1] for view in scene.views) - 1
+    if layer is not None and not 0 <= layer <= depth:
+        raise UserError(f"layer={layer} does not exist: the runs have layers 0 to {depth}")
+    return max(0, depth - 1) if layer is None else layer
 
 
 def palette_of(picture: Image.Image) -> np.ndarray:

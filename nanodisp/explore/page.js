@@ -138,7 +138,7 @@ function chosen() {
 /** Show another step or layer; resolves when it is drawn with its cosines. */
 async function show(step, layer) {
   state.step = Math.max(0, Math.min(nSteps - 1, step));
-  state.layer = Math.max(0, Math.min(nLayers - 1, layer));
+  state.layer = Math.max(0, Math.min(nLayers - 1, Math.round(layer)));
   moving.from = panels.map((panel) => panel.places);
   moving.to = panels.map((panel) => placesOf(panel.run, state.step, layerOf(panel.run, state.layer)));
   moving.began = performance.now();

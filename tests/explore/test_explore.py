@@ -136,6 +136,7 @@ def test_runs_of_the_same_lambda_are_named_by_their_folders(tmp_path: Path) -> N
         (["{a}", "tokens=2"], "tokens=2 must be at least 3"),
         (["{a}", "labels=x|y"], r"labels=x\|y names 2 runs, there are 1"),
         (["{a}", "animation=x.gif", "layer=7"], "layer=7 does not exist: the runs have layers 0 to 2"),
+        (["{a}", "layer=1"], "give animation="),
         (["{a}", "animation=x.gif", "projection=pca"], "the animation shows projection=cone"),
         (["{a}/config.yaml"], "is not a folder"),
     ],
@@ -144,7 +145,8 @@ def test_runs_of_the_same_lambda_are_named_by_their_folders(tmp_path: Path) -> N
 def test_mistakes_are_one_line(runs: tuple[str, str], tmp_path: Path, arguments: list[str], message: str) -> None:
     given = [each.format(a=runs[0]).replace("=x.gif", f"={tmp_path}/x.gif") for each in arguments]
     with pytest.raises(UserError, match=message):
-        explore.main(given)
+        explore.main([*given, f"out={tmp_path / 'page.html'}"])
+    assert not (tmp_path / "page.html").exists()
 
 
 def test_the_animation_shows_every_step_and_the_way_between(runs: tuple[str, str], tmp_path: Path) -> None:
