@@ -24,9 +24,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -47,6 +49,7 @@ from nanodisp.runs import checkpoint
 from tests.forked import Forked
 
 MOST_KILLS = 5  # of one run
+ONE = threading.Lock()  # a start of multiprocessing asks after all processes: two threads may not read one exit code
 
 
 @dataclass
@@ -86,47 +89,66 @@ class Trial:
     def __init__(self, folder: Path, name: str, *overrides: str, fresh: bool) -> None:
         self.fresh = start(folder, name, *overrides) if fresh else None
         settings = (*SHORT, f"out_dir={folder}", f"run_name={name}", *overrides)
-        self.forked = None if fresh else Forked(ROOT / "train.py", *settings)
+        with ONE:
+            self.forked = None if fresh else Forked(ROOT / "train.py", *settings)
 
     def poll(self) -> int | None:
         """Its exit code; None while it runs."""
-        return self.fresh.poll() if self.fresh else self.forked.process.exitcode if self.forked else None
+        with ONE:
+            return self.fresh.poll() if self.fresh else self.forked.process.exitcode if self.forked else None
 
     def kill(self) -> None:
         if self.fresh:
             self.fresh.kill()
             self.fresh.wait()
         if self.forked:
-            self.forked.process.kill()
-            self.forked.process.join()
+            with ONE:
+                self.forked.process.kill()
+                self.forked.process.join()
 
 
-def soak_kills(folder: Path, n: int, rng: random.Random) -> dict[str, Any]:
+def be_killed(folder: Path, name: str, rng: random.Random, first_fresh: bool) -> tuple[int, int, bool]:
+    """Kill a run at random moments and start it again until it is complete.
+
+    Returns how often it was killed, how often while it was saving, and whether it ended with exit code 0.
+    """
+    checkpoints = folder / name / "checkpoints"
+    kills, caught_saving = 0, 0
+    while True:
+        trial = Trial(folder, name, "train.log_interval=1", fresh=first_fresh and kills == 0)
+        aim_at_save = rng.random() < 1 / 3
+        while trial.poll() is None and not (folder / name / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        patience = 60 if aim_at_save else rng.uniform(0, 4)
+        deadline = time.monotonic() + (patience if kills < MOST_KILLS else 600)
+        while trial.poll() is None and time.monotonic() < deadline:
+            if aim_at_save and kills < MOST_KILLS and any(checkpoints.glob(".step_*.tmp")):
+                break
+            time.sleep(0.001)
+        if trial.poll() is not None:
+            return kills, caught_saving, trial.poll() == 0
+        caught_saving += any(checkpoints.glob(".step_*.tmp"))
+        trial.kill()
+        kills += 1
+
+
+def soak_kills(folder: Path, n: int, seed: int) -> dict[str, Any]:
+    """As many runs at once as there are cores."""
     whole = run(folder, "whole", "train.log_interval=1")
     right, right_curve = weights(whole), curve(whole)
-    kills, identical, caught_saving = 0, 0, 0
-    for number in range(n):
-        name, tries = f"killed-{number}", 0
-        checkpoints = folder / name / "checkpoints"
-        while True:
-            trial = Trial(folder, name, "train.log_interval=1", fresh=tries == 0 and number % 5 == 0)
-            aim_at_save, tries = rng.random() < 1 / 3, tries + 1
-            while trial.poll() is None and not (folder / name / "metrics.jsonl").exists():
-                time.sleep(0.01)
-            patience = 60 if aim_at_save else rng.uniform(0, 4)
-            deadline = time.monotonic() + (patience if tries <= MOST_KILLS else 600)
-            while trial.poll() is None and time.monotonic() < deadline:
-                if aim_at_save and tries <= MOST_KILLS and any(checkpoints.glob(".step_*.tmp")):
-                    break
-                time.sleep(0.001)
-            if trial.poll() is not None:
-                break
-            caught_saving += any(checkpoints.glob(".step_*.tmp"))
-            trial.kill()
-            kills += 1
-        identical += trial.poll() == 0 and weights(folder / name) == right and curve(folder / name) == right_curve
+
+    def survive(number: int) -> tuple[int, int, bool]:
+        name = f"killed-{number}"
+        kills, saving, finished = be_killed(folder, name, random.Random(f"{seed}/{number}"), number % 5 == 0)
+        same = finished and weights(folder / name) == right and curve(folder / name) == right_curve
         shutil.rmtree(folder / name)
-        print(f"killed runs with the weights and the losses of the unkilled: {identical} of {number + 1}", end="\r")
+        return kills, saving, same
+
+    kills, caught_saving, identical = 0, 0, 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done, (times, saving, same) in enumerate(pool.map(survive, range(n)), start=1):
+            kills, caught_saving, identical = kills + times, caught_saving + saving, identical + same
+            print(f"killed runs with the weights and the losses of the unkilled: {identical} of {done}", end="\r")
     print(f"\n{kills} kills, {caught_saving} while saving")
     return {"runs": n, "identical": identical, "kills": kills, "kills_while_saving": caught_saving}
 
@@ -255,7 +277,7 @@ def main(argv: Sequence[str]) -> None:
         parts: dict[str, Callable[[], dict[str, Any]]] = {
             "mutations": lambda: soak_mutations(folder, soak.mutations, rng),
             "ranks": lambda: soak_ranks(folder),
-            "kills": lambda: soak_kills(folder, soak.kills, rng),
+            "kills": lambda: soak_kills(folder, soak.kills, soak.seed),
         }
         for part, soak_part in parts.items():
             if getattr(soak, part):

@@ -2,7 +2,7 @@
 
     python -m bench.study run --corpus <folder of the English corpus>   # one worker, one thread; again to resume
     python -m bench.study run --corpus <folder> --gpu --minutes 9       # the larger sizes, on one GPU, in short pieces
-    python -m bench.study evaluate --benchmarks <folder>                # the benchmarks of finished runs
+    python -m bench.study evaluate --benchmarks <folder>                # finished runs: benchmarks, loss by frequency
     python -m bench.study list                                          # every job that is known now, and its state
     python -m bench.study records                                       # finished runs -> docs/study/records/*.jsonl
 
@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from bench import study_frequency
 from bench.measure import device_name
 from bench.study_plan import Losses, Size, gpu_jobs, jobs
 from nanodisp.runs.evaluation import EVALUATION, read_evaluation
@@ -84,7 +85,8 @@ def call(command: Sequence[str], log: Path, deadline: float = math.inf) -> int:
 
 
 def evaluate(folder: Path, benchmarks: Path) -> None:
-    """Benchmarks of a run's last checkpoint into its evaluation.json; those that it has are not made again."""
+    """Of a run's last checkpoint, into its folder: loss by frequency, and benchmarks; not again if they are there."""
+    study_frequency.measure(folder)
     settings = (f"checkpoint={folder}", f"tasks={','.join(TASKS)}", f"task_data={benchmarks}", "batch_size=32")
     code = call(("-m", "nanodisp.evaluate", *settings), folder / "log.txt")
     print(f"    {folder.name}: evaluated, exit code {code}", flush=True)
@@ -171,6 +173,7 @@ def record_of(folder: Path) -> dict[str, Any]:
         "val": [compact(r, ("step", "loss", "bpb", "mean_cosine")) for r in validations],
         "train": [compact(r, train) for r in metrics if r["split"] == "train"],
         "condensation": [compact(r, ("step", "mean_cosine")) for r in metrics if r["split"] == "condensation"],
+        **({"by_frequency": found} if (found := study_frequency.read(folder)) else {}),
         "tasks": {task: tasks_entry(entry) for task, entry in evaluated.get("tasks", {}).items()},
         "config": config,
     }
@@ -205,7 +208,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "study", help="the runs, for list and records")
     parser.add_argument("--gpu", action="store_true", help="the sizes for one GPU, for run and list")
     parser.add_argument("--minutes", type=float, default=math.inf, help="run: save and stop after so long")
-    parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="run: only jobs whose names begin so")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="run, evaluate: names begin so")
     arguments = parser.parse_args()
     if arguments.action == "run":
         if arguments.corpus is None:
@@ -216,7 +219,7 @@ def main() -> None:
         if arguments.benchmarks is None:
             parser.error("evaluate needs --benchmarks, a folder of benchmarks")
         for folder in sorted(arguments.out.glob("*/")):
-            if final_loss(folder) not in (None, math.inf):
+            if folder.name.startswith(tuple(arguments.only)) and final_loss(folder) not in (None, math.inf):
                 evaluate(folder, arguments.benchmarks.resolve())
     elif arguments.action == "records":
         write_records(arguments.out)

@@ -17,6 +17,7 @@ from bench.study import RECORDS
 from bench.study_plan import SIZES
 from bench.study_statistics import Arms, Paired, baseline_of, holm, paired, pairs_needed
 from nanodisp.condensation.figures import STYLE
+from nanodisp.condensation.sums import STRATA
 from nanodisp.errors import UserError
 from nanodisp.report.scaling import effective_interval, effective_parameters, fit, resampled
 
@@ -105,6 +106,24 @@ def effective(records: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield f"| {arm} | {len(runs)} | {times:.2f} [{low:.2f}, {high:.2f}] |"
 
 
+def by_frequency(arms: Sequence[Arms]) -> Iterator[str]:
+    """A line per arm, a column per stratum of `study_frequency`."""
+    yield "\n### Validation loss by frequency of the predicted token, nats per token\n"
+    measured = families(arms[0])
+    if not measured:
+        yield "Not known yet: no pair has been measured."
+        return
+    yield "| arm | pairs | most frequent quarter | frequent | rare | rarest quarter |"
+    yield "| --- | --- |" + " --- |" * STRATA
+    for arm in (arm for members in measured.values() for arm in members):
+        found = [paired(of[arm], of[baseline_of(arm)], 0.0) for of in arms]
+        yield f"| {arm} | {found[0].n} | {' | '.join(difference(each, 4) for each in found)} |"
+
+
+def loss_of(stratum: int) -> Callable[[dict[str, Any]], float | None]:
+    return lambda record: record["by_frequency"][stratum] if "by_frequency" in record else None
+
+
 # --- the page ------------------------------------------------------------------------------------
 
 
@@ -160,6 +179,7 @@ def page(records: Sequence[dict[str, Any]]) -> str:
         *table("BLiMP, accuracy", arms_of(records, blimp), MARGINS["BLiMP"], 4),
         *table("Mean cosine of the middle layers", arms_of(records, middle_cosine), None, 3),
         *effective(records),
+        *by_frequency([arms_of(records, loss_of(stratum)) for stratum in range(STRATA)]),
         *study_mechanism.correlations(records),
         *study_mechanism.interaction(records),
         *study_mechanism.rivals(records),
