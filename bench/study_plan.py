@@ -20,6 +20,12 @@ RIVALS = {
     **dict.fromkeys(("feature_correlation", "condition"), ("1e-3", "3e-3", "1e-2")),
     **dict.fromkeys(("istar", "istar_reversed"), ("0.01", "0.03", "0.1")),
 }
+FURTHER = {  # a fourth weight, where the third is the best
+    **dict.fromkeys(("angular", "cosreg", "simctg"), "1"),
+    **{"sigreg": "1e-2", "feature_decorrelation": "3e-3"},
+    **dict.fromkeys(("feature_correlation", "condition"), "3e-2"),
+    **dict.fromkeys(("istar", "istar_reversed"), "0.3"),
+}
 MUON_RATES = ("1e-3", "3e-3", "1e-2")
 QWEN3 = ("bias=false", "norm=rmsnorm", "position=rotary", "mlp=swiglu", "qk_norm=true")
 FIRST_GRID, SMALLEST, LARGEST = (0.5, 1.0, 2.0, 4.0), 0.25, 16.0  # multiples of 0.384 / width
@@ -229,13 +235,21 @@ def placements(size: str, first: int, last: int, losses: Losses) -> Iterator[Job
 
 
 def rivals(size: str, first: int, last: int, losses: Losses) -> Iterator[Job]:
-    """Every loss of conf/dispersion/ that others have proposed, at three weights."""
-    settings = {
-        f"{name}-{weight}": [f"dispersion={name}", f"dispersion.lambda_disp={weight}"]
-        for name, weights in RIVALS.items()
-        for weight in weights
-    }
-    yield from arms("rivals", size, settings, first, last, losses)
+    """Every loss of conf/dispersion/ that others have proposed, at three weights, and perhaps at a fourth (`FURTHER`).
+
+    It gets that where its largest of three, of angular 0.03, 0.1 and 0.3, has the lowest loss with seed 1.
+    """
+
+    def settings(name: str, *weights: str) -> dict[str, list[str]]:
+        return {f"{name}-{each}": [f"dispersion={name}", f"dispersion.lambda_disp={each}"] for each in weights}
+
+    three = {arm: extra for name, weights in RIVALS.items() for arm, extra in settings(name, *weights).items()}
+    yield from arms("rivals", size, three, first, last, losses)
+    tried = {name: [f"rivals-{size}-{name}-{weight}-s1" for weight in weights] for name, weights in RIVALS.items()}
+    tried["angular"] = [f"a-{size}-lam{lam}-s1" for lam in ("0.03", "0.1", "0.3")]
+    for name, runs in tried.items():
+        if all(run in losses for run in runs) and min(runs, key=lambda run: losses[run]) == runs[-1]:
+            yield from arms("rivals", size, settings(name, FURTHER[name]), first, last, losses)
 
 
 def muon(size: str, first: int, last: int, losses: Losses) -> Iterator[Job]:

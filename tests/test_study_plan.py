@@ -8,7 +8,7 @@ import pytest
 from conftest import compose
 
 from bench.study import call
-from bench.study_plan import SIZES, Job, gpu_jobs, jobs, search
+from bench.study_plan import FURTHER, SIZES, Job, gpu_jobs, jobs, search
 from nanodisp import launch
 
 
@@ -40,6 +40,16 @@ def test_the_rate_is_searched_beyond_the_grid_and_then_used(best, chosen):
     assert search("150k", 0.0, losses)[1] == chosen
     assert float(value(done["a-150k-lam0.1-s7"], "optim.lr")) == pytest.approx(chosen * 0.384 / 64)
     assert not any(name.startswith("tuned") for name in done)  # the same rate is the best for both lambdas
+
+
+def test_a_loss_gets_a_fourth_weight_where_the_largest_of_three_is_the_best():
+    better_with_more = ("rivals-77k-simctg", "rivals-77k-istar_", "a-77k-lam")
+    done, _ = run_all(
+        lambda job: 5 - float(value(job, "dispersion.lambda_disp")) * job.name.startswith(better_with_more)
+    )
+    fourth = {name for name in done if name.startswith(tuple(f"rivals-77k-{of}-{w}-s" for of, w in FURTHER.items()))}
+    expected = ("angular-1", "simctg-1", "istar_reversed-0.3")
+    assert fourth == {f"rivals-77k-{name}-s{seed}" for name in expected for seed in (1, 2, 3)}
 
 
 def test_the_runs_of_a_pair_differ_in_lambda_alone():
