@@ -148,6 +148,12 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figures of condensation are made, but not written: that takes most of the time of its commands."""
+    monkeypatch.setattr("nanodisp.condensation.figures.save", lambda *_: [])
+
+
+@pytest.fixture
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile traces the same graphs, but runs them as they are: no C++ compiler, and no half minute."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
