@@ -37,6 +37,8 @@ torch.set_num_threads(1 if IN_PARALLEL else 2)
 hypothesis.settings.register_profile("nanodisp", deadline=None)  # a machine that does much else is no failure
 hypothesis.settings.load_profile("nanodisp")
 compiled.library()  # starts a compiler the first time, which only slow tests may
+# One for all: in an empty one inductor first compiles headers and looks for the CPU's instructions, half a minute.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled.cache_folder() / "torch"))
 
 ROOT = Path(__file__).parents[1]
 TINY = (

@@ -20,7 +20,8 @@ from typing import cast
 ROOT = Path(__file__).parents[1]
 PATIENCE = 280.0  # seconds, also on a machine that does much else
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["train", "torch._dynamo", "pytest"])  # what a script would import, and the main module
+# What a script would import, and the main module.
+CONTEXT.set_forkserver_preload(["train", "torch._dynamo", "torch.distributed.fsdp", "pytest"])
 
 
 def become(script: str, arguments: tuple[str, ...], environment: dict[str, str], streams: str) -> None:

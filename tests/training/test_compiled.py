@@ -16,7 +16,7 @@ from conftest import ROOT
 from nanodisp.training.compiled import keep_compiled, version_of
 
 KEPT_IN = """
-import os, train
+import os
 from nanodisp.training.compiled import keep_compiled
 import torch._inductor.config  # sets a default
 keep_compiled()
