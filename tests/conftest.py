@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import json
 import os
 import subprocess
@@ -36,6 +37,7 @@ from nanodisp.runs import checkpoint
 torch.set_num_threads(1 if IN_PARALLEL else 2)
 hypothesis.settings.register_profile("nanodisp", deadline=None)  # a machine that does much else is no failure
 hypothesis.settings.load_profile("nanodisp")
+ConfigStore.instance().store(name="schema", node=Config)
 compiled.library()  # starts a compiler the first time, which only slow tests may
 # One for all: in an empty one inductor first compiles headers and looks for the CPU's instructions, half a minute.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled.cache_folder() / "torch"))
@@ -104,7 +106,6 @@ def compose(*overrides: str) -> Config:
 @functools.cache
 def compose_once(overrides: tuple[str, ...]) -> Config:
     """Half of the time of a tiny run is Hydra's."""
-    ConfigStore.instance().store(name="schema", node=Config)
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(launch.CONF), version_base="1.3"):
         return launch.check(hydra.compose("config", list(overrides)))
@@ -124,9 +125,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def run(corpus: Path, tmp_path: Path) -> Callable[..., Path]:
+def run(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Train a tiny model as `python train.py <overrides>` would; return the run's folder."""
     import train
+
+    monkeypatch.setattr(gc, "collect", lambda *_: 0)  # it goes through all that pytest and the tests have loaded
 
     def go(*overrides: str, name: str = "run") -> Path:
         config = compose(*TINY, f"data.path={corpus}", "out_dir=here", f"run_name={name}", *overrides)
