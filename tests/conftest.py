@@ -159,6 +159,12 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes most of a report's time: for tests of what is written beside the figures."""
+    monkeypatch.setattr("nanodisp.report.__main__.draw", lambda *_: [])
+
+
+@pytest.fixture
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile traces the same graphs, but runs them as they are: no C++ compiler, and no half minute."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
