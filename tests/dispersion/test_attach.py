@@ -1,6 +1,7 @@
 """`attach` adds exactly lambda * the mean dispersion of the hidden states, in whatever loop the model is trained.
 
-Here with models in plain torch; `test_attach_transformers.py` has those of transformers, `test_attach_ranks.py` DDP.
+Here with models in plain torch; `test_attach_transformers.py` has those of transformers, `test_attach_ranks.py` DDP and
+FSDP, `test_attach_compiled.py` torch.compile, `test_attach_masks.py` padding.
 """
 
 from __future__ import annotations
