@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import json
 import os
 import subprocess
@@ -36,7 +37,10 @@ from nanodisp.runs import checkpoint
 torch.set_num_threads(1 if IN_PARALLEL else 2)
 hypothesis.settings.register_profile("nanodisp", deadline=None)  # a machine that does much else is no failure
 hypothesis.settings.load_profile("nanodisp")
+ConfigStore.instance().store(name="schema", node=Config)
 compiled.library()  # starts a compiler the first time, which only slow tests may
+# One for all: in an empty one inductor first compiles headers and looks for the CPU's instructions, half a minute.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled.cache_folder() / "torch"))
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -102,7 +106,6 @@ def compose(*overrides: str) -> Config:
 @functools.cache
 def compose_once(overrides: tuple[str, ...]) -> Config:
     """Half of the time of a tiny run is Hydra's."""
-    ConfigStore.instance().store(name="schema", node=Config)
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(launch.CONF), version_base="1.3"):
         return launch.check(hydra.compose("config", list(overrides)))
@@ -122,9 +125,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def run(corpus: Path, tmp_path: Path) -> Callable[..., Path]:
+def run(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Train a tiny model as `python train.py <overrides>` would; return the run's folder."""
     import train
+
+    monkeypatch.setattr(gc, "collect", lambda *_: 0)  # it goes through all that pytest and the tests have loaded
 
     def go(*overrides: str, name: str = "run") -> Path:
         config = compose(*TINY, f"data.path={corpus}", "out_dir=here", f"run_name={name}", *overrides)
@@ -145,6 +150,18 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = ("train.steps=3", "train.sample_tokens=0", f"data.path={corpus}", f"out_dir={folder}", "run_name=run")
     train.train(compose(*TINY, *settings))
     return folder / "run"
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figures of condensation are made, but not written: that takes most of the time of its commands."""
+    monkeypatch.setattr("nanodisp.condensation.figures.save", lambda *_: [])
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes most of a report's time: for tests of what is written beside the figures."""
+    monkeypatch.setattr("nanodisp.report.__main__.draw", lambda *_: [])
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ loaded, its standard streams, torchrun around it) needs `conftest.command`.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -20,7 +21,8 @@ from typing import cast
 ROOT = Path(__file__).parents[1]
 PATIENCE = 280.0  # seconds, also on a machine that does much else
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["train", "torch._dynamo", "pytest"])  # what a script would import, and the main module
+# What a script would import, and the main module.
+CONTEXT.set_forkserver_preload(["train", "torch._dynamo", "torch.distributed.fsdp", "pytest"])
 
 
 def become(script: str, arguments: tuple[str, ...], environment: dict[str, str], streams: str) -> None:
@@ -31,6 +33,7 @@ def become(script: str, arguments: tuple[str, ...], environment: dict[str, str],
         os.dup2(os.open(f"{streams}/{descriptor}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.environ.clear()
     os.environ.update(environment)
+    gc.collect = lambda *_: 0  # it would go through, and so copy, all that was loaded
     torch.set_num_threads(1)  # as OMP_NUM_THREADS=1 has it in `conftest.command`: other threads, other last digits
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")

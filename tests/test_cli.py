@@ -129,12 +129,17 @@ for name in sys.argv[1:]:
     sys.modules.pop(name, None)  # imported by another command
     runpy.run_path(name, run_name="__main__") if name.endswith(".py") else runpy.run_module(name, run_name="__main__")
     print("\\f", end="", flush=True)
+slow = {"torch._dynamo", "torch.distributed.fsdp", "sympy"} & sys.modules.keys()
+sys.exit(f"loaded for no use: {slow}" if slow else 0)
 """
 
 
 @pytest.fixture(scope="module")
 def explained() -> dict[str, str]:
-    """What each command prints for --help in a terminal without UTF-8; all from one process, which loads torch once."""
+    """What each command prints for --help in a terminal without UTF-8; all from one process, which loads torch once.
+
+    None loads torch's compiler or FSDP, which would take as long as torch itself.
+    """
     command = [sys.executable, "-c", HELP, *COMMANDS]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert (result.returncode, result.stderr) == (0, "")

@@ -112,9 +112,10 @@ def test_parallel_dry_runs_have_a_total(corpus: Path, tmp_path: Path) -> None:
     assert result.stdout.splitlines()[-1].startswith("2 runs, 0 done already: about 0:00:0")
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_killed_and_resumed_sweep_has_the_table_of_an_uninterrupted_one(corpus: Path, tmp_path: Path) -> None:
     def sweep(folder: Path) -> list[str]:
-        settings = (f"data.path={corpus}", f"out_dir={folder}", "train.steps=100", "train.checkpoint_interval=10")
+        settings = (f"data.path={corpus}", f"out_dir={folder}", "train.steps=40", "train.checkpoint_interval=10")
         return ["-m", *TINY, *settings, "dispersion.lambda_disp=0,0.5,1"]
 
     def table(folder: Path) -> list[dict[str, str]]:

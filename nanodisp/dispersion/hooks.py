@@ -112,6 +112,8 @@ class Attached:
         )
         self._seen: set[int] = set()
         self._undo: list[Any] = []
+        # outside of graphs; not as a decorator, which loads torch._dynamo: two seconds of every command's start
+        self._choose_eagerly = torch.compiler.disable(self._choose)
         for i, state in enumerate(states):
             if state.enters:
                 hook = state.module.register_forward_pre_hook(functools.partial(self._enters, i), with_kwargs=True)
@@ -254,9 +256,8 @@ class Attached:
             positional = place is not None and place < len(args)
             mask = args[place] if positional else kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            now.masked, now.unmasked = mask.shape, self._choose(mask)
+            now.masked, now.unmasked = mask.shape, self._choose_eagerly(mask)
 
-    @torch.compiler.disable
     def _choose(self, mask: Tensor) -> list[list[Tensor]] | None:
         """The tokens to use of each state, on the device of the mask; None if it leaves none out."""
         here = mask.cpu()

@@ -4,23 +4,27 @@ With DDP every rank holds the whole model. With FSDP (Zhao et al., arXiv 2304.11
 an equal shard of every weight, its gradient and its optimizer state, and the ranks gather a block just before they need
 it. So all ranks must call the model equally often, and whatever leaves or enters the ranks (a checkpoint, a norm) goes
 through `gather`, `scatter` and `whole`, which return unsharded tensors unchanged.
+
+torch's modules of FSDP are imported where they are used: loading them takes a third of a command's start.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from nanodisp.distributed.world import World
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 PARALLEL = ("ddp", "fsdp")
 
@@ -69,6 +73,8 @@ def shard(model: nn.Module, blocks: nn.ModuleList, world: World) -> None:
     the residual stream and the LayerNorms in bfloat16. The price: autocast's 16-bit copies of a
     block's matrices stay from forward to backward, unless the block is recomputed.
     """
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(world.device.type, (world.size,))
     for block in blocks:
         fully_shard(block, mesh=mesh)
@@ -102,6 +108,8 @@ def sync_if(module: nn.Module, last: bool) -> Iterator[None]:
         with module.no_sync():
             yield
         return
+    from torch.distributed.fsdp import FSDPModule
+
     units = [part for part in module.modules() if isinstance(part, FSDPModule)]
     for unit in units:
         unit.set_requires_gradient_sync(False, recurse=False)
@@ -110,9 +118,15 @@ def sync_if(module: nn.Module, last: bool) -> Iterator[None]:
         unit.set_requires_gradient_sync(True, recurse=False)
 
 
+def is_shard(tensor: object) -> TypeGuard[DTensor]:
+    """Whether a rank holds only a part of this tensor."""
+    loaded = sys.modules.get("torch.distributed.tensor")  # by FSDP: without it there is no shard
+    return loaded is not None and isinstance(tensor, loaded.DTensor)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor of one that may be sharded. All ranks call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_shard(tensor) else tensor
 
 
 def gather(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
@@ -137,8 +151,10 @@ def scatter(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
     def share(name: str, tensor: Tensor) -> Tensor:
         parameter = parameters.get(name.split("/")[0])
-        if not isinstance(parameter, DTensor) or tensor.dim() == 0:
+        if not is_shard(parameter) or tensor.dim() == 0:
             return tensor
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
     return {name: share(name, tensor) for name, tensor in tensors.items()}
@@ -146,6 +162,8 @@ def scatter(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 def unshard(model: nn.Module) -> None:
     """Give every rank the full model permanently, so that one can call it without the others."""
+    from torch.distributed.fsdp import FSDPModule
+
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_reshard_after_forward(False, recurse=False)

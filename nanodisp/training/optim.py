@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from nanodisp.distributed.layout import is_shard, whole
 from nanodisp.models.gpt import GPT
 
 OPTIMIZERS = ("adamw", "muon")
@@ -165,8 +165,7 @@ def clip_gradients(
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of FSDP's shards
+    norm = whole(nn.utils.get_total_norm(gradients))
     if max_norm is not None:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).nan_to_num(1.0, posinf=1.0)
         torch._foreach_mul_(gradients, factor.where(norm.isfinite(), 1.0))
@@ -203,7 +202,7 @@ def step_unless(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
     def local() -> dict[tuple[int, str], Tensor]:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         found = {(id(p), what): t for p in parameters for what, t in {"": p, **optimizer.state.get(p, {})}.items()}
-        return {key: t.to_local() if isinstance(t, DTensor) else t for key, t in found.items() if isinstance(t, Tensor)}
+        return {key: t.to_local() if is_shard(t) else t for key, t in found.items() if isinstance(t, Tensor)}
 
     before = {key: t.clone() for key, t in local().items()}
     optimizer.step()
@@ -219,7 +218,7 @@ def first_not_finite(model: GPT, idx: Tensor) -> str:
         if not hidden.isfinite().all():
             return f"hidden state {layer}"
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    local = {name: grad.to_local() if isinstance(grad, DTensor) else grad for name, grad in gradients.items()}
+    local = {name: grad.to_local() if is_shard(grad) else grad for name, grad in gradients.items()}
     bad = [name for name, grad in local.items() if not grad.isfinite().all()]
     return f"the gradient of {bad[-1]}" if bad else "the loss"
 

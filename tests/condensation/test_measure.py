@@ -318,6 +318,7 @@ def test_a_run_is_measured_and_plotted(folder: Path, capsys: pytest.CaptureFixtu
         assert (folder / "figures" / name).stat().st_size > 1000
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.slow
 def test_a_text_file_can_be_measured_on(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("some words " * 50)
@@ -335,6 +336,7 @@ def test_a_text_file_can_be_measured_on(folder: Path, tmp_path: Path) -> None:
     assert summary["source"] == "run at step 3 without 2 directions"
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.slow
 def test_a_hugging_face_folder_is_measured(corpus: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
@@ -380,6 +382,7 @@ def test_mistakes_are_reported_in_one_line(folder: Path, tmp_path: Path, argumen
     assert "\n" not in str(error.value) and not (folder / "condensation.json").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_data_of_a_run_must_be_there_and_the_same(run: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("some words " * 500)
     text = ("data=text", f"data.path={tmp_path / 'text.txt'}", f"data.folder={tmp_path / 'prepared'}")
@@ -400,6 +403,7 @@ def test_a_mark_of_utf_8_is_no_text(folder: Path, tmp_path: Path) -> None:
         condensation.main([f"checkpoint={folder}", f"text={tmp_path / 'text.txt'}"])
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(("name", "mark"), [("a.txt.gz", b""), ("A.TXT.GZ", codecs.BOM_UTF8), ("a.txt", "utf-16")])
 def test_a_text_is_read_as_data_are(folder: Path, tmp_path: Path, name: str, mark: bytes | str) -> None:
     """Gzip by its name, the encoding by a byte order mark."""
@@ -429,6 +433,7 @@ def test_what_is_no_text_is_reported(folder: Path, tmp_path: Path, raw: bytes, m
         condensation.main([f"checkpoint={folder}", f"text={tmp_path / 'a.txt.gz'}"])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_weights_that_are_not_finite_are_reported(folder: Path) -> None:
     saved = checkpoint.load(checkpoint.find(folder))
     saved.model["ln_f.weight"][0] = math.inf
@@ -440,6 +445,7 @@ def test_weights_that_are_not_finite_are_reported(folder: Path) -> None:
     assert json.loads((folder / "condensation.json").read_text())["source"] == "run at step 3"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_results_of_another_checkpoint_are_kept(run: Callable[..., Path], tmp_path: Path) -> None:
     folder = run("train.steps=2", "train.checkpoint_interval=1", "train.sample_tokens=0")
     for windows in ("windows=3", "windows=4"):
@@ -453,6 +459,7 @@ def test_results_of_another_checkpoint_are_kept(run: Callable[..., Path], tmp_pa
     assert json.loads((folder / "condensation.json").read_text())["source"] == "run at step 1"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_quantized_model_is_measured_after_rounding_and_its_results_are_its_own(
     trained: Path, tmp_path: Path
 ) -> None:

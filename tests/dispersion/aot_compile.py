@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for GPUs that are not present; prints one JSON line per kernel.
+"""Compiles the Triton kernels for GPUs that are not present; prints one JSON line per kernel and GPU.
 
 A separate program, because the interpreter that the tests use cannot compile.
 """
@@ -120,8 +120,9 @@ def main(capability: int) -> None:
     for name, kernel in kernels(capability):
         matmuls = re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", kernel.asm["ptx"])
         figures = {"shared": kernel.metadata.shared, **resources(kernel.asm["cubin"])}
-        print(json.dumps({"kernel": name, "matmuls": sorted(set(matmuls)), **figures}), flush=True)
+        print(json.dumps({"capability": capability, "kernel": name, "matmuls": sorted(set(matmuls)), **figures}))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    for given in sys.argv[1:]:
+        main(int(given))

@@ -9,7 +9,7 @@ from typing import Any
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from test_attach import LAMBDA, Decoder, cross_entropy, made, tokens
+from attach_models import LAMBDA, Decoder, cross_entropy, made, tokens
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor

@@ -24,27 +24,25 @@ def run_python(*arguments: str, **environment: str) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize(
-    ("capability", "tensor_core_instruction", "shared_memory"),
-    [
-        (80, "mma.sync", 163 * 1024),
-        (90, "wgmma.mma_async", 227 * 1024),
-        (100, "tcgen05.mma", 227 * 1024),
-        (120, "mma.sync", 99 * 1024),
-    ],
-)
-def test_the_kernels_compile_for_the_gpu(
-    capability: int, tensor_core_instruction: str, shared_memory: int, tmp_path: Path
-) -> None:
+GPUS = {  # compute capability -> the instruction of its tensor cores, and its shared memory
+    80: ("mma.sync", 163 * 1024),
+    90: ("wgmma.mma_async", 227 * 1024),
+    100: ("tcgen05.mma", 227 * 1024),
+    120: ("mma.sync", 99 * 1024),
+}
+
+
+def test_the_kernels_compile_for_every_gpu(tmp_path: Path) -> None:
     program = Path(__file__).with_name("aot_compile.py")
-    output = run_python(str(program), str(capability), TRITON_CACHE_DIR=str(tmp_path))
+    output = run_python(str(program), *map(str, GPUS), TRITON_CACHE_DIR=str(tmp_path))
     reports = [json.loads(line) for line in output.splitlines()]
-    assert len(reports) == 12
+    assert [report["capability"] for report in reports] == [gpu for gpu in GPUS for _ in range(12)]
     for report in reports:
+        tensor_core_instruction, shared_memory = GPUS[report["capability"]]
         assert report["stack"] == report["local"] == 0, f"spilled registers: {report}"
-        assert report["shared"] <= shared_memory
+        assert report["shared"] <= shared_memory, report
         if report["kernel"].startswith(("pairs", "gradient")):
-            assert report["matmuls"] == [tensor_core_instruction]
+            assert report["matmuls"] == [tensor_core_instruction], report
 
 
 def test_without_triton_the_package_works_and_the_triton_backend_says_so() -> None:

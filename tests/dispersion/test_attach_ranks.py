@@ -9,8 +9,8 @@ import forked
 import pytest
 import safetensors.torch
 import torch
+from attach_models import assert_differ, assert_equal, explicit, made, tokens
 from attach_ranks import BATCHES, ROWS, TOKENS, WAYS
-from test_attach import assert_differ, assert_equal, explicit, made, tokens
 from torch import Tensor
 
 pytestmark = pytest.mark.slow

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_attach import gradients
+from attach_models import gradients
 from torch import Tensor
 
 from nanodisp.dispersion import DispersionLoss, attach

@@ -210,7 +210,6 @@ def hanging(*arguments):
     global steps
     steps += 1
     if steps == 3 and os.environ["RANK"] == "1":
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun would wait 30 seconds
         time.sleep(300)
     return update(*arguments)
 
@@ -223,15 +222,13 @@ def test_a_rank_that_hangs_ends_the_run_and_is_named(corpus: Path, tmp_path: Pat
     script = tmp_path / "hanging.py"
     script.write_text(HANGING)
     settings = (f"data.path={corpus}", f"out_dir={tmp_path}", "run_name=run", "train.timeout_minutes=0.1")
-    result = subprocess.run(
-        [sys.executable, *TORCHRUN_2, str(script), *TINY, *settings, "train.steps=5", "train.checkpoint_interval=2"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        timeout=200,  # less than the rank's sleep
-    )
-    assert result.returncode != 0
-    assert f"error: rank 1 on {socket.gethostname()} hangs" in result.stderr
+    processes = forked.start_ranks(2, script, *TINY, *settings, "train.steps=5", "train.checkpoint_interval=2")
+    try:
+        ended = processes[0].finish(200)  # less than the rank's sleep
+    finally:
+        processes[1].process.kill()
+    assert ended.returncode == 74
+    assert f"error: rank 1 on {socket.gethostname()} hangs" in ended.stderr
     assert f"rank 1 on {socket.gethostname()} hangs" in (tmp_path / "run" / "error.txt").read_text()
     assert checkpoint.find(tmp_path / "run").name == "step_00000002"
 

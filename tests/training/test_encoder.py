@@ -192,6 +192,7 @@ def test_an_encoder_is_not_sampled_exported_or_evaluated(tmp_path: Path) -> None
     assert not (tmp_path / "to").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_condensation_command_measures_an_encoder_on_text_without_masks(run: Run, corpus: Path) -> None:
     folder = run("train.steps=2", ENCODER)
     condensation.main([f"checkpoint={folder}", "windows=5", "device=cpu"])
