@@ -39,10 +39,9 @@ hypothesis.settings.register_profile("nanodisp", deadline=None)  # a machine tha
 hypothesis.settings.load_profile("nanodisp")
 ConfigStore.instance().store(name="schema", node=Config)
 compiled.library()  # starts a compiler the first time, which only slow tests may
-# One for all: in an empty one inductor first compiles headers and looks for the CPU's instructions, half a minute.
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled.cache_folder() / "torch"))
-
 ROOT = Path(__file__).parents[1]
+# One for all: in an empty one inductor first compiles headers and looks for the CPU's instructions, half a minute.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".pytest_cache" / "inductor"))
 TINY = (
     "model=nano",
     "optim=adamw",

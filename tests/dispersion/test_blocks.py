@@ -78,6 +78,15 @@ class Two(nn.Module):
         self.encoder, self.decoder = Decoder(), Decoder()
 
 
+class Shared(nn.Module):
+    """A block that runs three times, and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Block()] * 3)
+        self.norm = nn.LayerNorm(C)
+
+
 def test_experts_are_no_blocks_and_the_norm_of_embeddings_is_not_the_last() -> None:
     assert attach(Experts()).names == ["blocks.0", "blocks.1"]
 
@@ -91,11 +100,14 @@ def test_mistakes_are_reported_in_one_line() -> None:
         (made(), {"layers": 3}, "layers=3 is unknown; choose all, last"),
         (made(), {"layers": ["layers.7"]}, "layers names 'layers.7', which the model does not have"),
         (made(), {"layers": [nn.Linear(2, 2)]}, "layers has Linear.*: give modules of the model"),
+        (made(), {"layers": ["layers.0", "norm", "layers.0"]}, "layers names layers.0 twice"),
+        (Shared(), {}, "layers has one block several times: give layers="),
         (made(), {"variant": "angles"}, "variant=angles is unknown; choose one of angular"),
         (made(), {"lambda_disp": -0.1}, "lambda_disp=-0.1 must be 0"),
         (made(), {"lambda_disp": math.nan}, "lambda_disp=nan must be 0"),
         (made(), {"tau": 0}, "tau=0 must be a positive number"),
         (made(), {"max_tokens": 1}, "max_tokens=1: a pair needs 2 tokens"),
+        (made(), {"max_tokens": "a"}, "max_tokens=a: a pair needs 2 tokens; a whole number"),
     ]
     for model, settings, message in mistakes:
         with pytest.raises(ValueError, match=message) as error:
