@@ -1,6 +1,7 @@
 """The queue of the study: the jobs of docs/study/plan.md, in order of priority.
 
     python -m bench.study run --corpus <folder of the English corpus>   # one worker, one thread; again to resume
+    python -m bench.study run --corpus <folder> --only a-150k rivals    # the jobs whose names begin so
     python -m bench.study run --corpus <folder> --gpu --minutes 9       # the larger sizes, on one GPU, in short pieces
     python -m bench.study evaluate --benchmarks <folder>                # finished runs: benchmarks, loss by frequency
     python -m bench.study list                                          # every job that is known now, and its state
@@ -86,9 +87,10 @@ def call(command: Sequence[str], log: Path, deadline: float = math.inf) -> int:
 
 def evaluate(folder: Path, benchmarks: Path) -> None:
     """Of a run's last checkpoint, into its folder: loss by frequency, and benchmarks; not again if they are there."""
-    study_frequency.measure(folder)
     settings = (f"checkpoint={folder}", f"tasks={','.join(TASKS)}", f"task_data={benchmarks}", "batch_size=32")
     code = call(("-m", "nanodisp.evaluate", *settings), folder / "log.txt")
+    if study_frequency.read(folder) is None:
+        code = call(("-m", "bench.study_frequency", str(folder)), folder / "log.txt") or code
     print(f"    {folder.name}: evaluated, exit code {code}", flush=True)
 
 

@@ -1,6 +1,6 @@
 """Which tokens does dispersion predict better? The validation loss by the frequency of the predicted token.
 
-    python -m bench.study evaluate --benchmarks <folder>    # measures it for finished runs, beside the benchmarks
+    python -m bench.study_frequency out/study/<run>    # into the run's folder; `bench.study evaluate` does it for all
 
 The predicted tokens are cut into four strata by how often they occur, each a quarter of the text (`strata_of`), so that
 the mean over the strata is about the validation loss.
@@ -9,6 +9,7 @@ the mean over the strata is about the validation loss.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -50,12 +51,11 @@ def losses_by_frequency(folder: Path) -> list[float]:
     return (totals / stratum.bincount(minlength=STRATA)).tolist()
 
 
-def measure(folder: Path) -> None:
-    """Into the run's folder, unless it is there."""
-    if not (folder / FILE).is_file():
-        (folder / FILE).write_text(json.dumps([round(value, 6) for value in losses_by_frequency(folder)]))
-
-
 def read(folder: Path) -> list[float] | None:
     """Of a run's folder; None if it has not been measured."""
     return json.loads((folder / FILE).read_text()) if (folder / FILE).is_file() else None
+
+
+if __name__ == "__main__":
+    run = Path(sys.argv[1])
+    (run / FILE).write_text(json.dumps([round(value, 6) for value in losses_by_frequency(run)]))

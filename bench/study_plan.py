@@ -22,9 +22,10 @@ RIVALS = {
 }
 FURTHER = {  # a fourth weight, where the third is the best
     **dict.fromkeys(("angular", "cosreg", "simctg"), "1"),
-    **{"sigreg": "1e-2", "feature_decorrelation": "3e-3"},
     **dict.fromkeys(("feature_correlation", "condition"), "3e-2"),
     **dict.fromkeys(("istar", "istar_reversed"), "0.3"),
+    "sigreg": "1e-2",
+    "feature_decorrelation": "3e-3",
 }
 MUON_RATES = ("1e-3", "3e-3", "1e-2")
 QWEN3 = ("bias=false", "norm=rmsnorm", "position=rotary", "mlp=swiglu", "qk_norm=true")

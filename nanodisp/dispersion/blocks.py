@@ -46,9 +46,9 @@ def find_states(model: nn.Module, layers: str | Sequence[int] | Sequence[str] | 
         and any(isinstance(layer, str | nn.Module) for layer in layers)
     ):
         states = [State(*_named(model, layer), number) for number, layer in enumerate(layers, start=1)]
-        twice = next((state.name for i, state in enumerate(states) if state.name in [s.name for s in states[:i]]), None)
-        if twice is not None:
-            raise ValueError(f"layers names {twice} twice: give each module once")
+        names = [state.name for state in states]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"layers names {twice[0]} twice: give each module once")
         return states
     name, blocks = _find_blocks(model)
     if len(blocks._modules) > len(list(blocks.children())):

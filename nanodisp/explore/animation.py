@@ -32,12 +32,8 @@ LOOKS = (("#440154", "-"), ("#1f9e89", "--"))  # a line per run
 SOFT = "0.45"
 
 
-def write(path: Path, scene: Scene, layer: int | None = None) -> None:
-    """Write the GIF of one layer (null: the last before the final norm) of a scene with projection `cone`.
-
-    Raises UserError for a layer that a run does not have, or a file that cannot be written.
-    """
-    layer = choose_layer(scene, layer)
+def write(path: Path, scene: Scene, layer: int) -> None:
+    """Write the GIF of one layer of a scene with projection `cone`; raises UserError if the file cannot be written."""
     with matplotlib.rc_context(STYLE):
         pictures = list(frames(scene, layer))
     colours = palette_of(pictures[len(pictures) // 2])
@@ -53,7 +49,10 @@ def write(path: Path, scene: Scene, layer: int | None = None) -> None:
 
 
 def choose_layer(scene: Scene, layer: int | None) -> int:
-    """The layer that is drawn: as given, which must be one of all runs, else the last before the final norm."""
+    """The layer that is drawn: as given, else the last before the final norm.
+
+    Raises UserError for one that a run does not have.
+    """
     depth = min(view.means.shape[1] for view in scene.views) - 1
     if layer is not None and not 0 <= layer <= depth:
         raise UserError(f"layer={layer} does not exist: the runs have layers 0 to {depth}")

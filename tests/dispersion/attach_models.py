@@ -15,9 +15,8 @@ from nanodisp.dispersion import DispersionLoss
 from nanodisp.dispersion.placement import sample_positions, sample_slices
 
 V, C, LAYERS = 17, 8, 3
-
-
 LAMBDA = 0.7
+RECOMPUTED = pytest.mark.parametrize("recompute", [None, False, True], ids=["kept", "recomputed", "reentrant"])
 
 
 class Block(nn.Module):
@@ -111,9 +110,6 @@ def assert_equal(found: list[Tensor], right: list[Tensor], tolerance: float = 1e
 
 def assert_differ(found: list[Tensor], other: list[Tensor]) -> None:
     assert any(not torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(found, other, strict=True))
-
-
-RECOMPUTED = pytest.mark.parametrize("recompute", [None, False, True], ids=["kept", "recomputed", "reentrant"])
 
 
 class WithMask(WithLoss):
