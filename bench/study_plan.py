@@ -20,13 +20,14 @@ RIVALS = {
     **dict.fromkeys(("feature_correlation", "condition"), ("1e-3", "3e-3", "1e-2")),
     **dict.fromkeys(("istar", "istar_reversed"), ("0.01", "0.03", "0.1")),
 }
-FURTHER = {  # a fourth weight, where the third is the best
-    **dict.fromkeys(("angular", "cosreg", "simctg"), "1"),
-    **dict.fromkeys(("feature_correlation", "condition"), "3e-2"),
-    **dict.fromkeys(("istar", "istar_reversed"), "0.3"),
-    "sigreg": "1e-2",
-    "feature_decorrelation": "3e-3",
+FURTHER = {  # more weights, each where the largest so far is the best
+    **dict.fromkeys(("angular", "cosreg", "simctg"), ("1", "3")),
+    **dict.fromkeys(("feature_correlation", "condition"), ("3e-2",)),
+    **dict.fromkeys(("istar", "istar_reversed"), ("0.3",)),
+    "sigreg": ("1e-2",),
+    "feature_decorrelation": ("3e-3",),
 }
+STRONG = ("angular", "simctg")  # at weight 1, at more sizes than the other losses
 MUON_RATES = ("1e-3", "3e-3", "1e-2")
 QWEN3 = ("bias=false", "norm=rmsnorm", "position=rotary", "mlp=swiglu", "qk_norm=true")
 FIRST_GRID, SMALLEST, LARGEST = (0.5, 1.0, 2.0, 4.0), 0.25, 16.0  # multiples of 0.384 / width
@@ -104,6 +105,12 @@ def jobs(losses: Losses, corpus: str = "<corpus>") -> Iterator[Job]:
     yield from rivals("77k", 2, 3, losses)
     yield from ladder("312k", PRIMARY, 1, 3, losses)
     yield from tuned(losses)
+    yield from strong("150k", 1, 3, losses)
+    yield from strong("312k", 1, 2, losses)
+    yield from mid_training("77k", 5, 10, losses)
+    yield from text_and_tokenizer("77k", 1, 3, losses, corpus)
+    yield from regularisers("77k", 1, 3, losses)
+    yield from distillation("312k", "77k", 1, 3, losses)
     yield from ladder("150k", PRIMARY, 9, 10, losses)
     yield from search("150k", 0.1, losses)[0]
     yield from ladder("312k", PRIMARY, 4, 6, losses)
@@ -236,9 +243,10 @@ def placements(size: str, first: int, last: int, losses: Losses) -> Iterator[Job
 
 
 def rivals(size: str, first: int, last: int, losses: Losses) -> Iterator[Job]:
-    """Every loss of conf/dispersion/ that others have proposed, at three weights, and perhaps at a fourth (`FURTHER`).
+    """Every loss of conf/dispersion/ that others have proposed, at three weights, and perhaps at more (`FURTHER`).
 
-    It gets that where its largest of three, of angular 0.03, 0.1 and 0.3, has the lowest loss with seed 1.
+    It gets those, one after another, where its largest so far, of angular 0.03, 0.1 and 0.3, has the lowest loss with
+    seed 1.
     """
 
     def settings(name: str, *weights: str) -> dict[str, list[str]]:
@@ -249,22 +257,33 @@ def rivals(size: str, first: int, last: int, losses: Losses) -> Iterator[Job]:
     tried = {name: [f"rivals-{size}-{name}-{weight}-s1" for weight in weights] for name, weights in RIVALS.items()}
     tried["angular"] = [f"a-{size}-lam{lam}-s1" for lam in ("0.03", "0.1", "0.3")]
     for name, runs in tried.items():
-        if all(run in losses for run in runs) and min(runs, key=lambda run: losses[run]) == runs[-1]:
-            yield from arms("rivals", size, settings(name, FURTHER[name]), first, last, losses)
+        for weight in FURTHER[name]:
+            if not all(run in losses for run in runs) or min(runs, key=lambda run: losses[run]) != runs[-1]:
+                break
+            yield from arms("rivals", size, settings(name, weight), first, last, losses)
+            runs.append(f"rivals-{size}-{name}-{weight}-s1")
+
+
+def strong(size: str, first: int, last: int, losses: Losses) -> Iterator[Job]:
+    """The two losses that gain most at 77k, at ten times lambda 0.1: does that carry over to other sizes?"""
+    settings = {f"{name}-1": [f"dispersion={name}", "dispersion.lambda_disp=1"] for name in STRONG}
+    yield from arms("strong", size, settings, first, last, losses)
 
 
 def muon(size: str, first: int, last: int, losses: Losses) -> Iterator[Job]:
-    """Lambda 0 and 0.1 with Muon, at the rate of its matrices that is best at lambda 0 with one seed."""
+    """Lambda 0 and 0.1, and `simctg` at 1, with Muon; the rate of its matrices is the best at lambda 0 with one seed."""
 
-    def settings(rate: str, lam: float) -> list[str]:
-        return at(lam, "optim=muon", "optim.lr=null", f"optim.muon_lr={rate}")
+    def settings(rate: str, lam: float, *others: str) -> list[str]:
+        return at(lam, "optim=muon", "optim.lr=null", f"optim.muon_lr={rate}", *others)
 
     tried = {rate: job(f"lr-{size}-muon-{rate}", size, 101, 1.0, settings(rate, 0.0)) for rate in MUON_RATES}
     if missing := [each for each in tried.values() if each.name not in losses]:
         yield from missing
         return
     best = min(MUON_RATES, key=lambda rate: losses[tried[rate].name])
-    yield from arms("e", size, {f"muon-lam{lam:g}": settings(best, lam) for lam in PRIMARY}, first, last, losses)
+    kinds = {f"muon-lam{lam:g}": settings(best, lam) for lam in PRIMARY}
+    kinds["muon-simctg1"] = settings(best, 1, "dispersion=simctg")
+    yield from arms("e", size, kinds, first, last, losses)
 
 
 def starts(size: str, first: int, last: int, losses: Losses) -> Iterator[Job]:

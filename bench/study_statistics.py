@@ -11,7 +11,7 @@ from scipy import stats
 
 FEWEST = 3  # pairs of a test
 ALPHA, POWER = 0.05, 0.8
-WITHOUT_LAMBDA = ("c", "tuned", "rivals")  # designs whose baseline is lambda 0 of design (a)
+WITHOUT_LAMBDA = ("c", "tuned", "rivals", "strong")  # designs whose baseline is lambda 0 of design (a)
 
 Arms = dict[str, dict[int, float]]  # arm -> seed -> value
 

@@ -42,14 +42,21 @@ def test_the_rate_is_searched_beyond_the_grid_and_then_used(best, chosen):
     assert not any(name.startswith("tuned") for name in done)  # the same rate is the best for both lambdas
 
 
-def test_a_loss_gets_a_fourth_weight_where_the_largest_of_three_is_the_best():
+def test_a_loss_gets_more_weights_as_long_as_the_largest_is_the_best():
     better_with_more = ("rivals-77k-simctg", "rivals-77k-istar_", "a-77k-lam")
     done, _ = run_all(
-        lambda job: 5 - float(value(job, "dispersion.lambda_disp")) * job.name.startswith(better_with_more)
+        lambda job: 5 - min(1, float(value(job, "dispersion.lambda_disp"))) * job.name.startswith(better_with_more)
     )
-    fourth = {name for name in done if name.startswith(tuple(f"rivals-77k-{of}-{w}-s" for of, w in FURTHER.items()))}
-    expected = ("angular-1", "simctg-1", "istar_reversed-0.3")
-    assert fourth == {f"rivals-77k-{name}-s{seed}" for name in expected for seed in (1, 2, 3)}
+    more = tuple(f"rivals-77k-{of}-{weight}-s" for of, weights in FURTHER.items() for weight in weights)
+    expected = ("angular-1", "simctg-1", "simctg-3", "istar_reversed-0.3")
+    found = {name for name in done if name.startswith(more)}
+    assert found == {f"rivals-77k-{name}-s{seed}" for name in expected for seed in (1, 2, 3)}
+
+    done, _ = run_all(lambda job: 5 + (float(value(job, "dispersion.lambda_disp")) - 1) ** 2)
+    assert "rivals-77k-simctg-3-s1" in done  # 1 is the best of four
+    done, _ = run_all(lambda job: 5 + (float(value(job, "dispersion.lambda_disp")) - 0.3) ** 2)
+    assert "rivals-77k-simctg-1-s1" in done
+    assert "rivals-77k-simctg-3-s1" not in done  # 0.3 is
 
 
 def test_the_runs_of_a_pair_differ_in_lambda_alone():
