@@ -271,7 +271,7 @@ def strong(size: str, first: int, last: int, losses: Losses) -> Iterator[Job]:
 
 
 def muon(size: str, first: int, last: int, losses: Losses) -> Iterator[Job]:
-    """Lambda 0 and 0.1, and `simctg` at 1, with Muon; the rate of its matrices is the best at lambda 0 with one seed."""
+    """Lambda 0 and 0.1, and `simctg` at 1, with Muon, its rate the best at lambda 0 with one seed."""
 
     def settings(rate: str, lam: float, *others: str) -> list[str]:
         return at(lam, "optim=muon", "optim.lr=null", f"optim.muon_lr={rate}", *others)
