@@ -8,7 +8,7 @@ runs to the end, where it gets SIGTERM and must save and exit with code 75. All 
 anonymous part is allocated and the rest are mapped files), file handles, threads and the size of its checkpoints are
 read every few seconds. After a warm-up of that process the memory must grow by less than 1 MB an hour, the handles not
 at all, and checkpoints never exceed what `train.keep_last` allows: those, the best one, the one being written and the
-one just replaced. It saves and evaluates every few steps, because these are what moves memory: the C library's heap grows
+one just replaced. It saves and evaluates every few steps, as these are what moves memory: the C library's heap grows
 by tens of MB, in jumps, within the first few dozen of them.
 
 Figures go to bench/results/endurance-<machine>.json.
