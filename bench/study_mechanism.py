@@ -21,6 +21,7 @@ RIVALS_SIZE, SEEDS = "77k", (1, 2, 3)  # of the comparison with other losses
 REFERENCE_WEIGHT = 0.1
 HIGH = 0.5  # mean cosine of the last layer: above it the tokens count as one cone
 RESAMPLES = 2000
+NOTHING = "\N{EN DASH}"  # in place of a missing number
 
 Record = dict[str, Any]
 
@@ -142,29 +143,37 @@ def partial_correlation(x: NDArray[np.float64], y: NDArray[np.float64], groups: 
     return float(x @ y) / scale if scale > 0 else math.nan
 
 
-def correlations(records: Sequence[Record]) -> Iterator[str]:
-    """Does the loss go with condensation, between runs of one size and budget?"""
-    plain = [r for r in records if r["design"] == "a" and r["condensation"]]
+def correlations(records: Sequence[Record], name: str, value: Callable[[Record], float | None]) -> Iterator[str]:
+    """Does a value, such as the loss, go with condensation, between runs of one size and budget?"""
+    plain = [r for r in records if r["design"] == "a" and r["condensation"] and value(r) is not None]
     subsets = {
         "lambda 0 alone": [r for r in plain if r["config"]["dispersion"]["lambda_disp"] == 0],
         "lambda 0.03, 0.1 and 0.3": [r for r in plain if r["config"]["dispersion"]["lambda_disp"] > 0],
         "all of design (a)": plain,
     }
-    yield "\n### Loss and condensation, partial correlations\n"
+    yield f"\n### {name} and condensation, partial correlations\n"
+    if not plain:
+        yield "Not known yet: it has not been measured."
+        return
     yield (
-        "Between the validation loss and a measure, runs of design (a), after the mean of each size is taken from both"
+        "Between it and a measure, runs of design (a), after the mean of each size is taken from both"
         f" (each size has one budget), with the 95% interval of {RESAMPLES:,} resamplings of runs within each size.\n"
     )
-    yield f"| measure | {' | '.join(f'{name} ({len(runs)} runs)' for name, runs in subsets.items())} |"
+    yield f"| measure | {' | '.join(f'{subset} ({len(runs)} runs)' for subset, runs in subsets.items())} |"
     yield "| --- |" + " --- |" * len(subsets)
-    for name, measure in MEASURES.items():
-        cells = [correlation_with_interval(runs, measure) for runs in subsets.values()]
-        yield f"| {name} | {' | '.join(cells)} |"
+    for label, measure in MEASURES.items():
+        cells = [correlation_with_interval(runs, measure, value) for runs in subsets.values()]
+        yield f"| {label} | {' | '.join(cells)} |"
 
 
-def correlation_with_interval(runs: Sequence[Record], measure: Callable[[Record], float]) -> str:
+def correlation_with_interval(
+    runs: Sequence[Record], measure: Callable[[Record], float], value: Callable[[Record], float | None]
+) -> str:
+    """Of the runs, which all have the value; a dash for fewer than three."""
+    if len(runs) < 3:
+        return NOTHING
     groups = np.array([run["name"].split("-")[1] for run in runs])
-    x, y = np.array([measure(run) for run in runs]), np.array([run["loss"] for run in runs])
+    x, y = (np.array([of(run) for run in runs], float) for of in (measure, value))
     random = np.random.default_rng(0)
     members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
     drawn = []

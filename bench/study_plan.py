@@ -105,6 +105,7 @@ def jobs(losses: Losses, corpus: str = "<corpus>") -> Iterator[Job]:
     yield from rivals("77k", 2, 3, losses)
     yield from ladder("312k", PRIMARY, 1, 3, losses)
     yield from tuned(losses)
+    yield from arms("repeat", "77k", {"lam0": at(0.0)}, 1, 3, losses)  # of (a), on another machine
     yield from strong("150k", 1, 3, losses)
     yield from strong("312k", 1, 2, losses)
     yield from mid_training("77k", 5, 10, losses)

@@ -14,6 +14,7 @@ from typing import Any
 
 from bench import study_figures, study_mechanism
 from bench.study import RECORDS
+from bench.study_mechanism import NOTHING
 from bench.study_plan import SIZES
 from bench.study_statistics import Arms, Paired, baseline_of, holm, paired, pairs_needed
 from nanodisp.condensation.figures import STYLE
@@ -22,7 +23,6 @@ from nanodisp.errors import UserError
 from nanodisp.report.scaling import effective_interval, effective_parameters, fit, resampled
 
 PAGE, FIGURES = RECORDS.parent / "results.md", RECORDS.parent / "figures"
-NOTHING = "\N{EN DASH}"  # in place of a missing number
 MARGINS = {"loss": 0.01, "BLiMP": 0.005}  # of equivalence
 RESAMPLES = 200  # of the scaling law
 
@@ -59,9 +59,11 @@ def middle_cosine(record: dict[str, Any]) -> float:
 
 
 def family_of(arm: str) -> str:
-    """Tests that are corrected together: lambdas of design (a) apart from each other, each other design as a whole."""
+    """Tests that are corrected together: each lambda of design (a), each other design with dispersion, and without."""
     design, _, *rest = arm.split("-")
-    return f"(a) lambda {rest[0].removeprefix('lam')}" if design == "a" else f"({design})"
+    if design == "a":
+        return f"(a) lambda {rest[0].removeprefix('lam')}"
+    return f"({design}) without dispersion, against (a)" if rest[-1] == "lam0" else f"({design})"
 
 
 def families(arms: Arms) -> dict[str, list[str]]:
@@ -171,7 +173,8 @@ def page(records: Sequence[dict[str, Any]]) -> str:
         f"{len(records)} runs beside the search for learning rates: {counted}. Until the plan's numbers of pairs are",
         "reached, this is an interim look, from which nothing is concluded.",
         "",
-        "A difference is arm minus its baseline without dispersion, of pairs with the same seed. `p` is that of a",
+        "A difference is arm minus its baseline without dispersion, of pairs with the same seed; of an arm that has no",
+        "dispersion itself, minus lambda 0 of design (a). `p` is that of a",
         "paired t test, corrected by Holm within the table. `within` is the p value of equivalence: below 0.05 the",
         f"difference lies within ±{MARGINS['loss']} nats (BLiMP: ±{MARGINS['BLiMP']}). The last column is how many",
         "pairs would show a difference as large as that with 80% power.",
@@ -180,7 +183,8 @@ def page(records: Sequence[dict[str, Any]]) -> str:
         *table("Mean cosine of the middle layers", arms_of(records, middle_cosine), None, 3),
         *effective(records),
         *by_frequency([arms_of(records, loss_of(stratum)) for stratum in range(STRATA)]),
-        *study_mechanism.correlations(records),
+        *study_mechanism.correlations(records, "Validation loss", loss),
+        *study_mechanism.correlations(records, "BLiMP accuracy", blimp),
         *study_mechanism.interaction(records),
         *study_mechanism.rivals(records),
     ]

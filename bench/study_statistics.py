@@ -12,6 +12,7 @@ from scipy import stats
 FEWEST = 3  # pairs of a test
 ALPHA, POWER = 0.05, 0.8
 WITHOUT_LAMBDA = ("c", "tuned", "rivals", "strong")  # designs whose baseline is lambda 0 of design (a)
+SETTINGS = ("e", "f", "h", "s", "repeat")  # designs whose own lambda 0 is compared with that of design (a)
 
 Arms = dict[str, dict[int, float]]  # arm -> seed -> value
 
@@ -67,6 +68,11 @@ def pairs_needed(effect: float, deviation: float) -> int:
 
 
 def baseline_of(arm: str) -> str:
-    """The arm at lambda 0 with everything else alike: "f-150k-dropout-lam0.1" -> "f-150k-dropout-lam0"."""
+    """The arm that an arm is compared with; itself for lambda 0 of a design that is compared with no other.
+
+    With dispersion, the arm at lambda 0 with everything else alike: "f-150k-dropout-lam0.1" -> "f-150k-dropout-lam0".
+    That, in turn, with lambda 0 of design (a): what does dropout do without dispersion?
+    """
     design, size, *_ = arm.split("-")
-    return f"a-{size}-lam0" if design in WITHOUT_LAMBDA else f"{arm.rpartition('-')[0]}-lam0"
+    plain, without = f"a-{size}-lam0", f"{arm.rpartition('-')[0]}-lam0"
+    return plain if design in WITHOUT_LAMBDA or (arm == without and design in SETTINGS) else without

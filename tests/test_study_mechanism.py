@@ -52,11 +52,12 @@ def test_a_partial_correlation_is_that_of_residuals_of_a_regression_on_the_group
 
 
 def test_sizes_do_not_make_a_correlation() -> None:
-    lines = list(correlations(ladder("77k", 5.4, 1.0) + ladder("150k", 4.0, 1.0)))
+    lines = list(correlations(ladder("77k", 5.4, 1.0) + ladder("150k", 4.0, 1.0), "Loss", loss))
     (line,) = (line for line in lines if line.startswith("| share"))
     assert line.count("+1.00 [+1.00, +1.00]") == 3
-    (line,) = (line for line in correlations(ladder("77k", 5.4, -1.0)) if line.startswith("| share"))
+    (line,) = (line for line in correlations(ladder("77k", 5.4, -1.0), "Loss", loss) if line.startswith("| share"))
     assert line.count("-1.00") == 9
+    assert "Not known yet" in list(correlations(ladder("77k", 5.4, -1.0), "BLiMP", blimp))[1]
 
 
 def test_the_interaction_is_the_difference_of_paired_differences() -> None:

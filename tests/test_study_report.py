@@ -65,6 +65,9 @@ def test_every_arm_is_compared_with_lambda_0_of_its_own_design() -> None:
     assert baseline_of("f-150k-dropout-lam0.1") == "f-150k-dropout-lam0"
     assert baseline_of("h-150k-teacher0.1-lam0.1") == "h-150k-teacher0.1-lam0"
     assert baseline_of("c-150k-late") == baseline_of("tuned-150k-lam0.1") == "a-150k-lam0"
+    assert baseline_of("f-150k-dropout-lam0") == baseline_of("h-150k-teacher0.1-lam0") == "a-150k-lam0"
+    assert baseline_of("i-150k-python-bytes-lam0") == "i-150k-python-bytes-lam0", "another text has another loss"
+    assert baseline_of("a-150k-lam0") == "a-150k-lam0"
     names = [
         "a-150k-lam0",
         "a-150k-lam0.1",
@@ -73,11 +76,15 @@ def test_every_arm_is_compared_with_lambda_0_of_its_own_design() -> None:
         "a-77k-lam0.3",
         "c-77k-late",
         "b-77k-5x-lam0.1",
+        "s-77k-init0.06-lam0",
+        "s-77k-init0.06-lam0.1",
     ]
     assert families({name: {1: 0.0} for name in names}) == {
         "(a) lambda 0.1": ["a-77k-lam0.1", "a-150k-lam0.1"],
         "(a) lambda 0.3": ["a-77k-lam0.3"],
         "(c)": ["c-77k-late"],
+        "(s)": ["s-77k-init0.06-lam0.1"],
+        "(s) without dispersion, against (a)": ["s-77k-init0.06-lam0"],
     }, "without a baseline there is no comparison"
 
 
