@@ -35,11 +35,15 @@ def draw(records: Sequence[Record], losses: Arms, blimp: Arms, found: Sequence[E
 
 
 def differences(losses: Arms, blimp: Arms) -> Figure:
-    """Paired differences to lambda 0 with 95% intervals, every pair a dot: the loss, and BLiMP beside it."""
-    figure = Figure(figsize=(7.4, 3.4), layout="constrained")
+    """Paired differences to lambda 0 with 95% intervals, every pair a dot: the loss, and BLiMP beside it.
+
+    At 20 tokens per parameter, design (a), then at other budgets, (b).
+    """
+    figure = Figure(figsize=(7.4, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     sizes = [size for size in SIZES if f"a-{size}-lam0.1" in losses]
     arms = [f"a-{size}-lam{lam}" for size in sizes for lam in ("0.03", "0.1", "0.3")]
+    arms += [f"b-{size}-{budget}x-lam0.1" for budget in (5, 80) for size in sizes]
     arms = [arm for arm in arms if arm in losses]
     for ax, values, unit, scale in ((left, losses, "nats per token", 1.0), (right, blimp, "BLiMP, points", 100.0)):
         ax.axvline(0, color="0.6", linewidth=0.8)
@@ -51,9 +55,16 @@ def differences(losses: Arms, blimp: Arms) -> Figure:
             interval(ax, place, of, dots, scale)
         ax.set_xlabel(f"difference to lambda 0, {unit}")
         ax.grid(False, axis="y")
-    left.set_yticks(range(len(arms)), [arm.removeprefix("a-").replace("-lam", " parameters, lambda ") for arm in arms])
+    left.set_yticks(range(len(arms)), [label(arm) for arm in arms])
     left.invert_yaxis()
     return figure
+
+
+def label(arm: str) -> str:
+    """ "a-77k-lam0.1" -> "77k, lambda 0.1"; "b-77k-5x-lam0.1" -> "77k, lambda 0.1, 5 tokens/parameter"."""
+    _, size, *budget, lam = arm.split("-")
+    tokens = f", {budget[0].removesuffix('x')} tokens/parameter" if budget else ""
+    return f"{size}, lambda {lam.removeprefix('lam')}{tokens}"
 
 
 def interval(ax: Axes, place: int, of: Paired, dots: Sequence[float], scale: float) -> None:
