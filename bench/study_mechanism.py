@@ -15,13 +15,12 @@ from numpy.typing import NDArray
 
 from bench.rivals import REFERENCE, Entry, table
 from nanodisp.errors import UserError
-from nanodisp.report.tables import paired_interval
+from nanodisp.report.tables import NOTHING, paired_interval
 
 RIVALS_SIZE, SEEDS = "77k", (1, 2, 3)  # of the comparison with other losses
 REFERENCE_WEIGHT = 0.1
 HIGH = 0.5  # mean cosine of the last layer: above it the tokens count as one cone
 RESAMPLES = 2000
-NOTHING = "\N{EN DASH}"  # in place of a missing number
 
 Record = dict[str, Any]
 

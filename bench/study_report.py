@@ -14,13 +14,13 @@ from typing import Any
 
 from bench import study_figures, study_mechanism
 from bench.study import RECORDS
-from bench.study_mechanism import NOTHING
 from bench.study_plan import SIZES
 from bench.study_statistics import Arms, Paired, baseline_of, holm, paired, pairs_needed
 from nanodisp.condensation.figures import STYLE
 from nanodisp.condensation.sums import STRATA
 from nanodisp.errors import UserError
 from nanodisp.report.scaling import effective_interval, effective_parameters, fit, resampled
+from nanodisp.report.tables import NOTHING
 
 PAGE, FIGURES = RECORDS.parent / "results.md", RECORDS.parent / "figures"
 MARGINS = {"loss": 0.01, "BLiMP": 0.005}  # of equivalence
