@@ -271,7 +271,7 @@ class Cases:
             first.kill()
             until(partial(names, job.log, "h1"), 120, f"the others name h1: {text(job.log)[-2000:]}")
             lines |= set(job.errors())
-            for host in others:  # torchrun waits for its rendezvous for minutes, see docs/reliability.md
+            for host in others:  # torchrun waits for its rendezvous for minutes, see docs/distributed.md
                 host.end_processes()
             self.replace(first)
             again = Job(self, f"first-lost-{number}", separate=True)
@@ -343,5 +343,7 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     if not cli.asks_for_help(sys.argv[1:]):
+        if shutil.which("ip") is None or shutil.which("nsenter") is None or not Path("/dev/net/tun").exists():
+            sandbox.skip("bench.cluster.hosts needs ip (iproute2), nsenter (util-linux) and /dev/net/tun")
         sandbox.enter("bench.cluster.hosts", "--net")
     cli.run(main, Tried)
