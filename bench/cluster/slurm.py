@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from bench.cluster.sandbox import TINY, Outcomes, Tried, enter, errors_in, skip, text, until
@@ -66,6 +67,8 @@ PartitionName=all Nodes=ALL Default=YES State=UP OverSubscribe=NO
 
 def install() -> None:
     """Debian's packages, or the reason why not."""
+    if find_spec("submitit") is None:
+        skip("the slurm launcher is missing: pip install -e '.[slurm]'")
     if shutil.which("slurmctld") and shutil.which("slurmd") and shutil.which("munged"):
         return
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
