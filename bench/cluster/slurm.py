@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from nanodisp import cli
 
 NODES = ("n1", "n2", "n3", "n4")
 ONE_RANK_A_NODE = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")  # not 2 x 8
-LARGE = ("model.n_embd=512", "train.steps=40")  # 76 MB, every second step: it is nearly always saving
+LARGE = ("model.n_embd=1024", "train.checkpoint_interval=1", "train.steps=24")  # 300 MB a step: always saving
 STEPS = "train.steps=60"
 LONGER = 2500  # steps of more than that limit
 CONFIGURATION = """
@@ -228,32 +229,48 @@ class Cases:
             good.append(state == "COMPLETED" and int(job.field("Restarts")) > 0 and self.same(job.run))
         self.outcomes.note("SIGUSR1 at a random step", good, f"saved, requeued, resumed {saved} times; bit-identical")
 
-    def cancelled(self) -> None:
-        """Cancelled while a checkpoint is being written; the same command resumes."""
+    @cached_property
+    def large(self) -> Path:
+        """An undisturbed run of a model whose save takes longer than a command of SLURM's."""
         whole = Job(self.out, "large-whole", *LARGE)
         if whole.wait(600) != "COMPLETED":
             raise SystemExit(text(whole.log))
-        self._cancelled(whole, "term")
-        self._cancelled(whole, "kill", "--signal=KILL")
+        return whole.run
 
-    def _cancelled(self, whole: Job, name: str, *options: str) -> None:
-        good, unfinished, kill = [], 0, "--signal=KILL" in options
+    def cancelled(self) -> None:
+        """Cancelled while a checkpoint is being written: scancel sends SIGTERM first; the same command resumes."""
+        good, whole = [], self.large
         for number in range(self.times):
-            job = Job(self.out, f"{name}-{number}", *LARGE)
-            job.wait_for_step(self.rng.randrange(3, 30))
-            until(job.is_saving, 60, "a save begins", every=0.0005)
-            slurm("scancel", *options, job.id)
+            job = self._saving(f"cancelled-{number}")
+            slurm("scancel", job.id)
             ended = job.wait() in ("CANCELLED", "FAILED")
-            left = job.is_saving()
             time.sleep(2)
             stays = job.is_over() and job.field("Restarts") == "0"
-            again = Job(self.out, f"{name}-{number}", *LARGE)
-            resumed = again.wait(600) == "COMPLETED" and self.same(job.run, whole.run)
-            good.append(ended and left == kill and stays and resumed)
-            unfinished += left
-        fault = f"{' '.join(['scancel', *options])} in the middle of a save"
-        ended = f"ended, not requeued, {unfinished} left an unfinished save; sbatch again resumed, bit-identical"
-        self.outcomes.note(fault, good, ended)
+            again = Job(self.out, job.run.name, *LARGE)
+            good.append(ended and stays and again.wait(600) == "COMPLETED" and self.same(job.run, whole))
+        how = "ended, not requeued; sbatch again resumed, bit-identical"
+        self.outcomes.note("scancel in the middle of a save", good, how)
+
+    def killed_saving(self) -> None:
+        """All ranks get SIGKILL while a checkpoint is being written."""
+        good, whole = [], self.large
+        for number in range(self.times):
+            job = self._saving(f"killed-saving-{number}")
+            slurm("scancel", "--signal=KILL", f"{job.id}.0")
+            until(lambda job=job: not job.ranks(), 60, "the ranks end", every=0.01)  # type: ignore[misc]
+            unfinished = job.is_saving()
+            state = job.wait(600)
+            requeued = state == "COMPLETED" and job.field("Restarts") == "1"
+            good.append(unfinished and requeued and self.same(job.run, whole))
+        ended = "an unfinished save was left; requeued, resumed, bit-identical"
+        self.outcomes.note("all ranks killed in the middle of a save", good, ended)
+
+    def _saving(self, run: str) -> Job:
+        """A job at a random step that is just saving."""
+        job = Job(self.out, run, *LARGE)
+        job.wait_for_step(self.rng.randrange(3, 15))
+        until(job.is_saving, 60, "a save begins", every=0.0005)
+        return job
 
     def one_folder(self) -> None:
         """Two jobs that write into one folder."""
@@ -316,7 +333,7 @@ def main(argv: Sequence[str]) -> None:
         out = Path(name) / "out"
         out.mkdir()
         cases = Cases(cluster, out, config)
-        order = ("sweep", "time_limit", "preempted", "cancelled", "one_folder", "killed", "node_lost")
+        order = ("sweep", "time_limit", "preempted", "cancelled", "killed_saving", "one_folder", "killed", "node_lost")
         for case in order:
             if config.only is None or any(part in case for part in config.only.split(",")):
                 getattr(cases, case)()
