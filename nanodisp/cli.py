@@ -18,7 +18,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TextIO, TypeVar, cast, get_args, get_type_hints
 
-from nanodisp.errors import UserError
+from nanodisp.errors import UserError, to_stderr
 
 T = TypeVar("T")
 MISSING = "???"  # the default of a required field, as in OmegaConf
@@ -105,7 +105,7 @@ def attempt(action: Callable[[], None]) -> None:
 def fail(error: Exception) -> int:
     """Print an error on stderr; return the exit code."""
     with contextlib.suppress(OSError):  # a full disk: there is no place left to report it
-        print(f"error: {error}", file=sys.stderr)
+        to_stderr(f"error: {error}")
     return error.exit_code if isinstance(error, UserError) else 2
 
 
@@ -136,7 +136,7 @@ class Output:
             line = f"standard output cannot be written: {error.strerror}"
             if self.consequence is not None:
                 with contextlib.suppress(OSError):
-                    print(f"{line}; {self.consequence}", file=sys.stderr, flush=True)
+                    to_stderr(f"{line}; {self.consequence}")
             elif isinstance(error, BrokenPipeError):
                 raise
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
 
@@ -35,6 +36,11 @@ def optional(package: str, extra: str = "eval") -> Any:
         return importlib.import_module(package)
     except ImportError as error:
         raise UserError(f"this needs {package}: pip install 'nanodisp[{extra}]'") from error
+
+
+def to_stderr(line: str) -> None:
+    """Print a line in one write: without a buffer, print's two would mix the lines of several ranks."""
+    print(f"{line}\n", end="", file=sys.stderr, flush=True)
 
 
 def first_line(error: BaseException) -> str:

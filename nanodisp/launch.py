@@ -39,7 +39,7 @@ from nanodisp.data.prepare import DataConfig
 from nanodisp.data.shards import MANIFEST, Manifest
 from nanodisp.data.tokenizer import identity
 from nanodisp.distributed import of_torchrun, rank_lost
-from nanodisp.errors import AlreadyReported, InUse, RankLost, UserError, first_line
+from nanodisp.errors import AlreadyReported, InUse, RankLost, UserError, first_line, to_stderr
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 OFF = Unused(("dispersion.lambda_disp",), "dispersion", lambda value: value == "off", "leave one of them out")
@@ -85,7 +85,7 @@ def main(task: Callable[[Config], float | None]) -> None:
     except (UserError, HydraException, OmegaConfBaseException) as error:
         jobs.failures.append(explain(error))
     except KeyboardInterrupt:
-        print("interrupted: the same command resumes from the last checkpoint", file=sys.stderr, flush=True)
+        to_stderr("interrupted: the same command resumes from the last checkpoint")
         os._exit(130)  # at once, without waiting for a checkpoint that is being written
     jobs.total()
     for failure in jobs.failures:

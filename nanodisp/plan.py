@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
+import socket
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +17,17 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from nanodisp.config import CONFIG, DTYPES, Config, count_steps
+from nanodisp.config import CONFIG, DTYPES, Config, count_steps, flatten
 from nanodisp.data.corpus import Corpus, count_vocabulary
 from nanodisp.distributed import hardware
 from nanodisp.distributed.world import World
 from nanodisp.errors import UserError
 from nanodisp.models.gpt import GPT, GPTConfig
 from nanodisp.training.optim import with_rates
+
+# Keys whose values are a host's own where no disk is shared, or that rank 0 alone heeds.
+OF_A_HOST = ("out_dir", "run_name", "command", "device", "tensorboard", "data.path", "data.folder", "data.tokenizer")
+PATHS = ("init_from", "intervention.teacher", "train.eval_task", "train.eval_task_data")  # given on all ranks or none
 
 
 @dataclass(frozen=True)
@@ -105,9 +111,10 @@ class Plan:
 def resolve(config: Config, corpus: Corpus, world: World) -> Plan:
     """Decide what `config` leaves open, for this corpus, these ranks and this machine.
 
-    Raises UserError for a token outside the vocabulary, a batch that the ranks cannot share equally, or a key that
-    asks for what never happens in so many steps.
+    Raises UserError for ranks that differ in their keys, a token outside the vocabulary, a batch that the ranks cannot
+    share equally, or a key that asks for what never happens in so many steps.
     """
+    check_same_on_all(config, world)
     vocab_size = config.model.vocab_size or count_vocabulary(corpus)
     corpus.train.check_range(vocab_size)
     model = dataclasses.replace(config.model, vocab_size=vocab_size)
@@ -139,6 +146,27 @@ def resolve(config: Config, corpus: Corpus, world: World) -> Plan:
         n_micro=n_micro,
         rows=rows_of_rank // n_micro,
     )
+
+
+def check_same_on_all(config: Config, world: World) -> None:
+    """UserError on all ranks when one has other keys than rank 0: they would wait for each other in vain."""
+    flat = flatten(dataclasses.asdict(config))
+    own = {key: value for key, value in flat.items() if key not in OF_A_HOST and not key.startswith("wandb.")}
+    own |= {key: "a path" for key in PATHS if own[key] is not None}
+    own = {key: json.dumps(value) for key, value in own.items()}
+    first = json.loads(world.send(json.dumps(own).encode(), source=0))
+    differing = [key for key in {**first, **own} if first.get(key) != own.get(key)]
+    odd = torch.zeros(world.size, device=world.device)
+    odd[world.rank] = len(differing) > 0
+    ranks = world.sum(odd).nonzero().flatten().tolist()
+    with world.together():
+        if ranks[:1] == [world.rank]:  # the first of them speaks
+            several, names = len(ranks) > 1, ", ".join(map(str, ranks))
+            raise UserError(
+                f"rank{'s' * several} {names} differ{'s' * (not several)} from rank 0: on {socket.gethostname()} "
+                + ", ".join(f"{key}={own.get(key)} (rank 0: {first.get(key)})" for key in differing)
+                + "; give all ranks the same command (only paths may differ)"
+            )
 
 
 def check_happens(config: Config, total_steps: int) -> None:

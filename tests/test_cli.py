@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import re
 import runpy
@@ -236,6 +237,17 @@ def exit_code(error: BaseException) -> object:
 def test_run_reports_a_users_mistake_with_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(UserError("no such thing")) == 2
     assert capsys.readouterr() == ("", "error: no such thing\n")
+
+
+def test_a_line_on_stderr_is_one_write_so_that_those_of_several_ranks_stay_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written: list[str] = []
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "write", written.append)
+    monkeypatch.setattr(sys, "stderr", stream)
+    cli.fail(UserError("no such thing"))
+    assert [text for text in written if text] == ["error: no such thing\n"]
 
 
 def test_run_ends_quietly_when_interrupted(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,9 +22,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanodisp.distributed.roll_call import RollCall
-from nanodisp.errors import AlreadyReported, RankLost, UserError, first_line
+from nanodisp.errors import AlreadyReported, RankLost, UserError, first_line, to_stderr
 
 DEVICES = ("auto", "cpu", "cuda")
+CHUNK = 1 << 26  # bytes sent at once
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,20 @@ class World:
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def send(self, content: bytes, source: int) -> bytes:
+        """The bytes of rank `source`, on all ranks."""
+        if self.size == 1:
+            return content
+        size = torch.tensor([len(content)], dtype=torch.int64, device=self.device)
+        dist.broadcast(size, source)
+        received = bytearray(content) if self.rank == source else bytearray(int(size))
+        for start in range(0, int(size), CHUNK):
+            part = torch.frombuffer(received, dtype=torch.uint8, count=min(CHUNK, int(size) - start), offset=start)
+            moved = part.to(self.device)
+            dist.broadcast(moved, source)
+            part.copy_(moved)
+        return bytes(received)
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank; does not wait for the devices."""
@@ -202,7 +217,7 @@ def group_of_ranks() -> Iterator[None]:
             if not isinstance(error, SystemExit):
                 traceback.print_exc()
             elif isinstance(code, str):
-                print(code, file=sys.stderr)
+                to_stderr(code)
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code if isinstance(code, int) else code is not None)

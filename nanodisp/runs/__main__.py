@@ -13,6 +13,7 @@ import nanodisp.process  # noqa: F401 - first: for Ctrl-C while the rest is load
 # isort: split
 import contextlib
 import shlex
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,9 @@ def main(argv: Sequence[str]) -> None:
     if not argv or argv[0] not in ("pack", "unpack"):
         raise UserError(f"give {USAGE}")
     first = "run" if argv[0] == "pack" else "file"
-    rest = [each if each.startswith((f"{first}=", "to=")) else f"{first}={each}" for each in argv[1:]]
+    names, keys = cli.split_names(argv[1:])
+    rest = [f"{first}={name}" for name in names] + keys
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C also removes what is half written
     if argv[0] == "pack":
         packed = cli.parse(PackConfig, rest)
         n_files = pack(Path(packed.run), Path(packed.to))

@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import shutil
-import sys
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from nanodisp.errors import UserError
+from nanodisp.errors import UserError, to_stderr
 from nanodisp.files import digest, flush
 
 FORMAT_VERSION = 2
@@ -37,6 +36,18 @@ REMEDY = "training falls back to the one before; other commands need the name of
 
 class Damaged(UserError):
     """A checkpoint that was complete once and is not intact now."""
+
+
+class NoneIntact(UserError):
+    """A folder of checkpoints that are all damaged: `found`, newest first, with what is wrong with each."""
+
+    def __init__(self, folder: Path, found: list[tuple[Path, Damaged]]) -> None:
+        newest = str(found[0][1]).removesuffix(f"; {REMEDY}")
+        super().__init__(
+            f"no checkpoint in {folder} is intact ({newest}); restore one from a backup, or delete {folder.parent} to "
+            "train from the beginning"
+        )
+        self.found = found
 
 
 @dataclass
@@ -131,7 +142,7 @@ class Saver:
             try:
                 self.wait()
             except UserError as failed:
-                print(f"error: {failed}", file=sys.stderr)
+                to_stderr(f"error: {failed}")
 
     def wait(self) -> None:
         """Wait until nothing is being written. Raises UserError when the last save failed."""
@@ -160,7 +171,7 @@ class Saver:
         try:
             prune(self.folder, self.keep_last, self.keep_every)
         except OSError as error:
-            print(f"{self.folder}: old checkpoints cannot be deleted: {error}", file=sys.stderr)
+            to_stderr(f"{self.folder}: old checkpoints cannot be deleted: {error}")
 
 
 def load(path: Path) -> Checkpoint:
@@ -185,7 +196,7 @@ def load_newest(folder: Path) -> Checkpoint | None:
 
     Newer, damaged ones are reported on stderr and renamed to `damaged_step_…`.
 
-    Raises UserError when none is intact.
+    Raises NoneIntact when all are damaged.
     """
     damaged: list[tuple[Path, Damaged]] = []
     for path in reversed(all_checkpoints(folder)):
@@ -194,19 +205,23 @@ def load_newest(folder: Path) -> Checkpoint | None:
         except Damaged as error:
             damaged.append((path, error))
             continue
-        for bad, reason in damaged:
-            aside = bad.with_name(f"damaged_{bad.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            bad.rename(aside)
-            print(f"{reason}: renamed to {aside.name}, falling back to step {found.step}", file=sys.stderr)
+        set_aside(damaged, f"falling back to step {found.step}")
         return found
     if damaged:
-        newest = str(damaged[0][1]).removesuffix(f"; {REMEDY}")
-        raise UserError(
-            f"no checkpoint in {folder} is intact ({newest}); restore one from a backup, or delete {folder.parent} to "
-            "train from the beginning"
-        )
+        raise NoneIntact(folder, damaged)
     return None
+
+
+def set_aside(damaged: list[tuple[Path, Damaged]], instead: str) -> None:
+    """Rename damaged checkpoints to `damaged_step_…` and report each on stderr; UserError when that fails."""
+    for path, error in damaged:
+        reason, aside = str(error).removesuffix(f"; {REMEDY}"), path.with_name(f"damaged_{path.name}")
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+        except OSError as failed:
+            raise UserError(f"{reason}; it cannot be renamed: {failed.strerror}; fix the permissions") from failed
+        to_stderr(f"{reason}: renamed to {aside.name}, {instead}")
 
 
 def path_of(folder: Path, step: int) -> Path:

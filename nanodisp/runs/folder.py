@@ -117,12 +117,12 @@ class Run:
         folder = self.folder / CHECKPOINTS
         if self.config.resume == "never" and ((self.folder / CONFIG).exists() or checkpoint.all_checkpoints(folder)):
             raise UserError(f"{self.folder} holds a run: resume=auto resumes it, run_name=<another> starts a new one")
-        with self.world.together():
-            saved = checkpoint.load_newest(folder) if self.writes else None
-        if self.replicated:
-            step = replicas.same_on_all(self.folder, saved, self.world, self.writes)
-            saved = None  # read again below: another host's may have taken its place
+        saved = None
+        if self.replicated:  # read below: another host's may take the place of this one's
+            step = replicas.same_on_all(self.folder, self.world, self.writes)
         else:
+            with self.world.together():
+                saved = checkpoint.load_newest(folder) if self.writes else None
             found = torch.tensor(saved.step + 1 if saved else 0, device=self.world.device)
             step = int(self.world.sum(found)) - 1  # rank 0 tells the others
         if step < 0:

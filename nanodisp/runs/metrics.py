@@ -15,7 +15,6 @@ import fcntl
 import json
 import math
 import os
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nanodisp.condensation.layers import NOT_ON_THE_TERMINAL
 from nanodisp.config import WandbConfig
-from nanodisp.errors import InUse, UserError, first_line, optional
+from nanodisp.errors import InUse, UserError, first_line, optional, to_stderr
 from nanodisp.files import write_whole
 from nanodisp.runs.trackers import TensorBoard, Tracker, Wandb
 
@@ -226,10 +225,7 @@ def take(lock: TextIO, folder: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
-        print(
-            f"{folder}: its file system has no locks ({error.strerror}): let no other process train into it",
-            file=sys.stderr,
-        )
+        to_stderr(f"{folder}: its file system has no locks ({error.strerror}): let no other process train into it")
 
 
 def describe(record: dict[str, Any], total_steps: int) -> str:

@@ -7,6 +7,8 @@ folder gets its name once all of them are right and on disk.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -14,18 +16,20 @@ import os
 import re
 import shutil
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
 from nanodisp.config import CONFIG
-from nanodisp.errors import UserError
+from nanodisp.errors import InUse, UserError
 from nanodisp.files import digest, flush
 from nanodisp.runs.checkpoint import CHECKPOINTS
-from nanodisp.runs.metrics import METRICS, Metrics
+from nanodisp.runs.metrics import METRICS, take
 
 LIST, VERSION, LONGEST_LIST = "packed.json", 1, 1 << 24
 NAME = re.compile(r"\w[\w.,=+-]*")  # of a run, as in `Config`
 CHUNK = 1 << 22
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd")  # how files of gzip, bzip2, xz and zstd begin
 
 
 def pack(run: Path, to: Path) -> int:
@@ -33,15 +37,17 @@ def pack(run: Path, to: Path) -> int:
 
     Raises:
         InUse: the run is in training.
-        UserError: no run, a link in its folder, or a file that exists or cannot be written.
+        UserError: no run, a link in its folder, or a file that exists, is in the run's folder or cannot be written.
     """
     if not (run / CONFIG).is_file() and not (run / METRICS).is_file() and not (run / CHECKPOINTS).is_dir():
         raise UserError(f"{run} is no run's folder: it has neither {CONFIG} nor {METRICS} nor {CHECKPOINTS}/")
     if to.exists():
         raise UserError(f"to={to} exists: give another name, or delete it")
+    if to.resolve().is_relative_to(run.resolve()):
+        raise UserError(f"to={to} is in the run's folder {run}: give a file outside it")
     temporary = to.with_name(f".{to.name}.tmp")
     try:
-        with Metrics(run):
+        with locked(run):
             files = [path for path in sorted(run.rglob("*")) if not is_hidden(path.relative_to(run))]
             if links := [path for path in files if path.is_symlink() or not (path.is_file() or path.is_dir())]:
                 raise UserError(f"{links[0]} is a link or no plain file, and is not packed: replace it with the file")
@@ -51,18 +57,40 @@ def pack(run: Path, to: Path) -> int:
                 for path in plain
             }
             about = json.dumps({"version": VERSION, "run": run.resolve().name, "files": entries}, indent=1).encode()
-            with temporary.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
-                add(tar, LIST, len(about), io.BytesIO(about))
-                for name, entry in entries.items():
-                    with (run / name).open("rb") as content:
-                        add(tar, name, cast(int, entry["bytes"]), content)
-        flush(temporary)
-        temporary.rename(to)
-        flush(to.parent)
+            try:
+                with temporary.open("wb") as file, tarfile.open(None, "w", file, format=tarfile.PAX_FORMAT) as tar:
+                    add(tar, LIST, len(about), io.BytesIO(about))
+                    for name, entry in entries.items():
+                        with (run / name).open("rb") as content:
+                            add(tar, name, cast(int, entry["bytes"]), content)
+                flush(temporary)
+                temporary.rename(to)
+                flush(to.parent)
+            finally:  # also after Ctrl-C
+                temporary.unlink(missing_ok=True)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"{run} cannot be packed into {to}: {error}") from error
     return len(entries)
+
+
+@contextlib.contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """The lock of a run's folder; none where its file system is read-only, so that nothing here trains into it."""
+    try:
+        lock = (run / ".lock").open("w")
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+        yield
+        return
+    with lock:
+        try:
+            take(lock, run)
+        except BlockingIOError:
+            raise InUse(
+                f"another process is training {run}, or packing it: wait for it, or end it (Ctrl-C saves), then pack"
+            ) from None
+        yield
 
 
 def is_hidden(path: Path) -> bool:
@@ -82,7 +110,14 @@ def unpack(packed: Path, to: Path) -> Path:
     left behind.
     """
     temporary: Path | None = None
+    missing: list[Path] = []
     try:
+        missing = [folder for folder in (to, *to.parents) if not folder.exists()]
+        with packed.open("rb") as file:
+            if file.read(6).startswith(COMPRESSED):
+                raise UserError(
+                    f"{packed} is compressed: decompress it first (gunzip, unzstd, …), then unpack the .tar"
+                )
         with tarfile.open(packed, "r:") as tar:
             about = read_list(tar, packed)
             folder = to / about["run"]
@@ -104,11 +139,16 @@ def unpack(packed: Path, to: Path) -> Path:
                 flush(path)
         temporary.rename(folder)
         flush(to)
-    except (OSError, tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError) as error:
+        raise wrong(packed, f"it is cut short, or no file that pack has written ({error})") from error
+    except OSError as error:
         raise UserError(f"{packed} cannot be unpacked into {to}: {error}") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+        for each in missing:
+            with contextlib.suppress(OSError):  # not empty: the run is there
+                each.rmdir()
     return folder
 
 

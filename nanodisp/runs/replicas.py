@@ -7,8 +7,11 @@ it, are sent to all that lack it, so that every host could go on without the oth
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,19 +24,26 @@ from nanodisp.runs import checkpoint
 from nanodisp.runs.checkpoint import CHECKPOINTS, TENSOR_FILES
 from nanodisp.runs.metrics import METRICS
 
-CHUNK = 1 << 26  # bytes sent at once
 
+def same_on_all(run: Path, world: World, writes: bool) -> int:
+    """Bring the newest intact checkpoint of all hosts to each; return its step, -1 where no host has any.
 
-def same_on_all(run: Path, saved: checkpoint.Checkpoint | None, world: World, writes: bool) -> int:
-    """Bring the newest checkpoint of all hosts to each; return its step, -1 where no host has any.
+    Records that have been deleted on the host with that checkpoint are no reason to end: as on a single host, the run
+    goes on without them, and the others keep theirs.
 
     Args:
         run: the run's folder, on each host its own.
-        saved: the newest intact checkpoint in it; None without one, and on ranks that do not look.
         writes: whether this rank keeps its host's folder. All ranks call this.
 
-    Raises UserError, on all ranks, when a file cannot be read or written.
+    Raises UserError, on all ranks, when a file cannot be read or written, or all checkpoints of all hosts are damaged.
     """
+    saved: checkpoint.Checkpoint | None = None
+    damaged: checkpoint.NoneIntact | None = None
+    with world.together():
+        try:
+            saved = checkpoint.load_newest(run / CHECKPOINTS) if writes else None
+        except checkpoint.NoneIntact as error:  # as bad as none, if another host has one
+            damaged = error
     known = torch.full((world.size, 2), -1, dtype=torch.int64, device=world.device)  # step and content, by rank
     if saved is not None:
         sha256 = "".join(saved.state["sha256"][name] for name in TENSOR_FILES)
@@ -43,22 +53,29 @@ def same_on_all(run: Path, saved: checkpoint.Checkpoint | None, world: World, wr
     source = int((known[:, 0] == newest).nonzero()[0])
     # the same step with other content: of hosts that went on without each other
     lacks = newest >= 0 and writes and not torch.equal(known[world.rank], known[source])
+    with world.together():
+        if damaged is not None and newest < 0:
+            raise damaged
+        if damaged is not None:
+            checkpoint.set_aside(damaged.found, f"taking step {newest} of rank {source}")
     if not world.any(lacks):
         return newest
     path = checkpoint.path_of(run / CHECKPOINTS, newest)
     temporary = path.with_name(f".{path.name}.tmp")
-    with world.together():
+    with copying(run, world):
         if lacks:
-            prepare(temporary)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
     for name in (*TENSOR_FILES, "state.json", METRICS):
         file = run / METRICS if name == METRICS else path / name
-        with world.together():
-            content = file.read_bytes() if world.rank == source else b""
-        content = send(content, source, world)
-        with world.together():
-            if lacks:
+        with copying(run, world):
+            is_there = world.rank == source and (name != METRICS or file.exists())
+            content = file.read_bytes() if is_there else b""
+        content = world.send(content, source)
+        with copying(run, world):
+            if lacks and content:
                 write_whole(file if name == METRICS else temporary / name, content)
-    with world.together():
+    with copying(run, world):
         if lacks:
             shutil.rmtree(path, ignore_errors=True)
             temporary.rename(path)
@@ -66,22 +83,14 @@ def same_on_all(run: Path, saved: checkpoint.Checkpoint | None, world: World, wr
     return newest
 
 
-def prepare(temporary: Path) -> None:
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{temporary.parent} cannot be written: {error.strerror}; choose another out_dir") from error
-
-
-def send(content: bytes, source: int, world: World) -> bytes:
-    """The bytes of rank `source`, on all ranks."""
-    size = torch.tensor([len(content)], dtype=torch.int64, device=world.device)
-    dist.broadcast(size, source)
-    received = bytearray(content) if world.rank == source else bytearray(int(size))
-    for start in range(0, int(size), CHUNK):
-        part = torch.frombuffer(received, dtype=torch.uint8, count=min(CHUNK, int(size) - start), offset=start)
-        moved = part.to(world.device)
-        dist.broadcast(moved, source)
-        part.copy_(moved)
-    return bytes(received)
+@contextlib.contextmanager
+def copying(run: Path, world: World) -> Iterator[None]:
+    """`world.together`, in which a file that cannot be read or written is a UserError."""
+    with world.together():
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{run} on {socket.gethostname()} cannot be copied between the hosts: {error}; free space or fix the "
+                "permissions, then run the command again"
+            ) from error

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gzip
 import io
 import json
 import os
+import signal
 import tarfile
 from collections.abc import Callable
 from hashlib import sha256
@@ -19,6 +21,7 @@ from conftest import losses, weights
 from nanodisp import cli
 from nanodisp.errors import InUse, UserError
 from nanodisp.runs import __main__ as command
+from nanodisp.runs import pack as packing
 from nanodisp.runs.metrics import Metrics
 from nanodisp.runs.pack import pack, unpack
 
@@ -80,14 +83,62 @@ def test_nothing_is_overwritten(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_in_training_and_what_is_no_run_are_not_packed(folder: Path, tmp_path: Path) -> None:
-    with Metrics(folder), pytest.raises(InUse, match="another process is training"):
+    with Metrics(folder), pytest.raises(InUse, match=r"is training .*, or packing it: wait"):
         pack(folder, tmp_path / "run.tar")
+    with pytest.raises(UserError, match="is in the run's folder"):
+        pack(folder, folder / "checkpoints" / "run.tar")
     with pytest.raises(UserError, match="is no run's folder"):
         pack(tmp_path, tmp_path / "run.tar")
     (folder / "link").symlink_to("/etc/passwd")
     with pytest.raises(UserError, match="link is a link"):
         pack(folder, tmp_path / "run.tar")
-    assert not list(tmp_path.glob("*.tar*"))
+    assert not list(tmp_path.rglob("*.tar*"))
+
+
+def test_a_run_on_a_disk_that_is_read_only_is_packed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Path.open
+
+    def refuse(path: Path, mode: str = "r", *rest: Any) -> Any:
+        if path.is_relative_to(folder) and mode != "rb":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return opened(path, mode, *rest)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert pack(folder, tmp_path / "run.tar") == 3
+    assert unpack(tmp_path / "run.tar", tmp_path / "there").is_dir()
+
+
+@pytest.mark.parametrize("what", ["pack", "unpack"])
+def test_ctrl_c_leaves_nothing_half_written(
+    what: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(folder, tmp_path / "done.tar")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(
+        packing, {"pack": "add", "unpack": "write"}[what], lambda *_: os.kill(os.getpid(), signal.SIGINT)
+    )
+    given = {"pack": [str(folder), f"to={tmp_path}/run.tar"], "unpack": [f"{tmp_path}/done.tar", f"to={tmp_path}/in"]}
+    with pytest.raises(KeyboardInterrupt):
+        signal.signal(signal.SIGINT, lambda *_: pytest.fail("no interrupt"))  # a command's own does not raise
+        command.main([what, *given[what]])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["run.tar.gz", "cut.tar", "text.tar"])
+def test_what_is_no_whole_tar_is_refused_with_what_to_do(name: str, folder: Path, tmp_path: Path) -> None:
+    pack(folder, tmp_path / "run.tar")
+    content = (tmp_path / "run.tar").read_bytes()
+    remedy, bad = {
+        "run.tar.gz": ("is compressed: decompress it first", gzip.compress(content, 1)),
+        "cut.tar": ("cut short, .*: copy the file again", content[:1_000_000]),
+        "text.tar": ("no file that pack has written", b"text" * 1000),
+    }[name]
+    (tmp_path / name).write_bytes(bad)
+    with pytest.raises(UserError, match=remedy):
+        unpack(tmp_path / name, tmp_path / "in" / "there")
+    assert not (tmp_path / "in").exists()
 
 
 @pytest.mark.parametrize("at", [0.0, 0.01, 0.3, 0.7, 0.999])
@@ -104,7 +155,7 @@ def test_a_damaged_file_is_refused_and_leaves_nothing(folder: Path, tmp_path: Pa
     with pytest.raises(UserError, match=r"bad\.tar") as caught:
         unpack(tmp_path / "bad.tar", tmp_path / "there")
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "there").exists() or not list((tmp_path / "there").iterdir())
+    assert not (tmp_path / "there").exists()
 
 
 def forge(path: Path, names: list[str], about: Callable[[dict[str, Any]], Any] = lambda about: about) -> Path:
@@ -133,7 +184,7 @@ def forge(path: Path, names: list[str], about: Callable[[dict[str, Any]], Any] =
 def test_no_name_leads_out_and_nothing_is_a_link_or_twice(names: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"forged\.tar"):
         unpack(forge(tmp_path / "forged.tar", names), tmp_path / "in" / "there")
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "forged.tar"]
+    assert list(tmp_path.rglob("*")) == [tmp_path / "forged.tar"]
 
 
 @pytest.mark.parametrize(
@@ -170,6 +221,8 @@ def test_the_command_takes_names_without_keys(folder: Path, tmp_path: Path, caps
     assert (tmp_path / "there" / "a-run" / "config.yaml").is_file()
     with pytest.raises(UserError, match="give python -m nanodisp"):
         command.main(["zip"])
+    with pytest.raises(UserError, match=r"'foo=1' is not valid: .* one of the keys run, to"):
+        command.main(["pack", str(folder), f"to={tmp_path / 'more.tar'}", "foo=1"])
     with pytest.raises(UserError, match="to is required"):
         command.main(["pack", str(folder)])
     assert cli.MISSING not in capsys.readouterr().out
