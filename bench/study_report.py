@@ -119,7 +119,8 @@ def by_frequency(arms: Sequence[Arms]) -> Iterator[str]:
     yield "| --- | --- |" + " --- |" * STRATA
     for arm in (arm for members in measured.values() for arm in members):
         found = [paired(of[arm], of[baseline_of(arm)], 0.0) for of in arms]
-        yield f"| {arm} | {found[0].n} | {' | '.join(difference(each, 4) for each in found)} |"
+        if found[0].n:
+            yield f"| {arm} | {found[0].n} | {' | '.join(difference(each, 4) for each in found)} |"
 
 
 def loss_of(stratum: int) -> Callable[[dict[str, Any]], float | None]:
