@@ -21,6 +21,7 @@ from nanodisp.errors import UserError
 HUBER = 1e-3  # of log L: larger residuals count linearly
 # of log A and log B, alpha and beta, and log E: fits begin at all combinations
 STARTS: tuple[Sequence[float], ...] = ((0.0, 5.0, 10.0), (0.2, 0.5, 1.0), (0.0, 0.7))
+LARGEST_LOG = 300.0  # of log A and log B: a term that only the smallest runs feel has no finite best A
 WIDEST = 1e6  # a factor of parameters within which an equal loss is searched
 
 
@@ -66,6 +67,7 @@ def fit(n: ArrayLike, d: ArrayLike, loss: ArrayLike, start: Law | None = None) -
 
     def best_from(theta: ArrayLike, evaluations: int) -> tuple[float, np.ndarray]:
         exact = {"ftol": 1e-15, "xtol": 1e-12, "gtol": 1e-15, "max_nfev": evaluations}  # the valley is narrow
+        exact["bounds"] = (-np.inf, [LARGEST_LOG, LARGEST_LOG, np.inf, np.inf, np.inf])
         found = least_squares(residuals, theta, jacobian, loss="huber", f_scale=HUBER, x_scale="jac", **exact)
         return float(found.cost), found.x
 
