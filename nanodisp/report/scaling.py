@@ -67,9 +67,7 @@ def fit(n: ArrayLike, d: ArrayLike, loss: ArrayLike, start: Law | None = None) -
 
     def best_from(theta: ArrayLike, evaluations: int) -> tuple[float, np.ndarray]:
         exact = {"ftol": 1e-15, "xtol": 1e-12, "gtol": 1e-15, "max_nfev": evaluations}  # the valley is narrow
-        bounds = (-np.inf, [LARGEST_LOG, LARGEST_LOG, np.inf, np.inf, np.inf])
-        huber = {"loss": "huber", "f_scale": HUBER, "x_scale": "jac"}
-        found = least_squares(residuals, theta, jacobian, bounds, **huber, **exact)
+        found = least_squares(residuals, theta, jacobian, loss="huber", f_scale=HUBER, x_scale="jac", **exact)
         return float(found.cost), found.x
 
     starts = [(a, b, e, alpha, alpha) for a, b, alpha, e in itertools.product(STARTS[0], STARTS[0], *STARTS[1:])]
@@ -77,6 +75,8 @@ def fit(n: ArrayLike, d: ArrayLike, loss: ArrayLike, start: Law | None = None) -
         starts = [(*np.log([start.A, start.B, start.E]), start.alpha, start.beta)]
     _, near = min((best_from(start, 100) for start in starts), key=lambda found: found[0])
     _, (a, b, e, alpha, beta) = best_from(near, 3000)
+    for_n, for_d = max(0.0, a - LARGEST_LOG), max(0.0, b - LARGEST_LOG)  # both terms stay at the smallest run
+    a, alpha, b, beta = a - for_n, alpha - for_n / x.min(), b - for_d, beta - for_d / y.min()
     return Law(float(np.exp(e)), float(np.exp(a)), float(np.exp(b)), float(alpha), float(beta))
 
 
