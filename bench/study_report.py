@@ -67,9 +67,10 @@ def family_of(arm: str) -> str:
 
 
 def families(arms: Arms) -> dict[str, list[str]]:
-    """Family -> its arms, those at lambda 0.1 of design (a) first, sizes in ascending order."""
+    """Family -> its arms that share a seed with their baseline, lambda 0.1 of (a) first, sizes in ascending order."""
     order = list(SIZES)
-    compared = [arm for arm in arms if baseline_of(arm) != arm and baseline_of(arm) in arms]
+    shared = {arm: arms[arm].keys() & arms.get(baseline_of(arm), {}).keys() for arm in arms}
+    compared = [arm for arm in arms if baseline_of(arm) != arm and shared[arm]]
     compared.sort(
         key=lambda arm: (family_of(arm) != "(a) lambda 0.1", family_of(arm), order.index(arm.split("-")[1]), arm)
     )
@@ -119,8 +120,7 @@ def by_frequency(arms: Sequence[Arms]) -> Iterator[str]:
     yield "| --- | --- |" + " --- |" * STRATA
     for arm in (arm for members in measured.values() for arm in members):
         found = [paired(of[arm], of[baseline_of(arm)], 0.0) for of in arms]
-        if found[0].n:
-            yield f"| {arm} | {found[0].n} | {' | '.join(difference(each, 4) for each in found)} |"
+        yield f"| {arm} | {found[0].n} | {' | '.join(difference(each, 4) for each in found)} |"
 
 
 def loss_of(stratum: int) -> Callable[[dict[str, Any]], float | None]:
@@ -141,7 +141,7 @@ def table(title: str, arms: Arms, margin: float | None, digits: int) -> Iterator
         yield f"| {' | '.join(['---'] * len(heads))} |"
         for arm, of, adjusted in zip(members, found, holm([each.p for each in found]), strict=True):
             shared = arms[arm].keys() & arms[baseline_of(arm)].keys()
-            base = statistics.fmean(arms[baseline_of(arm)][seed] for seed in shared) if shared else math.nan
+            base = statistics.fmean(arms[baseline_of(arm)][seed] for seed in shared)
             cells = [arm, str(of.n), number(base, digits), difference(of, digits), number(of.deviation, digits)]
             cells.append(probability(adjusted))
             if margin:
@@ -152,7 +152,7 @@ def table(title: str, arms: Arms, margin: float | None, digits: int) -> Iterator
 
 def difference(of: Paired, digits: int) -> str:
     interval = "" if math.isnan(of.half) else f" [{of.mean - of.half:+.{digits}f}, {of.mean + of.half:+.{digits}f}]"
-    return f"{of.mean:+.{digits}f}{interval}" if of.n else NOTHING
+    return f"{of.mean:+.{digits}f}{interval}"
 
 
 def number(value: float, digits: int) -> str:

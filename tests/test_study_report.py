@@ -86,6 +86,7 @@ def test_every_arm_is_compared_with_lambda_0_of_its_own_design() -> None:
         "(s)": ["s-77k-init0.06-lam0.1"],
         "(s) without dispersion, against (a)": ["s-77k-init0.06-lam0"],
     }, "without a baseline there is no comparison"
+    assert families({"a-77k-lam0": {1: 5.0}, "a-77k-lam0.1": {2: 5.0}}) == {}, "nor without a seed that both have"
 
 
 def test_arms_are_worth_the_parameters_of_the_law_without_dispersion(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nanodisp.errors import UserError
-from nanodisp.report.scaling import Law, effective_interval, effective_parameters, fit, resampled
+from nanodisp.report.scaling import LARGEST_LOG, Law, effective_interval, effective_parameters, fit, resampled
 
 CHINCHILLA = Law(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
 N, D = (each.flatten() for each in np.meshgrid(np.geomspace(8e4, 2.5e6, 5), np.geomspace(1e6, 2e8, 4)))
@@ -42,6 +42,13 @@ def test_runs_that_cannot_tell_the_terms_apart_are_refused() -> None:
         fit(n, 20 * n, CHINCHILLA.loss(n, 20 * n))
     with pytest.raises(UserError, match="as many different sizes and budgets"):
         fit(N[:4], D[:4], CHINCHILLA.loss(N[:4], D[:4]))
+
+
+def test_a_term_that_only_the_smallest_runs_feel_has_finite_constants() -> None:
+    losses = 2 + 300 * D**-0.35 + 0.3 * (N.min() == N)
+    law = fit(N, D, losses)
+    assert np.log(law.A) <= LARGEST_LOG + 1e-6, "else other runs make it infinite"
+    np.testing.assert_allclose(law.loss(N, D), losses, rtol=1e-2)
 
 
 def test_an_interval_of_the_worth_holds_the_truth_and_shrinks_with_the_noise() -> None:
