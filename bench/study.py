@@ -8,9 +8,9 @@
     python -m bench.study records                                       # finished runs -> docs/study/records/*.jsonl
 
 Each job of `bench.study_plan` is one `python train.py` under out/study/; with --benchmarks, the last checkpoint of a
-run of design (a) is then evaluated by `nanodisp.evaluate`. Runs that stand in docs/study/records/ are finished, even if
-their folders are on another machine. A second worker on the same machine runs other jobs: one whose folder is in use
-fails at once.
+run of some designs (`EVALUATED`) is then evaluated by `nanodisp.evaluate`. Runs that stand in docs/study/records/ are
+finished, even if their folders are on another machine. A second worker on the same machine runs other jobs: one whose
+folder is in use fails at once.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from nanodisp.runs.metrics import METRICS, read_records
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "docs" / "study" / "records"
-TASKS, EVALUATED = ("blimp",), ("a", "tuned")  # benchmarks, and the designs whose runs have them
+TASKS, EMBEDDING_TASKS = "blimp,hellaswag,lambada,wikitext", "retrieval,similarity,probes"
+EVALUATED = ("a", "e", "strong", "tuned")  # designs whose runs are evaluated when they end
 EXITED_EARLY = 75  # train.py was asked to stop and has saved
 
 
@@ -86,11 +87,13 @@ def call(command: Sequence[str], log: Path, deadline: float = math.inf) -> int:
 
 
 def evaluate(folder: Path, benchmarks: Path) -> None:
-    """Of a run's last checkpoint, into its folder: loss by frequency, and benchmarks; not again if they are there."""
-    settings = (f"checkpoint={folder}", f"tasks={','.join(TASKS)}", f"task_data={benchmarks}", "batch_size=32")
-    code = call(("-m", "nanodisp.evaluate", *settings), folder / "log.txt")
+    """Of a run's last checkpoint, into its folder: benchmarks, loss by frequency; not again what is there."""
+    log, program = folder / "log.txt", ("-m", "nanodisp.evaluate", f"checkpoint={folder}", "batch_size=32")
+    code = call((*program, f"tasks={TASKS}", f"task_data={benchmarks}"), log)
+    if not any(name.startswith("retrieval") for name in read_evaluation(folder / EVALUATION).get("tasks", {})):
+        code = call((*program, f"tasks={EMBEDDING_TASKS}", f"data={benchmarks}"), log) or code
     if study_frequency.read(folder) is None:
-        code = call(("-m", "bench.study_frequency", str(folder)), folder / "log.txt") or code
+        code = call(("-m", "bench.study_frequency", str(folder)), log) or code
     print(f"    {folder.name}: evaluated, exit code {code}", flush=True)
 
 

@@ -25,6 +25,17 @@ from nanodisp.report.tables import NOTHING
 PAGE, FIGURES = RECORDS.parent / "results.md", RECORDS.parent / "figures"
 MARGINS = {"loss": 0.01, "BLiMP": 0.005}  # of equivalence
 RESAMPLES = 200  # of the scaling law
+BENCHMARKS = {  # exploratory: title -> task and metric of a record
+    "LAMBADA, perplexity of the last word, as a logarithm": ("lambada", "perplexity"),
+    "WikiText-103, bits per byte": ("wikitext", "bits_per_byte"),
+    "HellaSwag, accuracy": ("hellaswag", "acc_norm"),
+    "STS-B, Spearman's rho": ("similarity_stsb", "spearman raw"),
+    "STS-B, Spearman's rho after whitening": ("similarity_stsb", "spearman whitened"),
+    "Cranfield, nDCG@10": ("retrieval_cranfield", "ndcg@10 raw"),
+    "Cranfield, nDCG@10 after whitening": ("retrieval_cranfield", "ndcg@10 whitened"),
+    "Polarity of sentences, accuracy of a linear probe": ("probe_sentence_polarity", "acc"),
+    "Subjectivity of sentences, accuracy of a linear probe": ("probe_subjectivity", "acc"),
+}
 
 # --- from records to arms ------------------------------------------------------------------------
 
@@ -49,8 +60,17 @@ def loss(record: dict[str, Any]) -> float | None:
     return record["loss"]
 
 
-def blimp(record: dict[str, Any]) -> float | None:
-    return record.get("tasks", {}).get("blimp", {}).get("acc")
+def score(task: str, metric: str) -> Callable[[dict[str, Any]], float | None]:
+    """A benchmark's figure; the logarithm of a perplexity, which scatters by factors."""
+
+    def of(record: dict[str, Any]) -> float | None:
+        value = record.get("tasks", {}).get(task, {}).get(metric)
+        return math.log(value) if value and metric == "perplexity" else value
+
+    return of
+
+
+blimp = score("blimp", "acc")
 
 
 def middle_cosine(record: dict[str, Any]) -> float:
@@ -130,24 +150,44 @@ def loss_of(stratum: int) -> Callable[[dict[str, Any]], float | None]:
 # --- the page ------------------------------------------------------------------------------------
 
 
-def table(title: str, arms: Arms, margin: float | None, digits: int) -> Iterator[str]:
-    """A Markdown table for each family; without a margin there are no columns about equivalence."""
+def tables(title: str, arms: Arms, margin: float | None, digits: int) -> Iterator[str]:
+    """A table for each family."""
+    for family, members in families(arms).items():
+        yield from table(f"{title}, {family}", arms, members, margin, digits)
+
+
+def table(title: str, arms: Arms, members: Sequence[str], margin: float | None, digits: int) -> Iterator[str]:
+    """A Markdown table of arms that are corrected together; without a margin no columns about equivalence."""
     heads = ["arm", "pairs", "baseline", "difference, 95%", "deviation", "p (Holm)"]
     heads += ["within", "pairs for it"] if margin else []
-    for family, members in families(arms).items():
-        found = [paired(arms[arm], arms[baseline_of(arm)], margin or 0.0) for arm in members]
-        yield f"\n### {title}, {family}\n"
-        yield f"| {' | '.join(heads)} |"
-        yield f"| {' | '.join(['---'] * len(heads))} |"
-        for arm, of, adjusted in zip(members, found, holm([each.p for each in found]), strict=True):
-            shared = arms[arm].keys() & arms[baseline_of(arm)].keys()
-            base = statistics.fmean(arms[baseline_of(arm)][seed] for seed in shared)
-            cells = [arm, str(of.n), number(base, digits), difference(of, digits), number(of.deviation, digits)]
-            cells.append(probability(adjusted))
-            if margin:
-                needed = str(pairs_needed(margin, of.deviation)) if of.deviation > 0 else NOTHING
-                cells += [probability(of.equivalent), needed]
-            yield f"| {' | '.join(cells)} |"
+    found = [paired(arms[arm], arms[baseline_of(arm)], margin or 0.0) for arm in members]
+    yield f"\n### {title}\n"
+    yield f"| {' | '.join(heads)} |"
+    yield f"| {' | '.join(['---'] * len(heads))} |"
+    for arm, of, adjusted in zip(members, found, holm([each.p for each in found]), strict=True):
+        shared = arms[arm].keys() & arms[baseline_of(arm)].keys()
+        base = statistics.fmean(arms[baseline_of(arm)][seed] for seed in shared)
+        cells = [arm, str(of.n), number(base, digits), difference(of, digits), number(of.deviation, digits)]
+        cells.append(probability(adjusted))
+        if margin:
+            needed = str(pairs_needed(margin, of.deviation)) if of.deviation > 0 else NOTHING
+            cells += [probability(of.equivalent), needed]
+        yield f"| {' | '.join(cells)} |"
+
+
+def benchmarks(records: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """A table for each of `BENCHMARKS`, with all arms that were evaluated."""
+    for title, (task, metric) in BENCHMARKS.items():
+        arms = with_repeats(arms_of(records, score(task, metric)))
+        if members := [arm for family in families(arms).values() for arm in family]:
+            yield from table(title, arms, members, None, 4)
+
+
+def with_repeats(arms: Arms) -> Arms:
+    """Seeds of (a) whose checkpoints were not kept take the figures of their repeats on another machine."""
+    repeats = {arm.replace("repeat-", "a-", 1): of for arm, of in arms.items() if arm.startswith("repeat-")}
+    kept = {arm: of for arm, of in arms.items() if not arm.startswith("repeat-")}
+    return kept | {arm: of | kept.get(arm, {}) for arm, of in repeats.items()}
 
 
 def difference(of: Paired, digits: int) -> str:
@@ -179,9 +219,10 @@ def page(records: Sequence[dict[str, Any]]) -> str:
         "paired t test, corrected by Holm within the table. `within` is the p value of equivalence: below 0.05 the",
         f"difference lies within ±{MARGINS['loss']} nats (BLiMP: ±{MARGINS['BLiMP']}). The last column is how many",
         "pairs would show a difference as large as that with 80% power.",
-        *table("Validation loss, nats per token", arms_of(records, loss), MARGINS["loss"], 4),
-        *table("BLiMP, accuracy", arms_of(records, blimp), MARGINS["BLiMP"], 4),
-        *table("Mean cosine of the middle layers", arms_of(records, middle_cosine), None, 3),
+        *tables("Validation loss, nats per token", arms_of(records, loss), MARGINS["loss"], 4),
+        *tables("BLiMP, accuracy", with_repeats(arms_of(records, blimp)), MARGINS["BLiMP"], 4),
+        *benchmarks(records),
+        *tables("Mean cosine of the middle layers", arms_of(records, middle_cosine), None, 3),
         *effective(records),
         *by_frequency([arms_of(records, loss_of(stratum)) for stratum in range(STRATA)]),
         *study_mechanism.correlations(records, "Validation loss", loss),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from bench import study_report
-from bench.study_report import PAGE, effective, families, page, read_records
+from bench.study_report import PAGE, benchmarks, effective, families, page, read_records
 from bench.study_statistics import baseline_of, holm, paired, pairs_needed
 from nanodisp.report.scaling import Law
 
@@ -105,6 +105,21 @@ def test_arms_are_worth_the_parameters_of_the_law_without_dispersion(monkeypatch
     ]
     assert "| a-80000-lam0 | 1 | 1.00 [1.00, 1.00] |" in lines
     assert "Not known yet" in "".join(effective([run for run in runs if run["design"] == "a"]))
+
+
+def test_benchmarks_are_compared_with_the_repeats_of_runs_whose_checkpoints_were_not_kept() -> None:
+    def run(name: str, perplexity: float | None) -> dict[str, object]:
+        return {"name": name, "tasks": {} if perplexity is None else {"lambada": {"perplexity": perplexity}}}
+
+    runs = [run("a-77k-lam0-s1", None), run("a-77k-lam0-s2", math.exp(5)), run("a-77k-lam0-s3", math.exp(4))]
+    runs += [run(f"repeat-77k-lam0-s{seed}", math.exp(9 - seed)) for seed in (1, 2)]  # 8; 7, but (a) itself has 5
+    runs += [run(f"rivals-77k-simctg-3-s{seed}", math.exp(3)) for seed in (1, 2, 3, 4)]  # no other has seed 4
+    lines = list(benchmarks(runs))
+    assert [line for line in lines if line.startswith("\n###")] == [
+        "\n### LAMBADA, perplexity of the last word, as a logarithm\n"
+    ], "what no run was evaluated on has no table"
+    (row,) = [line for line in lines if line.startswith("| rivals")]
+    assert row.startswith("| rivals-77k-simctg-3 | 3 | 5.6667 | -2.6667 ["), row  # (8 + 5 + 4) / 3 and 3
 
 
 def test_the_page_is_what_the_records_give() -> None:
