@@ -15,7 +15,7 @@ from typing import Any
 from bench import study_figures, study_mechanism
 from bench.study import RECORDS
 from bench.study_plan import SIZES
-from bench.study_statistics import Arms, Paired, baseline_of, holm, paired, pairs_needed
+from bench.study_statistics import FEWEST, Arms, Paired, baseline_of, holm, paired, pairs_needed, slope_on_size
 from nanodisp.condensation.figures import STYLE
 from nanodisp.condensation.sums import STRATA
 from nanodisp.errors import UserError
@@ -175,6 +175,24 @@ def table(title: str, arms: Arms, members: Sequence[str], margin: float | None, 
         yield f"| {' | '.join(cells)} |"
 
 
+def trend(arms: Arms) -> Iterator[str]:
+    """Hypothesis H2: does the difference at lambda 0.1 depend on size?"""
+    yield "\n### Does the difference depend on size? (H2)\n"
+    gaps: dict[float, Sequence[float]] = {}
+    for size, of in SIZES.items():
+        without, treated = (arms.get(f"a-{size}-lam{lam}", {}) for lam in ("0", "0.1"))
+        gaps[float(of.non_embedding)] = [treated[seed] - without[seed] for seed in sorted(treated.keys() & without)]
+    slope, low, high = slope_on_size(gaps)
+    if math.isnan(slope):
+        yield f"Not known yet: fewer than two sizes have {FEWEST} pairs."
+        return
+    yield (
+        f"With each doubling of the parameters it changes by {slope:+.4f} [{low:+.4f}, {high:+.4f}] nats: weighted "
+        f"least squares over the sizes with at least {FEWEST} pairs, 95% interval of resampled pairs, which is too "
+        "narrow where these are few."
+    )
+
+
 def benchmarks(records: Sequence[dict[str, Any]]) -> Iterator[str]:
     """A table for each of `BENCHMARKS`, with all arms that were evaluated."""
     for title, (task, metric) in BENCHMARKS.items():
@@ -220,6 +238,7 @@ def page(records: Sequence[dict[str, Any]]) -> str:
         f"difference lies within ±{MARGINS['loss']} nats (BLiMP: ±{MARGINS['BLiMP']}). The last column is how many",
         "pairs would show a difference as large as that with 80% power.",
         *tables("Validation loss, nats per token", arms_of(records, loss), MARGINS["loss"], 4),
+        *trend(arms_of(records, loss)),
         *tables("BLiMP, accuracy", with_repeats(arms_of(records, blimp)), MARGINS["BLiMP"], 4),
         *benchmarks(records),
         *tables("Mean cosine of the middle layers", arms_of(records, middle_cosine), None, 3),

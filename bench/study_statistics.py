@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from scipy import stats
 
 FEWEST = 3  # pairs of a test
 ALPHA, POWER = 0.05, 0.8
+RESAMPLES = 2000  # of pairs, for the slope
 WITHOUT_LAMBDA = ("c", "tuned", "rivals", "strong")  # designs whose baseline is lambda 0 of design (a)
 SETTINGS = ("e", "f", "h", "s", "repeat")  # designs whose own lambda 0 is compared with that of design (a)
 
@@ -65,6 +67,31 @@ def pairs_needed(effect: float, deviation: float) -> int:
         if stats.nct.sf(critical, n - 1, shift) + stats.nct.cdf(-critical, n - 1, shift) >= POWER:
             return n
     raise ValueError(f"an effect of {effect} is too small beside a deviation of {deviation}")
+
+
+def slope_on_size(gaps: Mapping[float, Sequence[float]]) -> tuple[float, float, float]:
+    """How much a difference changes with each doubling of the parameters, and its 95% interval.
+
+    gaps: non-embedding parameters -> differences of pairs. Sizes with fewer than `FEWEST` pairs are left out. Least
+    squares on log2 of the parameters, each pair weighted by the inverse of its size's variance; pairs are drawn again
+    within each size for the interval, with the weights of the original ones. NaN with fewer than two sizes.
+    """
+    sizes = [n for n in gaps if len(gaps[n]) >= FEWEST]
+    if len(sizes) < 2:
+        return math.nan, math.nan, math.nan
+    x = np.log2(np.array(sizes, float))
+    values = [np.array(gaps[n], float) for n in sizes]
+    weights = np.array([len(of) / of.var(ddof=1) for of in values])
+    centre = (weights * x).sum() / weights.sum()
+
+    def slope(means: Sequence[float]) -> float:
+        shifted = weights * (x - centre)
+        return float((shifted * np.array(means)).sum() / (shifted * (x - centre)).sum())
+
+    random = np.random.default_rng(0)
+    drawn = [slope([random.choice(of, len(of)).mean() for of in values]) for _ in range(RESAMPLES)]
+    low, high = np.quantile(drawn, (ALPHA / 2, 1 - ALPHA / 2))
+    return slope([of.mean() for of in values]), float(low), float(high)
 
 
 def baseline_of(arm: str) -> str:

@@ -14,7 +14,7 @@ from scipy import stats
 
 from bench import study_report
 from bench.study_report import PAGE, benchmarks, effective, families, page, read_records
-from bench.study_statistics import baseline_of, holm, paired, pairs_needed
+from bench.study_statistics import baseline_of, holm, paired, pairs_needed, slope_on_size
 from nanodisp.report.scaling import Law
 
 
@@ -58,6 +58,23 @@ def test_power_is_that_of_the_plan_and_of_a_simulation() -> None:
     for size, above in ((n, True), (n - 2, False)):
         p = stats.ttest_1samp(random.normal(0.01, 0.014, (20_000, size)), 0.0, axis=1).pvalue
         assert ((p < 0.05).mean() >= 0.795) == above
+
+
+def test_the_slope_on_size_is_that_of_weighted_least_squares_with_an_interval_that_covers() -> None:
+    random = np.random.default_rng(0)
+    sizes = {1e5: (30, 0.1), 2e5: (12, 0.02), 8e5: (4, 0.01)}
+
+    def draw(slope: float) -> dict[float, list[float]]:
+        return {n: (slope * math.log2(n) + random.normal(0, s, pairs)).tolist() for n, (pairs, s) in sizes.items()}
+
+    gaps = draw(0.03)
+    x = np.concatenate([np.full(len(of), math.log2(n)) for n, of in gaps.items()])
+    y = np.concatenate([*gaps.values()])
+    w = np.concatenate([np.full(len(of), 1 / np.std(of, ddof=1)) for of in gaps.values()])  # polyfit squares them
+    assert slope_on_size(gaps | {1.6e6: [9.0, 9.0]})[0] == pytest.approx(np.polyfit(x, y, 1, w=w)[0]), "two are too few"
+    covered = [low <= 0.03 <= high for _, low, high in (slope_on_size(draw(0.03)) for _ in range(30))]
+    assert np.mean(covered) >= 0.75, "of few pairs, resampling finds too narrow intervals, but not by much"
+    assert math.isnan(slope_on_size({1e5: [0.1, 0.2, 0.3], 2e5: [0.1]})[0])
 
 
 def test_every_arm_is_compared_with_lambda_0_of_its_own_design() -> None:
