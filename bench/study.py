@@ -37,7 +37,7 @@ from nanodisp.runs.metrics import METRICS, read_records
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "docs" / "study" / "records"
-TASKS, EMBEDDING_TASKS = "blimp,hellaswag,lambada,wikitext", "retrieval,similarity,probes"
+TASKS, EMBEDDING_TASKS = "blimp,lambada,wikitext", "retrieval,similarity,probes"
 EVALUATED = ("a", "e", "strong", "tuned")  # designs whose runs are evaluated when they end
 EXITED_EARLY = 75  # train.py was asked to stop and has saved
 
@@ -86,6 +86,12 @@ def call(command: Sequence[str], log: Path, deadline: float = math.inf) -> int:
             return process.wait()
 
 
+def chosen(names: set[str], only: Sequence[str]) -> set[str]:
+    """The names that are among `only`, or begin with one of these that is no whole name itself: s1 is not s10."""
+    starts = tuple(each for each in only if each not in names)
+    return {name for name in names if name in only or name.startswith(starts)}
+
+
 def evaluate(folder: Path, benchmarks: Path) -> None:
     """Of a run's last checkpoint, into its folder: benchmarks, loss by frequency; not again what is there."""
     log, program = folder / "log.txt", ("-m", "nanodisp.evaluate", f"checkpoint={folder}", "batch_size=32")
@@ -107,7 +113,7 @@ def work(
 ) -> None:
     """Run job after job until none is left or the time is over; a job that fails is left for the next call.
 
-    `only` jobs whose names begin with one of these.
+    `only` the jobs that are `chosen` by these names.
     """
     os.nice(0 if gpu else 19)
     deadline = time.monotonic() + 60 * minutes
@@ -117,9 +123,9 @@ def work(
     about = {"machine": machine, "torch": torch.__version__, "code": revision}
     while True:
         losses = known_losses(out)
-        every = gpu_jobs(losses) if gpu else jobs(losses, str(corpus))
-        wanted = (j for j in every if j.name.startswith(tuple(only)))
-        left = (j for j in wanted if j.name not in losses and j.name not in failed)
+        every = list(gpu_jobs(losses) if gpu else jobs(losses, str(corpus)))
+        wanted = chosen({j.name for j in every}, only)
+        left = (j for j in every if j.name in wanted and j.name not in losses and j.name not in failed)
         todo = next((j for j in left if j.needs is None or (out / j.needs / "checkpoints").is_dir()), None)
         if todo is None:
             print(f"nothing left to run; failed: {', '.join(sorted(failed)) or 'none'}", flush=True)
@@ -213,7 +219,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "study", help="the runs, for list and records")
     parser.add_argument("--gpu", action="store_true", help="the sizes for one GPU, for run and list")
     parser.add_argument("--minutes", type=float, default=math.inf, help="run: save and stop after so long")
-    parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="run, evaluate: names begin so")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[""],
+        metavar="NAME",
+        help="run, evaluate: runs of this name, or those whose names begin so",
+    )
     arguments = parser.parse_args()
     if arguments.action == "run":
         if arguments.corpus is None:
@@ -223,9 +235,10 @@ def main() -> None:
     elif arguments.action == "evaluate":
         if arguments.benchmarks is None:
             parser.error("evaluate needs --benchmarks, a folder of benchmarks")
-        for folder in sorted(arguments.out.glob("*/")):
-            if folder.name.startswith(tuple(arguments.only)) and final_loss(folder) not in (None, math.inf):
-                evaluate(folder, arguments.benchmarks.resolve())
+        finished = [each for each in sorted(arguments.out.glob("*/")) if final_loss(each) not in (None, math.inf)]
+        wanted = chosen({each.name for each in finished}, arguments.only)
+        for folder in (each for each in finished if each.name in wanted):
+            evaluate(folder, arguments.benchmarks.resolve())
     elif arguments.action == "records":
         write_records(arguments.out)
     else:

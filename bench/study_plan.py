@@ -27,7 +27,7 @@ FURTHER = {  # more weights, each where the largest so far is the best
     "sigreg": ("1e-2",),
     "feature_decorrelation": ("3e-3",),
 }
-STRONG = ("angular", "simctg")  # at weight 1, at more sizes than the other losses
+STRONG = ("angular", "simctg")  # with more weights and at more sizes than the other losses
 MUON_RATES = ("1e-3", "3e-3", "1e-2")
 QWEN3 = ("bias=false", "norm=rmsnorm", "position=rotary", "mlp=swiglu", "qk_norm=true")
 FIRST_GRID, SMALLEST, LARGEST = (0.5, 1.0, 2.0, 4.0), 0.25, 16.0  # multiples of 0.384 / width
@@ -106,8 +106,10 @@ def jobs(losses: Losses, corpus: str = "<corpus>") -> Iterator[Job]:
     yield from ladder("312k", PRIMARY, 1, 3, losses)
     yield from tuned(losses)
     yield from arms("repeat", "77k", {"lam0": at(0.0)}, 1, 3, losses)  # of (a), on another machine
-    yield from strong("150k", 1, 3, losses)
-    yield from strong("312k", 1, 2, losses)
+    yield from strong("150k", "1", 1, 3, losses)
+    yield from strong("77k", "3", 5, 7, losses)
+    yield from muon("77k", 5, 7, losses)
+    yield from strong("312k", "1", 1, 2, losses)
     yield from mid_training("77k", 5, 10, losses)
     yield from text_and_tokenizer("77k", 1, 3, losses, corpus)
     yield from regularisers("77k", 1, 3, losses)
@@ -265,9 +267,9 @@ def rivals(size: str, first: int, last: int, losses: Losses) -> Iterator[Job]:
             runs.append(f"rivals-{size}-{name}-{weight}-s1")
 
 
-def strong(size: str, first: int, last: int, losses: Losses) -> Iterator[Job]:
-    """The two losses that gain most at 77k, at ten times lambda 0.1: does that carry over to other sizes?"""
-    settings = {f"{name}-1": [f"dispersion={name}", "dispersion.lambda_disp=1"] for name in STRONG}
+def strong(size: str, weight: str, first: int, last: int, losses: Losses) -> Iterator[Job]:
+    """The two losses that gain most at 77k, at ten or more times lambda 0.1: at other sizes, and with new seeds."""
+    settings = {f"{name}-{weight}": [f"dispersion={name}", f"dispersion.lambda_disp={weight}"] for name in STRONG}
     yield from arms("strong", size, settings, first, last, losses)
 
 

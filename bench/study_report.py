@@ -28,7 +28,6 @@ RESAMPLES = 200  # of the scaling law
 BENCHMARKS = {  # exploratory: title -> task and metric of a record
     "LAMBADA, perplexity of the last word, as a logarithm": ("lambada", "perplexity"),
     "WikiText-103, bits per byte": ("wikitext", "bits_per_byte"),
-    "HellaSwag, accuracy": ("hellaswag", "acc_norm"),
     "STS-B, Spearman's rho": ("similarity_stsb", "spearman raw"),
     "STS-B, Spearman's rho after whitening": ("similarity_stsb", "spearman whitened"),
     "Cranfield, nDCG@10": ("retrieval_cranfield", "ndcg@10 raw"),
@@ -196,16 +195,9 @@ def trend(arms: Arms) -> Iterator[str]:
 def benchmarks(records: Sequence[dict[str, Any]]) -> Iterator[str]:
     """A table for each of `BENCHMARKS`, with all arms that were evaluated."""
     for title, (task, metric) in BENCHMARKS.items():
-        arms = with_repeats(arms_of(records, score(task, metric)))
+        arms = arms_of(records, score(task, metric))
         if members := [arm for family in families(arms).values() for arm in family]:
             yield from table(title, arms, members, None, 4)
-
-
-def with_repeats(arms: Arms) -> Arms:
-    """Seeds of (a) whose checkpoints were not kept take the figures of their repeats on another machine."""
-    repeats = {arm.replace("repeat-", "a-", 1): of for arm, of in arms.items() if arm.startswith("repeat-")}
-    kept = {arm: of for arm, of in arms.items() if not arm.startswith("repeat-")}
-    return kept | {arm: of | kept.get(arm, {}) for arm, of in repeats.items()}
 
 
 def difference(of: Paired, digits: int) -> str:
@@ -239,7 +231,7 @@ def page(records: Sequence[dict[str, Any]]) -> str:
         "pairs would show a difference as large as that with 80% power.",
         *tables("Validation loss, nats per token", arms_of(records, loss), MARGINS["loss"], 4),
         *trend(arms_of(records, loss)),
-        *tables("BLiMP, accuracy", with_repeats(arms_of(records, blimp)), MARGINS["BLiMP"], 4),
+        *tables("BLiMP, accuracy", arms_of(records, blimp), MARGINS["BLiMP"], 4),
         *benchmarks(records),
         *tables("Mean cosine of the middle layers", arms_of(records, middle_cosine), None, 3),
         *effective(records),

@@ -7,7 +7,7 @@ import time
 import pytest
 from conftest import compose
 
-from bench.study import call
+from bench.study import call, chosen
 from bench.study_plan import FURTHER, SIZES, Job, gpu_jobs, jobs, search
 from nanodisp import launch
 
@@ -67,6 +67,14 @@ def test_the_runs_of_a_pair_differ_in_lambda_alone():
         pair = done[name.replace("lam0.1", "lam0")]
         assert {o for o in job.overrides if o not in pair.overrides} == {"dispersion.lambda_disp=0.1"}
         assert value(job, "seed") == value(pair, "seed")
+
+
+def test_a_whole_name_chooses_one_run_and_a_beginning_all_that_have_it():
+    names = {"a-77k-lam0-s1", "a-77k-lam0-s10", "a-77k-lam0.1-s1", "b-77k-5x-lam0-s1"}
+    assert chosen(names, ["a-77k-lam0-s1"]) == {"a-77k-lam0-s1"}
+    assert chosen(names, ["a-77k-lam0-s1", "b"]) == {"a-77k-lam0-s1", "b-77k-5x-lam0-s1"}
+    assert chosen(names, ["a-77k-lam0-s"]) == {"a-77k-lam0-s1", "a-77k-lam0-s10"}
+    assert chosen(names, [""]) == names and chosen(names, ["c"]) == set()
 
 
 def test_a_name_means_one_configuration():
