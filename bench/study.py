@@ -196,14 +196,14 @@ def tasks_entry(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_records(out: Path) -> None:
-    """Add the finished runs of `out` to the records, one file for each design."""
+    """Add the finished runs of `out` to the records, one file for each design; failed ones with null as their loss."""
     by_design: dict[str, dict[str, str]] = {}
     for file in RECORDS.glob("*.jsonl"):
         for line in file.read_text().splitlines():
             by_design.setdefault(file.stem, {})[json.loads(line)["name"]] = line
     for folder in sorted(out.glob("*/")):
-        if final_loss(folder) not in (None, math.inf):
-            record = record_of(folder)
+        if (loss := final_loss(folder)) is not None:
+            record = record_of(folder) | ({"loss": None} if loss == math.inf else {})
             by_design.setdefault(record["design"], {})[folder.name] = json.dumps(record, separators=(",", ":"))
     RECORDS.mkdir(parents=True, exist_ok=True)
     for design, lines in sorted(by_design.items()):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.rivals import Entry, curves
-from bench.study_mechanism import HIGH, RIVALS_SIZE, time_in_cone
+from bench.study_mechanism import RIVALS_SIZE
 from bench.study_plan import SIZES
-from bench.study_statistics import Arms, Paired, baseline_of, paired
+from bench.study_statistics import Arms, Paired, baseline_of, gaps_of, paired
 from nanodisp.condensation.figures import MARKERS, STYLE
 
 Record = dict[str, Any]
@@ -27,9 +26,9 @@ def draw(records: Sequence[Record], losses: Arms, blimp: Arms, found: Sequence[E
     """File name -> figure. found: the runs of the comparison with other losses."""
     with matplotlib.rc_context(STYLE):
         return {
+            "steps": steps(records, losses),
             "differences": differences(losses, blimp),
             "start": start(records),
-            "cone": cone(records),
             "rivals": rivals(found),
         }
 
@@ -55,7 +54,8 @@ def differences(losses: Arms, blimp: Arms) -> Figure:
             interval(ax, place, of, dots, scale)
         ax.set_xlabel(f"difference to lambda 0, {unit}")
         ax.grid(False, axis="y")
-    left.set_yticks(range(len(arms)), [label(arm) for arm in arms])
+    counts = [len(losses[arm].keys() & losses.get(baseline_of(arm), {}).keys()) for arm in arms]
+    left.set_yticks(range(len(arms)), [f"{label(arm)} ({n} pairs)" for arm, n in zip(arms, counts, strict=True)])
     left.invert_yaxis()
     return figure
 
@@ -75,7 +75,7 @@ def interval(ax: Axes, place: int, of: Paired, dots: Sequence[float], scale: flo
 
 
 def start(records: Sequence[Record]) -> Figure:
-    """The mean cosine of the last layer, and the training loss, over the first third of training, a line per seed."""
+    """The mean cosine of the last layer, and the training loss, over the first half of training, a line per seed."""
     figure = Figure(figsize=(7.4, 3.0), layout="constrained")
     left, right = figure.subplots(1, 2)
     for lam, colour in (("0", WITHOUT), ("0.1", WITH)):
@@ -93,22 +93,32 @@ def start(records: Sequence[Record]) -> Figure:
     return figure
 
 
-def cone(records: Sequence[Record]) -> Figure:
-    """Final loss against the share of training in the cone, a point per run of the smallest size."""
-    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
+def steps(records: Sequence[Record], losses: Arms) -> Figure:
+    """Paired differences at lambda 0.1 against the number of steps, designs (a) and (b), a colour per size.
+
+    Sizes are moved apart a little, since some train for the same number of steps.
+    """
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     ax = figure.add_subplot()
-    groups: dict[str, list[Record]] = defaultdict(list)
-    for record in records:
-        if record["name"].split("-")[1] == RIVALS_SIZE and record["design"] in ("a", "c") and record["condensation"]:
-            lam = record["config"]["dispersion"]["lambda_disp"]
-            groups[f"lambda {lam:g}" if record["design"] == "a" else "schedules, part of the layers"].append(record)
-    for number, (label, runs) in enumerate(sorted(groups.items())):
-        colour = matplotlib.colormaps["viridis"](0.88 * number / max(1, len(groups) - 1))
-        points = [(100 * time_in_cone(run), run["loss"]) for run in runs]
-        ax.plot(*zip(*points, strict=True), MARKERS[number], color=colour, label=label, linestyle="none")
-    ax.set_xlabel(f"% of training with the last layer's mean cosine above {HIGH}")
-    ax.set_ylabel("validation loss, nats per token")
-    ax.legend()
+    ax.axhline(0, color="0.6", linewidth=0.8)
+    last_step = {r["name"].rpartition("-s")[0]: r["val"][-1]["step"] for r in records}
+    arms = [arm for arm in losses if arm[0] in "ab" and arm.endswith("-lam0.1")]
+    sizes = [size for size in SIZES if any(arm.split("-")[1] == size for arm in arms)]
+    for number, size in enumerate(sizes):
+        colour = matplotlib.colormaps["viridis"](0.88 * number / max(1, len(sizes) - 1))
+        for place, arm in enumerate(arm for arm in arms if arm.split("-")[1] == size):
+            of = paired(losses[arm], losses.get(baseline_of(arm), {}), margin=0.0)
+            gaps = [*gaps_of(losses[arm], losses.get(baseline_of(arm), {})).values()]
+            x = last_step[arm] * 1.05**number
+            ax.plot([x * 1.03] * len(gaps), gaps, "o", color="0.65", markersize=2.5)
+            half = of.half if np.isfinite(of.half) else 0.0
+            label = None if place else size
+            ax.errorbar(x, of.mean, half, fmt=MARKERS[number], capsize=3, color=colour, label=label)
+    ax.set(xscale="log", xlabel="steps of training", ylabel="difference to lambda 0, nats per token")
+    ax.set_xticks(ticks := [200, 500, 1000, 2000, 5000], [f"{each:,}" for each in ticks])
+    ax.minorticks_off()
+    if sizes:
+        ax.legend(title="parameters")
     return figure
 
 

@@ -1,4 +1,4 @@
-"""What lies behind the differences: losses of others at equal cosine, the optimizer's share, the start of training.
+"""What lies behind the differences: losses of others at equal cosine, the start of training.
 
 Lines of docs/study/results.md, from the records alone. All of it is exploratory, as docs/study/plan.md says.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,12 @@ from numpy.typing import NDArray
 
 from bench.rivals import REFERENCE, Entry, table
 from nanodisp.errors import UserError
-from nanodisp.report.tables import NOTHING, paired_interval
+from nanodisp.report.tables import NOTHING
 
 RIVALS_SIZE, SEEDS = "77k", (1, 2, 3)  # of the comparison with other losses
 REFERENCE_WEIGHT = 0.1
 HIGH = 0.5  # mean cosine of the last layer: above it the tokens count as one cone
+OTHER_HIGHS = (0.3, 0.7, 0.9)  # does the answer depend on that choice?
 RESAMPLES = 2000
 
 Record = dict[str, Any]
@@ -65,50 +67,18 @@ def rivals(records: Sequence[Record]) -> Iterator[str]:
     yield from (line.rpartition(" | ")[0] + " |" for line in lines)  # speeds are not compared beside other work
 
 
-# --- the optimizer ---------------------------------------------------------------------------
-
-
-def interaction(records: Sequence[Record]) -> Iterator[str]:
-    """AdamW x Muon x lambda: is the effect of dispersion another one with Muon?"""
-    losses = {arm_and_seed(record): record["loss"] for record in records}
-    cosines = {arm_and_seed(r): statistics.fmean(r["val"][-1]["mean_cosine"][1:]) for r in records}
-    size = RIVALS_SIZE
-
-    def of(values: dict[tuple[str, int], float], arm: str) -> dict[int, float]:
-        return {seed: values[arm, seed] for seed in SEEDS if (arm, seed) in values}
-
-    def effect(values: dict[tuple[str, int], float], arm: str) -> dict[int, float]:
-        without, treated = (of(values, f"{arm}lam{lam}") for lam in ("0", "0.1"))
-        return {seed: treated[seed] - without[seed] for seed in treated.keys() & without.keys()}
-
-    yield f"\n### AdamW, Muon and lambda, {size}\n"
-    arms = {"AdamW": f"a-{size}-", "Muon": f"e-{size}-muon-"}
-    if not effect(losses, arms["Muon"]):
-        yield "Not known yet: no pair with Muon is finished."
-        return
-    yield "| | AdamW, lambda 0 | AdamW, 0.1 | Muon, lambda 0 | Muon, 0.1 | interaction, 95% |"
-    yield "| --- | --- | --- | --- | --- | --- |"
-    for name, values in (("validation loss", losses), ("mean cosine after the embedding", cosines)):
-        cells = [
-            f"{statistics.fmean(of(values, f'{arm}lam{lam}').values()):.4f}"
-            for arm in arms.values()
-            for lam in ("0", "0.1")
-        ]
-        gap, half = paired_interval(effect(values, arms["Muon"]), effect(values, arms["AdamW"]))
-        interval = "" if math.isnan(half) else f" [{gap - half:+.4f}, {gap + half:+.4f}]"
-        yield f"| {name} | {' | '.join(cells)} | {gap:+.4f}{interval} |"
-    yield "\nInteraction: the effect of lambda 0.1 with Muon minus that with AdamW, paired by seed."
-
-
 # --- the start of training -------------------------------------------------------------------
 
 
-def time_in_cone(record: Record) -> float:
-    """The share of training in which the mean cosine of the last layer is above `HIGH`, by the trapezoidal rule."""
+def time_in_cone(record: Record, high: float = HIGH) -> float:
+    """The share of training in which the mean cosine of the last layer is above `high`.
+
+    It is known at 21 steps, evenly spread, and taken as straight between them.
+    """
     steps = np.array([each["step"] for each in record["condensation"]], float)
     last = np.array([each["mean_cosine"][-1] for each in record["condensation"]], float)
     fine = np.linspace(steps[0], steps[-1], 1000)
-    return float((np.interp(fine, steps, last) > HIGH).mean())
+    return float((np.interp(fine, steps, last) > high).mean())
 
 
 def last_peak(record: Record) -> float:
@@ -126,7 +96,10 @@ def last(record: Record) -> float:
 
 
 MEASURES: dict[str, Callable[[Record], float]] = {
-    f"share of training with the last layer's cosine above {HIGH}": time_in_cone,
+    **{
+        f"share of training with the last layer's cosine above {high}": partial(time_in_cone, high=high)
+        for high in sorted((HIGH, *OTHER_HIGHS))
+    },
     "highest cosine of the last layer": last_peak,
     "last layer's cosine at the end": last,
     "middle layers' cosine at the end": middle,
@@ -143,11 +116,12 @@ def partial_correlation(x: NDArray[np.float64], y: NDArray[np.float64], groups: 
 
 
 def correlations(records: Sequence[Record], name: str, value: Callable[[Record], float | None]) -> Iterator[str]:
-    """Does a value, such as the loss, go with condensation, between runs of one size and budget?"""
+    """Does a value, such as the loss, go with condensation, between runs of one arm?"""
     plain = [r for r in records if r["design"] == "a" and r["condensation"] and value(r) is not None]
+    smallest = [r for r in plain if r["name"].startswith(f"a-{RIVALS_SIZE}-")]
     subsets = {
-        "lambda 0 alone": [r for r in plain if r["config"]["dispersion"]["lambda_disp"] == 0],
-        "lambda 0.03, 0.1 and 0.3": [r for r in plain if r["config"]["dispersion"]["lambda_disp"] > 0],
+        f"{RIVALS_SIZE}, lambda 0": [r for r in smallest if r["config"]["dispersion"]["lambda_disp"] == 0],
+        f"{RIVALS_SIZE}, all lambdas": smallest,
         "all of design (a)": plain,
     }
     yield f"\n### {name} and condensation, partial correlations\n"
@@ -155,8 +129,8 @@ def correlations(records: Sequence[Record], name: str, value: Callable[[Record],
         yield "Not known yet: it has not been measured."
         return
     yield (
-        "Between it and a measure, runs of design (a), after the mean of each size is taken from both"
-        f" (each size has one budget), with the 95% interval of {RESAMPLES:,} resamplings of runs within each size.\n"
+        "Between it and a measure, runs of design (a), after the mean of each arm (size and lambda) is taken from both,"
+        f" with the 95% interval of {RESAMPLES:,} resamplings of seeds within each size.\n"
     )
     yield f"| measure | {' | '.join(f'{subset} ({len(runs)} runs)' for subset, runs in subsets.items())} |"
     yield "| --- |" + " --- |" * len(subsets)
@@ -168,16 +142,22 @@ def correlations(records: Sequence[Record], name: str, value: Callable[[Record],
 def correlation_with_interval(
     runs: Sequence[Record], measure: Callable[[Record], float], value: Callable[[Record], float | None]
 ) -> str:
-    """Of the runs, which all have the value; a dash for fewer than three."""
+    """Of the runs, which all have the value; a dash for fewer than three, and without variation."""
     if len(runs) < 3:
         return NOTHING
-    groups = np.array([run["name"].split("-")[1] for run in runs])
+    arms, seeds = (np.array(of) for of in zip(*(arm_and_seed(run) for run in runs), strict=True))
+    sizes = np.array([run["name"].split("-")[1] for run in runs])
     x, y = (np.array([of(run) for run in runs], float) for of in (measure, value))
+    whole = partial_correlation(x, y, arms.tolist())
+    if math.isnan(whole):
+        return NOTHING
     random = np.random.default_rng(0)
-    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
+    clusters = [
+        [np.flatnonzero((sizes == n) & (seeds == s)) for s in np.unique(seeds[sizes == n])] for n in np.unique(sizes)
+    ]
     drawn = []
     for _ in range(RESAMPLES):
-        chosen = np.concatenate([random.choice(of, len(of)) for of in members])
-        drawn.append(partial_correlation(x[chosen], y[chosen], groups[chosen].tolist()))
+        chosen = np.concatenate([of[i] for of in clusters for i in random.integers(0, len(of), len(of))])
+        drawn.append(partial_correlation(x[chosen], y[chosen], arms[chosen].tolist()))
     low, high = np.nanquantile(drawn, (0.025, 0.975))
-    return f"{partial_correlation(x, y, groups.tolist()):+.2f} [{low:+.2f}, {high:+.2f}]"
+    return f"{whole:+.2f} [{low:+.2f}, {high:+.2f}]"

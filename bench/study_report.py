@@ -12,10 +12,24 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from scipy import stats
+
 from bench import study_figures, study_mechanism
 from bench.study import RECORDS
 from bench.study_plan import SIZES
-from bench.study_statistics import FEWEST, Arms, Paired, baseline_of, holm, paired, pairs_needed, slope_on_size
+from bench.study_statistics import (
+    FEWEST,
+    WITHOUT_LAMBDA,
+    Arms,
+    Paired,
+    baseline_of,
+    detectable,
+    gaps_of,
+    holm,
+    paired,
+    pairs_needed,
+    slopes,
+)
 from nanodisp.condensation.figures import STYLE
 from nanodisp.condensation.sums import STRATA
 from nanodisp.errors import UserError
@@ -25,6 +39,8 @@ from nanodisp.report.tables import NOTHING
 PAGE, FIGURES = RECORDS.parent / "results.md", RECORDS.parent / "figures"
 MARGINS = {"loss": 0.01, "BLiMP": 0.005}  # of equivalence
 RESAMPLES = 200  # of the scaling law
+PLANNED = {"77k": 30, "150k": 30, "312k": 16, "671k": 8, "1.19M": 4, "2.47M": 3}  # pairs at lambda 0.1
+TWICE = "c-77k-late"  # of two layers the late half is the last one: the same runs as c-77k-last
 BENCHMARKS = {  # exploratory: title -> task and metric of a record
     "LAMBADA, perplexity of the last word, as a logarithm": ("lambada", "perplexity"),
     "WikiText-103, bits per byte": ("wikitext", "bits_per_byte"),
@@ -40,9 +56,9 @@ BENCHMARKS = {  # exploratory: title -> task and metric of a record
 
 
 def read_records(folder: Path = RECORDS) -> list[dict[str, Any]]:
-    """The finished runs that take part in comparisons: all but those of the search for a rate."""
+    """The runs that take part in comparisons: all but those of the search for a rate, each once."""
     lines = [line for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
-    return [record for record in map(json.loads, lines) if record["design"] != "lr"]
+    return [r for r in map(json.loads, lines) if r["design"] != "lr" and not r["name"].startswith(TWICE)]
 
 
 def arms_of(records: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float | None]) -> Arms:
@@ -109,27 +125,34 @@ def effective(records: Sequence[dict[str, Any]]) -> Iterator[str]:
     except UserError as error:
         yield f"Not known yet: {error}."
         return
-    yield (
-        f"Without dispersion L = {law.E:.3f} + {law.A:.4g} N^-{law.alpha:.3f} + {law.B:.4g} D^-{law.beta:.3f}. An "
-        "arm's loss is that of a model without dispersion with so many times its parameters, on the same tokens, with "
-        f"the 95% interval of {RESAMPLES} resamplings of all runs:\n"
-    )
     laws = resampled(law, n, d, losses, RESAMPLES)
-    yield "| arm | runs | times |"
-    yield "| --- | --- | --- |"
     by_arm: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for record in records:
         if record["design"] == "a":
             by_arm[record["name"].rpartition("-s")[0]].append(record)
+    rows, misses = [], []
     for arm, runs in by_arm.items():
         mean, tokens = statistics.fmean(r["loss"] for r in runs), runs[0]["config"]["train"]["tokens"]
         times = effective_parameters(law, runs[0]["non_embedding"], tokens, mean)
         low, high = effective_interval(laws, runs[0]["non_embedding"], tokens, [r["loss"] for r in runs])
-        yield f"| {arm} | {len(runs)} | {times:.2f} [{low:.2f}, {high:.2f}] |"
+        rows.append(f"| {arm} | {len(runs)} | {times:.2f} [{low:.2f}, {high:.2f}] |")
+        if arm.endswith("-lam0") and not round(low, 2) <= 1 <= round(high, 2):
+            misses.append(f"{arm} {times:.2f} [{low:.2f}, {high:.2f}]")
+    yield f"Without dispersion L = {law.E:.3f} + {law.A:.4g} N^-{law.alpha:.3f} + {law.B:.4g} D^-{law.beta:.3f}.\n"
+    if misses:
+        yield f"It misses its own runs, whose factor should be 1: {', '.join(misses)}. So no other factor is given."
+        return
+    yield (
+        "An arm's loss is that of a model without dispersion with so many times its parameters, on the same tokens,"
+        f" with the 95% interval of {RESAMPLES} resamplings of all runs:\n"
+    )
+    yield "| arm | runs | times |"
+    yield "| --- | --- | --- |"
+    yield from rows
 
 
 def by_frequency(arms: Sequence[Arms]) -> Iterator[str]:
-    """A line per arm, a column per stratum of `study_frequency`."""
+    """A line per arm, a column per stratum of `study_frequency`: in nats, and in percent of the loss without."""
     yield "\n### Validation loss by frequency of the predicted token, nats per token\n"
     measured = families(arms[0])
     if not measured:
@@ -139,7 +162,9 @@ def by_frequency(arms: Sequence[Arms]) -> Iterator[str]:
     yield "| --- | --- |" + " --- |" * STRATA
     for arm in (arm for members in measured.values() for arm in members):
         found = [paired(of[arm], of[baseline_of(arm)], 0.0) for of in arms]
-        yield f"| {arm} | {found[0].n} | {' | '.join(difference(each, 4) for each in found)} |"
+        shares = [each.mean / base_of(of, arm) for each, of in zip(found, arms, strict=True)]
+        cells = [f"{difference(each, 4)}, {share:+.1%}" for each, share in zip(found, shares, strict=True)]
+        yield f"| {arm} | {found[0].n} | {' | '.join(cells)} |"
 
 
 def loss_of(stratum: int) -> Callable[[dict[str, Any]], float | None]:
@@ -149,47 +174,102 @@ def loss_of(stratum: int) -> Callable[[dict[str, Any]], float | None]:
 # --- the page ------------------------------------------------------------------------------------
 
 
-def tables(title: str, arms: Arms, margin: float | None, digits: int) -> Iterator[str]:
-    """A table for each family."""
+def tables(title: str, hypothesis: str, arms: Arms, margin: float | None, digits: int) -> Iterator[str]:
+    """A table for each family; lambda 0.1 of (a) is the test of a hypothesis of the plan."""
     for family, members in families(arms).items():
-        yield from table(f"{title}, {family}", arms, members, margin, digits)
+        name = f"{family} ({hypothesis})" if family == "(a) lambda 0.1" else family
+        yield from table(f"{title}, {name}", arms, members, margin, digits)
 
 
 def table(title: str, arms: Arms, members: Sequence[str], margin: float | None, digits: int) -> Iterator[str]:
     """A Markdown table of arms that are corrected together; without a margin no columns about equivalence."""
-    heads = ["arm", "pairs", "baseline", "difference, 95%", "deviation", "p (Holm)"]
+    heads = ["arm", "pairs", "baseline", "difference, 95%", "median", "deviation", "p (Holm)"]
     heads += ["within", "pairs for it"] if margin else []
     found = [paired(arms[arm], arms[baseline_of(arm)], margin or 0.0) for arm in members]
     yield f"\n### {title}\n"
     yield f"| {' | '.join(heads)} |"
     yield f"| {' | '.join(['---'] * len(heads))} |"
     for arm, of, adjusted in zip(members, found, holm([each.p for each in found]), strict=True):
-        shared = arms[arm].keys() & arms[baseline_of(arm)].keys()
-        base = statistics.fmean(arms[baseline_of(arm)][seed] for seed in shared)
-        cells = [arm, str(of.n), number(base, digits), difference(of, digits), number(of.deviation, digits)]
-        cells.append(probability(adjusted))
+        cells = [arm, str(of.n), number(base_of(arms, arm), digits), difference(of, digits)]
+        cells += [f"{of.median:+.{digits}f}", number(of.deviation, digits), probability(adjusted)]
         if margin:
             needed = str(pairs_needed(margin, of.deviation)) if of.deviation > 0 else NOTHING
             cells += [probability(of.equivalent), needed]
         yield f"| {' | '.join(cells)} |"
 
 
-def trend(arms: Arms) -> Iterator[str]:
-    """Hypothesis H2: does the difference at lambda 0.1 depend on size?"""
-    yield "\n### Does the difference depend on size? (H2)\n"
-    gaps: dict[float, Sequence[float]] = {}
-    for size, of in SIZES.items():
+def base_of(arms: Arms, arm: str) -> float:
+    """The mean of an arm's baseline over the seeds that both have."""
+    without = arms[baseline_of(arm)]
+    return statistics.fmean(without[seed] for seed in arms[arm].keys() & without.keys())
+
+
+def scatter(arms: Arms) -> Iterator[str]:
+    """How far seeds and pairs scatter at lambda 0.1, and what the planned pairs could show with that."""
+    yield "\n### Scatter and power, lambda 0.1, nats per token\n"
+    yield "Deviations between seeds without and with, and of pairs. With the planned pairs: half the width of the"
+    yield "interval, and the difference that is found with 80% power.\n"
+    yield "| size | without | with | pairs | of pairs | planned | interval then | found then | pairs for ±0.01 |"
+    yield "| --- |" + " --- |" * 8
+    for size, planned in PLANNED.items():
         without, treated = (arms.get(f"a-{size}-lam{lam}", {}) for lam in ("0", "0.1"))
-        gaps[float(of.non_embedding)] = [treated[seed] - without[seed] for seed in sorted(treated.keys() & without)]
-    slope, low, high = slope_on_size(gaps)
-    if math.isnan(slope):
+        of = paired(treated, without, MARGINS["loss"])
+        if of.n >= FEWEST:
+            cells = [statistics.stdev(each.values()) for each in (without, treated)]
+            row = [size, *(number(each, 4) for each in cells), str(of.n), number(of.deviation, 4), str(planned)]
+            half = float(stats.t(planned - 1).ppf(0.975)) * of.deviation / math.sqrt(planned)
+            row += [f"±{half:.4f}", number(detectable(planned, of.deviation), 4)]
+            yield f"| {' | '.join([*row, str(pairs_needed(MARGINS['loss'], of.deviation))])} |"
+
+
+def trend(records: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Hypothesis H2: does the difference at lambda 0.1 depend on size? And is it size, or the number of steps?"""
+    yield "\n### Does the difference depend on size? (H2)\n"
+    arms = arms_of(records, loss)
+    about = {
+        r["name"].rpartition("-s")[0]: (math.log2(r["non_embedding"]), math.log2(r["val"][-1]["step"])) for r in records
+    }
+    treated = [arm for arm in arms if arm[0] in "ab" and arm.endswith("-lam0.1") and baseline_of(arm) in arms]
+    gaps = {arm: [*gaps_of(arms[arm], arms[baseline_of(arm)]).values()] for arm in treated}
+    of_size = slopes(((about[arm][0],), of) for arm, of in gaps.items() if arm.startswith("a"))
+    if not of_size:
         yield f"Not known yet: fewer than two sizes have {FEWEST} pairs."
         return
-    yield (
-        f"With each doubling of the parameters it changes by {slope:+.4f} [{low:+.4f}, {high:+.4f}] nats: weighted "
-        f"least squares over the sizes with at least {FEWEST} pairs, 95% interval of resampled pairs, which is too "
-        "narrow where these are few."
-    )
+    interval = lambda of: f"{of[0]:+.4f} [{of[1]:+.4f}, {of[2]:+.4f}]"  # noqa: E731
+    yield f"At 20 tokens per parameter it changes by {interval(of_size[0])} nats with each doubling of the parameters."
+    if of_both := slopes((about[arm], of) for arm, of in gaps.items()):
+        yield "There the number of steps doubles as well. Exploratory, with the other budgets of (b): it changes by"
+        yield f"{interval(of_both[0])} with each doubling of the parameters at the same steps, and by"
+        yield f"{interval(of_both[1])} with each doubling of the steps at the same parameters."
+    yield f"\nWeighted least squares over arms with at least {FEWEST} pairs, 95% intervals of resampled pairs, which"
+    yield "are too narrow where these are few.\n"
+    yield "| arm | steps | pairs | mean difference |"
+    yield "| --- | --- | --- | --- |"
+    for arm in sorted(gaps, key=lambda arm: about[arm][1]):
+        yield f"| {arm} | {2 ** about[arm][1]:,.0f} | {len(gaps[arm])} | {statistics.fmean(gaps[arm]):+.4f} |"
+
+
+def interactions(arms: Arms) -> Iterator[str]:
+    """Is the effect of lambda 0.1 another one in a setting than in design (a), with the same seeds?"""
+    effects = {
+        arm: gaps_of(arms[arm], arms[baseline_of(arm)])
+        for arm in arms
+        if arm.endswith("-lam0.1") and arm.partition("-")[0] not in WITHOUT_LAMBDA and baseline_of(arm) in arms
+    }
+    plain = {arm: effects.get(f"a-{arm.split('-')[1]}-lam0.1", {}) for arm in effects}
+    compared = sorted(arm for arm in effects if arm[0] != "a" and plain[arm].keys() & effects[arm].keys())
+    yield "\n### Interactions: the effect of lambda 0.1 in other settings, nats per token\n"
+    if not compared:
+        yield "Not known yet: no pair of another setting is finished."
+        return
+    yield "Paired by seed: the effect in the setting minus that in design (a), of the seeds that both have.\n"
+    yield "| arm | pairs | effect in (a) | effect here | interaction, 95% | p (Holm) |"
+    yield "| --- |" + " --- |" * 5
+    found = [paired(effects[arm], plain[arm], 0.0) for arm in compared]
+    for arm, of, adjusted in zip(compared, found, holm([each.p for each in found]), strict=True):
+        shared = effects[arm].keys() & plain[arm].keys()
+        here, there = (statistics.fmean(each[seed] for seed in shared) for each in (effects[arm], plain[arm]))
+        yield f"| {arm} | {of.n} | {there:+.4f} | {here:+.4f} | {difference(of, 4)} | {probability(adjusted)} |"
 
 
 def benchmarks(records: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -213,41 +293,50 @@ def probability(p: float) -> str:
     return NOTHING if math.isnan(p) else "< 0.0001" if p < 1e-4 else f"{p:.4f}"
 
 
-def page(records: Sequence[dict[str, Any]]) -> str:
+def page(every: Sequence[dict[str, Any]]) -> str:
+    records = [record for record in every if record["loss"] is not None]
     n = {name: sum(record["design"] == name for record in records) for name in {r["design"] for r in records}}
     counted = ", ".join(f"({name}) {count}" for name, count in sorted(n.items()))
+    cone = arms_of(records, study_mechanism.time_in_cone)
+    others = [arm for of in families(cone).values() for arm in of if not arm.startswith("rivals")]
     lines = [
         "# Results of the study",
         "",
         "Written by `make study-report` from the records; do not edit. [plan.md](plan.md) says what is compared.",
         "",
-        f"{len(records)} runs beside the search for learning rates: {counted}. Until the plan's numbers of pairs are",
-        "reached, this is an interim look, from which nothing is concluded.",
+        f"{len(records)} runs beside the search for learning rates: {counted}. {len(every) - len(records)} others",
+        "failed: their loss was not finite. Until the plan's numbers of pairs are reached, this is an interim look.",
         "",
-        "A difference is arm minus its baseline without dispersion, of pairs with the same seed; of an arm that has no",
-        "dispersion itself, minus lambda 0 of design (a). `p` is that of a",
-        "paired t test, corrected by Holm within the table. `within` is the p value of equivalence: below 0.05 the",
-        f"difference lies within ±{MARGINS['loss']} nats (BLiMP: ±{MARGINS['BLiMP']}). The last column is how many",
-        "pairs would show a difference as large as that with 80% power.",
-        *tables("Validation loss, nats per token", arms_of(records, loss), MARGINS["loss"], 4),
-        *trend(arms_of(records, loss)),
-        *tables("BLiMP, accuracy", arms_of(records, blimp), MARGINS["BLiMP"], 4),
+        "A difference is arm minus its baseline without dispersion, of pairs with the same seed; of an arm without",
+        "dispersion, minus lambda 0 of design (a). Its 95% interval is that of a paired t test, over seeds alone: the",
+        "validation text is always the same. `p` is the test's, corrected by Holm within the table. `within` is the p",
+        f"value of equivalence, not corrected: below 0.05 the difference lies within ±{MARGINS['loss']} nats (BLiMP",
+        f"±{MARGINS['BLiMP']}). The last column is how many pairs show a difference of that margin with 80% power.",
+        "Only H1 to H4 at lambda 0.1 in (a) are tests that were planned; all else is secondary or exploratory.",
+        *tables("Validation loss, nats per token", "H1", arms_of(records, loss), MARGINS["loss"], 4),
+        *scatter(arms_of(records, loss)),
+        *trend(records),
+        *interactions(arms_of(records, loss)),
+        *tables("BLiMP, accuracy", "H3", arms_of(records, blimp), MARGINS["BLiMP"], 4),
         *benchmarks(records),
-        *tables("Mean cosine of the middle layers", arms_of(records, middle_cosine), None, 3),
+        *tables("Mean cosine of the middle layers", "H4", arms_of(records, middle_cosine), None, 3),
         *effective(records),
         *by_frequency([arms_of(records, loss_of(stratum)) for stratum in range(STRATA)]),
         *study_mechanism.correlations(records, "Validation loss", loss),
         *study_mechanism.correlations(records, "BLiMP accuracy", blimp),
-        *study_mechanism.interaction(records),
+        *table(
+            f"Share of training in the cone (last layer's cosine above {study_mechanism.HIGH})", cone, others, None, 3
+        ),
         *study_mechanism.rivals(records),
     ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    records = read_records()
-    PAGE.write_text(page(records), encoding="utf-8")
+    every = read_records()
+    PAGE.write_text(page(every), encoding="utf-8")
     print(f"wrote {PAGE}")
+    records = [record for record in every if record["loss"] is not None]
     arms = arms_of(records, loss), arms_of(records, blimp)
     FIGURES.mkdir(exist_ok=True)
     for name, figure in study_figures.draw(records, *arms, study_mechanism.compared(records)).items():

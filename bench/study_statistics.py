@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
+from scipy.optimize import brentq
 
 FEWEST = 3  # pairs of a test
 ALPHA, POWER = 0.05, 0.8
-RESAMPLES = 2000  # of pairs, for the slope
+RESAMPLES = 2000  # of pairs, for slopes
 WITHOUT_LAMBDA = ("c", "tuned", "rivals", "strong")  # designs whose baseline is lambda 0 of design (a)
 SETTINGS = ("e", "f", "h", "s", "repeat")  # designs whose own lambda 0 is compared with that of design (a)
 
@@ -24,29 +25,36 @@ class Paired:
     """Differences of pairs, arm minus baseline.
 
     half: half the width of their 95% t interval. p: of the two-sided paired t test. equivalent: the larger p of two
-    one-sided t tests that the mean lies within +-margin. All NaN below `FEWEST` pairs.
+    one-sided t tests that the mean lies within +-margin. These and the deviation are NaN below `FEWEST` pairs.
     """
 
     n: int
     mean: float
+    median: float
     deviation: float
     half: float
     p: float
     equivalent: float
 
 
+def gaps_of(values: dict[int, float], baseline: dict[int, float]) -> dict[int, float]:
+    """Seed -> difference, of the seeds that both have."""
+    return {seed: values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())}
+
+
 def paired(values: dict[int, float], baseline: dict[int, float], margin: float) -> Paired:
     """Compare the seeds that both have."""
-    gaps = [values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())]
+    gaps = [*gaps_of(values, baseline).values()]
     n = len(gaps)
+    mean, median = (statistics.fmean(gaps), statistics.median(gaps)) if gaps else (math.nan, math.nan)
     if n < FEWEST:
-        return Paired(n, statistics.fmean(gaps) if gaps else math.nan, *[math.nan] * 4)
-    mean, deviation = statistics.fmean(gaps), statistics.stdev(gaps)
+        return Paired(n, mean, median, *[math.nan] * 4)
+    deviation = statistics.stdev(gaps)
     error = deviation / math.sqrt(n)
-    test = lambda of: math.copysign(math.inf, of) if error == 0 else of / error  # noqa: E731
+    test = lambda of: of / error if error else math.copysign(math.inf, of) if of else 0.0  # noqa: E731
     of_t = stats.t(n - 1)
     outside = max(of_t.sf(test(mean + margin)), of_t.cdf(test(mean - margin)))
-    return Paired(n, mean, deviation, of_t.ppf(0.975) * error, 2 * of_t.sf(abs(test(mean))), float(outside))
+    return Paired(n, mean, median, deviation, of_t.ppf(0.975) * error, 2 * of_t.sf(abs(test(mean))), float(outside))
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -59,39 +67,44 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def power(pairs: int, shift: float) -> float:
+    """The chance of p < 0.05 in a two-sided paired t test if the mean is `shift` deviations: noncentral t."""
+    critical, scaled = stats.t.ppf(1 - ALPHA / 2, pairs - 1), shift * math.sqrt(pairs)
+    wrong_side = np.nan_to_num(stats.nct.cdf(-critical, pairs - 1, scaled))  # NaN where it underflows
+    return float(stats.nct.sf(critical, pairs - 1, scaled) + wrong_side)
+
+
 def pairs_needed(effect: float, deviation: float) -> int:
-    """Pairs that show a mean difference of `effect` with 80% power at 5%, two-sided: noncentral t distribution."""
+    """Pairs that show a mean difference of `effect` with 80% power."""
     for n in range(FEWEST, 100_000):
-        critical = stats.t.ppf(1 - ALPHA / 2, n - 1)
-        shift = abs(effect) / deviation * math.sqrt(n)
-        if stats.nct.sf(critical, n - 1, shift) + stats.nct.cdf(-critical, n - 1, shift) >= POWER:
+        if power(n, abs(effect) / deviation) >= POWER:
             return n
     raise ValueError(f"an effect of {effect} is too small beside a deviation of {deviation}")
 
 
-def slope_on_size(gaps: Mapping[float, Sequence[float]]) -> tuple[float, float, float]:
-    """How much a difference changes with each doubling of the parameters, and its 95% interval.
+def detectable(pairs: int, deviation: float) -> float:
+    """The mean difference that so many pairs show with 80% power."""
+    return deviation * float(brentq(lambda shift: power(pairs, shift) - POWER, 0.0, 12 / math.sqrt(pairs)))
 
-    gaps: non-embedding parameters -> differences of pairs. Sizes with fewer than `FEWEST` pairs are left out. Least
-    squares on log2 of the parameters, each pair weighted by the inverse of its size's variance; pairs are drawn again
-    within each size for the interval, with the weights of the original ones. NaN with fewer than two sizes.
+
+def slopes(groups: Iterable[tuple[Sequence[float], Sequence[float]]]) -> list[tuple[float, float, float]]:
+    """How differences depend on each predictor: slope, and its 95% interval.
+
+    groups: (predictors [P], differences of pairs). Those with fewer than `FEWEST` pairs are left out. Least squares,
+    each pair weighted by the inverse of its group's variance; for the interval pairs are drawn again within each group,
+    with the weights of the original ones. Empty where the groups do not determine the slopes.
     """
-    sizes = [n for n in gaps if len(gaps[n]) >= FEWEST]
-    if len(sizes) < 2:
-        return math.nan, math.nan, math.nan
-    x = np.log2(np.array(sizes, float))
-    values = [np.array(gaps[n], float) for n in sizes]
-    weights = np.array([len(of) / of.var(ddof=1) for of in values])
-    centre = (weights * x).sum() / weights.sum()
-
-    def slope(means: Sequence[float]) -> float:
-        shifted = weights * (x - centre)
-        return float((shifted * np.array(means)).sum() / (shifted * (x - centre)).sum())
-
+    kept = [(x, np.array(gaps, float)) for x, gaps in groups if len(gaps) >= FEWEST]
+    design = np.array([[1.0, *x] for x, _ in kept])
+    if not kept or np.linalg.matrix_rank(design) < design.shape[1]:
+        return []
+    root = np.sqrt([len(gaps) / gaps.var(ddof=1) for _, gaps in kept])
+    solve = np.linalg.pinv(design * root[:, None]) * root
     random = np.random.default_rng(0)
-    drawn = [slope([random.choice(of, len(of)).mean() for of in values]) for _ in range(RESAMPLES)]
-    low, high = np.quantile(drawn, (ALPHA / 2, 1 - ALPHA / 2))
-    return slope([of.mean() for of in values]), float(low), float(high)
+    drawn = [solve @ [random.choice(gaps, len(gaps)).mean() for _, gaps in kept] for _ in range(RESAMPLES)]
+    low, high = np.quantile(drawn, (ALPHA / 2, 1 - ALPHA / 2), axis=0)
+    middle = solve @ [gaps.mean() for _, gaps in kept]
+    return [(float(a), float(b), float(c)) for a, b, c in zip(middle, low, high, strict=True)][1:]
 
 
 def baseline_of(arm: str) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bench import study_figures
-from bench.study_mechanism import compared, correlations, interaction, partial_correlation, rivals, time_in_cone
+from bench.study_mechanism import compared, correlations, partial_correlation, rivals, time_in_cone
 from bench.study_report import arms_of, blimp, loss
 
 
@@ -51,29 +51,15 @@ def test_a_partial_correlation_is_that_of_residuals_of_a_regression_on_the_group
     assert np.isnan(partial_correlation(np.ones(40), y, groups.tolist()))
 
 
-def test_sizes_do_not_make_a_correlation() -> None:
-    lines = list(correlations(ladder("77k", 5.4, 1.0) + ladder("150k", 4.0, 1.0), "Loss", loss))
-    (line,) = (line for line in lines if line.startswith("| share"))
-    assert line.count("+1.00 [+1.00, +1.00]") == 3
-    (line,) = (line for line in correlations(ladder("77k", 5.4, -1.0), "Loss", loss) if line.startswith("| share"))
+def test_neither_sizes_nor_lambdas_make_a_correlation() -> None:
+    runs = ladder("77k", 5.4, 1.0) + ladder("150k", 4.0, 1.0)
+    shifted = [run | {"loss": run["loss"] + 3 * run["config"]["dispersion"]["lambda_disp"]} for run in runs]
+    for each in (runs, shifted):
+        (line,) = (line for line in correlations(each, "Loss", loss) if "above 0.5" in line)
+        assert line.count("+1.00 [+1.00, +1.00]") == 3
+    (line,) = (line for line in correlations(ladder("77k", 5.4, -1.0), "Loss", loss) if "above 0.5" in line)
     assert line.count("-1.00") == 9
     assert "Not known yet" in list(correlations(ladder("77k", 5.4, -1.0), "BLiMP", blimp))[1]
-
-
-def test_the_interaction_is_the_difference_of_paired_differences() -> None:
-    effects = {"a-77k-": (-0.10, -0.20, -0.30), "e-77k-muon-": (-0.02, -0.10, -0.18)}
-    runs = [
-        record(
-            f"{arm}lam{weight:g}-s{seed}",
-            5.0 + 0.01 * seed + (effects[arm][seed - 1] if weight else 0),
-            (0.1, 0.2),
-            weight,
-        )
-        for arm, weight, seed in itertools.product(effects, (0.0, 0.1), (1, 2, 3))
-    ]
-    (line,) = (line for line in interaction(runs) if line.startswith("| validation loss"))
-    assert "| 5.0200 | 4.8200 | 5.0200 | 4.9200 | +0.1000 [+0.0503, +0.1497] |" in line
-    assert "Not known yet" in "".join(interaction(runs[:6]))
 
 
 def test_losses_of_others_are_compared_with_the_same_seeds_of_angular() -> None:

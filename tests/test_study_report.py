@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from bench import study_report
-from bench.study_report import PAGE, benchmarks, effective, families, page, read_records
-from bench.study_statistics import baseline_of, holm, paired, pairs_needed, slope_on_size
+from bench.study import ROOT
+from bench.study_report import PAGE, benchmarks, effective, families, interactions, page, read_records, trend
+from bench.study_statistics import baseline_of, detectable, holm, paired, pairs_needed, slopes
 from nanodisp.report.scaling import Law
 
 
@@ -44,6 +45,12 @@ def test_two_pairs_have_a_mean_and_no_test() -> None:
     assert math.isnan(paired({1: 2.0}, {2: 2.0}, margin=0.01).mean)
 
 
+def test_equal_runs_are_no_finding() -> None:
+    of = paired(*pairs([0.0, 0.0, 0.0]), margin=0.01)
+    assert of.p == 1.0 and of.equivalent == 0.0 and of.median == 0.0
+    assert paired(*pairs([0.25, 0.25, 0.25]), margin=0.01).p == 0.0
+
+
 def test_holm_multiplies_the_smallest_most_and_never_falls() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.5, 0.9]) == [1.0, 1.0]
@@ -60,21 +67,61 @@ def test_power_is_that_of_the_plan_and_of_a_simulation() -> None:
         assert ((p < 0.05).mean() >= 0.795) == above
 
 
-def test_the_slope_on_size_is_that_of_weighted_least_squares_with_an_interval_that_covers() -> None:
+def test_slopes_are_those_of_weighted_least_squares_with_intervals_that_cover() -> None:
     random = np.random.default_rng(0)
-    sizes = {1e5: (30, 0.1), 2e5: (12, 0.02), 8e5: (4, 0.01)}
+    groups = {(1.0, 2.0): (30, 0.1), (2.0, 2.0): (12, 0.02), (4.0, 3.0): (6, 0.01), (4.0, 5.0): (8, 0.02)}
 
-    def draw(slope: float) -> dict[float, list[float]]:
-        return {n: (slope * math.log2(n) + random.normal(0, s, pairs)).tolist() for n, (pairs, s) in sizes.items()}
+    def draw() -> list[tuple[tuple[float, float], list[float]]]:
+        return [((x, z), (0.03 * x - 0.1 * z + random.normal(0, s, n)).tolist()) for (x, z), (n, s) in groups.items()]
 
-    gaps = draw(0.03)
-    x = np.concatenate([np.full(len(of), math.log2(n)) for n, of in gaps.items()])
-    y = np.concatenate([*gaps.values()])
-    w = np.concatenate([np.full(len(of), 1 / np.std(of, ddof=1)) for of in gaps.values()])  # polyfit squares them
-    assert slope_on_size(gaps | {1.6e6: [9.0, 9.0]})[0] == pytest.approx(np.polyfit(x, y, 1, w=w)[0]), "two are too few"
-    covered = [low <= 0.03 <= high for _, low, high in (slope_on_size(draw(0.03)) for _ in range(30))]
+    found = draw()
+    rows = np.array([(1.0, *x) for x, gaps in found for _ in gaps])
+    weight = np.concatenate([np.full(len(gaps), 1 / np.std(gaps, ddof=1)) for _, gaps in found])
+    y = np.concatenate([gaps for _, gaps in found])
+    expected = np.linalg.lstsq(rows * weight[:, None], y * weight, rcond=None)[0][1:]
+    assert [slope for slope, *_ in slopes([*found, ((9.0, 9.0), [9.0, 8.0])])] == pytest.approx(expected), "two are few"
+    covered = [
+        [low <= true <= high for (_, low, high), true in zip(slopes(draw()), (0.03, -0.1), strict=True)]
+        for _ in range(30)
+    ]
     assert np.mean(covered) >= 0.75, "of few pairs, resampling finds too narrow intervals, but not by much"
-    assert math.isnan(slope_on_size({1e5: [0.1, 0.2, 0.3], 2e5: [0.1]})[0])
+    assert slopes([((1.0, 2.0), [0.1, 0.2, 0.3]), ((2.0, 4.0), [0.1, 0.2, 0.4]), ((3.0, 6.0), [0.1, 0.3, 0.3])]) == []
+
+
+def test_the_effect_that_the_planned_pairs_find_needs_so_many_pairs() -> None:
+    for pairs_planned, deviation in ((30, 0.08), (8, 0.014), (3, 0.01)):
+        assert pairs_needed(detectable(pairs_planned, deviation) * 1.001, deviation) == pairs_planned
+
+
+def test_size_and_steps_are_told_apart_and_interactions_are_paired_by_seed() -> None:
+    def run(name: str, n: float, steps: int, loss: float) -> dict[str, object]:
+        return {"name": name, "non_embedding": n, "val": [{"step": steps}], "loss": loss}
+
+    runs = []
+    for design, n, steps in (
+        ("a", 8e4, 800),
+        ("a", 1.6e5, 1600),
+        ("a", 3.2e5, 3200),
+        ("b", 8e4, 3200),
+        ("b", 8e4, 200),
+    ):
+        arm = f"{design}-{n:g}{f'-{steps}x' if design == 'b' else ''}"
+        for seed in range(1, 5):
+            gap = 0.05 * math.log2(steps) - 0.6 + 0.001 * (seed % 3)
+            runs += [
+                run(f"{arm}-lam0-s{seed}", n, steps, 5.0 + seed),
+                run(f"{arm}-lam0.1-s{seed}", n, steps, 5.0 + seed + gap),
+            ]
+    text = "\n".join(trend(runs))
+    assert "it changes by +0.0500 [" in text and re.search(r"[+-]0\.0000 \[.*of the parameters at the same", text)
+    assert re.search(r"\+0\.0500 \[.*of the steps at the same", text)
+    assert "Not known yet" in "".join(trend(runs[:8]))
+
+    arms = {"a-77k-lam0": {1: 5.0, 2: 5.1, 3: 5.2, 4: 9.0}, "a-77k-lam0.1": {1: 4.9, 2: 4.9, 3: 4.9, 4: 1.0}}
+    arms |= {"e-77k-muon-lam0": {1: 4.0, 2: 4.1, 3: 4.2}, "e-77k-muon-lam0.1": {1: 3.98, 2: 4.0, 3: 4.02}}
+    (line,) = (line for line in interactions(arms) if line.startswith("| e"))
+    assert line.startswith("| e-77k-muon-lam0.1 | 3 | -0.2000 | -0.1000 | +0.1000 [+0.0503, +0.1497] |")
+    assert "Not known yet" in "".join(interactions({arm: of for arm, of in arms.items() if arm[0] == "a"}))
 
 
 def test_every_arm_is_compared_with_lambda_0_of_its_own_design() -> None:
@@ -139,8 +186,11 @@ def test_the_page_is_what_the_records_give() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(read_records()), "run make study-report"
 
 
-def test_every_number_of_the_short_page_stands_in_the_results() -> None:
+def test_every_number_of_the_short_page_and_of_the_readme_stands_in_the_results() -> None:
     known = PAGE.read_text(encoding="utf-8")  # which is what the records give, as the test above says
-    numbers = re.findall(r"(?<!\d)[+-]?\d{1,2}\.\d{3,}", (PAGE.parent / "index.md").read_text(encoding="utf-8"))
-    assert len(numbers) > 15
-    assert [number for number in numbers if number not in known] == []
+    start_of_readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## ")[0]
+    for text, least in (((PAGE.parent / "index.md").read_text(encoding="utf-8"), 15), (start_of_readme, 2)):
+        numbers = re.findall(r"(?<!\d)[+-]?\d{1,2}\.\d{3,}", text)
+        intervals = re.findall(r"[+-]?\d+\.\d+ \[[^\]]+\]", " ".join(text.split()))
+        assert len(numbers) >= least and intervals
+        assert [each for each in (*numbers, *intervals) if each not in known] == []

@@ -21,7 +21,7 @@ from nanodisp.errors import UserError
 HUBER = 1e-3  # of log L: larger residuals count linearly
 # of log A and log B, alpha and beta, and log E: fits begin at all combinations
 STARTS: tuple[Sequence[float], ...] = ((0.0, 5.0, 10.0), (0.2, 0.5, 1.0), (0.0, 0.7))
-LARGEST_LOG = 300.0  # of log A and log B: a term that only the smallest runs feel has no finite best A
+LARGEST_LOG = 300.0  # of |log A| and |log B|: a term that only the smallest or largest runs feel has no finite best A
 WIDEST = 1e6  # a factor of parameters within which an equal loss is searched
 
 
@@ -72,12 +72,21 @@ def fit(n: ArrayLike, d: ArrayLike, loss: ArrayLike, start: Law | None = None) -
 
     starts = [(a, b, e, alpha, alpha) for a, b, alpha, e in itertools.product(STARTS[0], STARTS[0], *STARTS[1:])]
     if start is not None:
-        starts = [(*np.log([start.A, start.B, start.E]), start.alpha, start.beta)]
+        of = start.alpha, start.beta  # and a start with a larger E, since near 0 it has no gradient
+        starts = [(*np.log([start.A, start.B, e]), *of) for e in (start.E, max(start.E, 0.5 * loss.min()))]
     _, near = min((best_from(start, 100) for start in starts), key=lambda found: found[0])
     _, (a, b, e, alpha, beta) = best_from(near, 3000)
-    for_n, for_d = max(0.0, a - LARGEST_LOG), max(0.0, b - LARGEST_LOG)  # both terms stay at the smallest run
-    a, alpha, b, beta = a - for_n, alpha - for_n / x.min(), b - for_d, beta - for_d / y.min()
+    (a, alpha), (b, beta) = bounded(a, alpha, x), bounded(b, beta, y)
     return Law(float(np.exp(e)), float(np.exp(a)), float(np.exp(b)), float(alpha), float(beta))
+
+
+def bounded(log_scale: float, exponent: float, x: NDArray[np.float64]) -> tuple[float, float]:
+    """A term with a log scale within +-`LARGEST_LOG`, and the same value at the run that feels it most.
+
+    x: logs of the parameters or tokens, [R].
+    """
+    excess = log_scale - float(np.clip(log_scale, -LARGEST_LOG, LARGEST_LOG))
+    return log_scale - excess, exponent - excess / float(x.min() if excess > 0 else x.max())
 
 
 def effective_parameters(baseline: Law, n: float, d: float, loss: float) -> float:

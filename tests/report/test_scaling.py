@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nanodisp.errors import UserError
-from nanodisp.report.scaling import LARGEST_LOG, Law, effective_interval, effective_parameters, fit, resampled
+from nanodisp.report.scaling import LARGEST_LOG, Law, bounded, effective_interval, effective_parameters, fit, resampled
 
 CHINCHILLA = Law(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
 N, D = (each.flatten() for each in np.meshgrid(np.geomspace(8e4, 2.5e6, 5), np.geomspace(1e6, 2e8, 4)))
@@ -49,6 +51,17 @@ def test_a_term_that_only_the_smallest_runs_feel_has_finite_constants() -> None:
     law = fit(N, D, losses)
     assert np.log(law.A) <= LARGEST_LOG + 1e-6, "else other runs make it infinite"
     np.testing.assert_allclose(law.loss(N, D), losses, rtol=1e-2)
+
+
+@given(st.floats(-1e5, 1e5), st.floats(-100, 1000))
+def test_constants_are_bounded_and_the_term_stays_where_it_is_felt_most(log_scale: float, exponent: float) -> None:
+    x = np.log(N)
+    scale, slope = bounded(log_scale, exponent, x)
+    assert abs(scale) <= LARGEST_LOG
+    felt = x.min() if log_scale > 0 else x.max()
+    assert scale - slope * felt == pytest.approx(log_scale - exponent * felt, rel=1e-9, abs=1e-6)
+    if abs(log_scale) <= LARGEST_LOG:
+        assert (scale, slope) == (log_scale, exponent)
 
 
 def test_an_interval_of_the_worth_holds_the_truth_and_shrinks_with_the_noise() -> None:
