@@ -181,16 +181,23 @@ def tables(title: str, hypothesis: str, arms: Arms, margin: float | None, digits
         yield from table(f"{title}, {name}", arms, members, margin, digits)
 
 
-def table(title: str, arms: Arms, members: Sequence[str], margin: float | None, digits: int) -> Iterator[str]:
+def table(
+    title: str,
+    arms: Arms,
+    members: Sequence[str],
+    margin: float | None,
+    digits: int,
+    baseline: Callable[[str], str] = baseline_of,
+) -> Iterator[str]:
     """A Markdown table of arms that are corrected together; without a margin no columns about equivalence."""
     heads = ["arm", "pairs", "baseline", "difference, 95%", "median", "deviation", "p (Holm)"]
     heads += ["within", "pairs for it"] if margin else []
-    found = [paired(arms[arm], arms[baseline_of(arm)], margin or 0.0) for arm in members]
+    found = [paired(arms[arm], arms[baseline(arm)], margin or 0.0) for arm in members]
     yield f"\n### {title}\n"
     yield f"| {' | '.join(heads)} |"
     yield f"| {' | '.join(['---'] * len(heads))} |"
     for arm, of, adjusted in zip(members, found, holm([each.p for each in found]), strict=True):
-        cells = [arm, str(of.n), number(base_of(arms, arm), digits), difference(of, digits)]
+        cells = [arm, str(of.n), number(base_of(arms, arm, baseline), digits), difference(of, digits)]
         cells += [f"{of.median:+.{digits}f}", number(of.deviation, digits), probability(adjusted)]
         if margin:
             needed = str(pairs_needed(margin, of.deviation)) if of.deviation > 0 else NOTHING
@@ -198,10 +205,19 @@ def table(title: str, arms: Arms, members: Sequence[str], margin: float | None, 
         yield f"| {' | '.join(cells)} |"
 
 
-def base_of(arms: Arms, arm: str) -> float:
+def base_of(arms: Arms, arm: str, baseline: Callable[[str], str] = baseline_of) -> float:
     """The mean of an arm's baseline over the seeds that both have."""
-    without = arms[baseline_of(arm)]
-    return statistics.fmean(without[seed] for seed in arms[arm].keys() & without.keys())
+    of = arms[baseline(arm)]
+    return statistics.fmean(of[seed] for seed in arms[arm].keys() & of.keys())
+
+
+def against_lambda(arms: Arms) -> Iterator[str]:
+    """Other schedules, layers, rates and weights against plain lambda 0.1 with the same seeds, not against none."""
+    plain = lambda arm: f"a-{arm.split('-')[1]}-lam0.1"  # noqa: E731
+    others = sorted(arm for arm in arms if arm.partition("-")[0] in ("c", "strong", "tuned"))
+    members = [arm for arm in others if arms[arm].keys() & arms.get(plain(arm), {}).keys()]
+    if members:
+        yield from table("Validation loss against lambda 0.1, nats per token", arms, members, None, 4, plain)
 
 
 def scatter(arms: Arms) -> Iterator[str]:
@@ -314,6 +330,7 @@ def page(every: Sequence[dict[str, Any]]) -> str:
         f"±{MARGINS['BLiMP']}). The last column is how many pairs show a difference of that margin with 80% power.",
         "Only H1 to H4 at lambda 0.1 in (a) are tests that were planned; all else is secondary or exploratory.",
         *tables("Validation loss, nats per token", "H1", arms_of(records, loss), MARGINS["loss"], 4),
+        *against_lambda(arms_of(records, loss)),
         *scatter(arms_of(records, loss)),
         *trend(records),
         *interactions(arms_of(records, loss)),

@@ -14,7 +14,17 @@ from scipy import stats
 
 from bench import study_report
 from bench.study import ROOT
-from bench.study_report import PAGE, benchmarks, effective, families, interactions, page, read_records, trend
+from bench.study_report import (
+    PAGE,
+    against_lambda,
+    benchmarks,
+    effective,
+    families,
+    interactions,
+    page,
+    read_records,
+    trend,
+)
 from bench.study_statistics import baseline_of, detectable, holm, paired, pairs_needed, slopes
 from nanodisp.report.scaling import Law
 
@@ -122,6 +132,9 @@ def test_size_and_steps_are_told_apart_and_interactions_are_paired_by_seed() -> 
     (line,) = (line for line in interactions(arms) if line.startswith("| e"))
     assert line.startswith("| e-77k-muon-lam0.1 | 3 | -0.2000 | -0.1000 | +0.1000 [+0.0503, +0.1497] |")
     assert "Not known yet" in "".join(interactions({arm: of for arm, of in arms.items() if arm[0] == "a"}))
+
+    lines = list(against_lambda(arms | {"c-77k-decay": {1: 5.0, 2: 4.95, 3: 5.0}, "strong-150k-simctg-1": {1: 4.0}}))
+    assert lines[-1].startswith("| c-77k-decay | 3 | 4.9000 | +0.0833 ["), "150k has no lambda 0.1 to compare with"
 
 
 def test_every_arm_is_compared_with_lambda_0_of_its_own_design() -> None:
