@@ -38,7 +38,7 @@ from nanodisp.report.tables import NOTHING
 
 PAGE, FIGURES = RECORDS.parent / "results.md", RECORDS.parent / "figures"
 MARGINS = {"loss": 0.01, "BLiMP": 0.005}  # of equivalence
-RESAMPLES = 200  # of the scaling law
+RESAMPLES = 100  # of the scaling law
 PLANNED = {"77k": 30, "150k": 30, "312k": 16, "671k": 8, "1.19M": 4, "2.47M": 3}  # pairs at lambda 0.1
 TWICE = "c-77k-late"  # of two layers the late half is the last one: the same runs as c-77k-last
 BENCHMARKS = {  # exploratory: title -> task and metric of a record
