@@ -109,7 +109,7 @@ def steps(records: Sequence[Record], losses: Arms) -> Figure:
         for place, arm in enumerate(arm for arm in arms if arm.split("-")[1] == size):
             of = paired(losses[arm], losses.get(baseline_of(arm), {}), margin=0.0)
             gaps = [*gaps_of(losses[arm], losses.get(baseline_of(arm), {})).values()]
-            x = last_step[arm] * 1.05**number
+            x = last_step[arm] * 1.03**number
             ax.plot([x * 1.03] * len(gaps), gaps, "o", color="0.65", markersize=2.5)
             half = of.half if np.isfinite(of.half) else 0.0
             label = None if place else size
