@@ -1,5 +1,5 @@
 """The tables and figures of the study, from docs/study/records/ alone: `make study-report` writes docs/study/results.md
-and docs/study/figures/. Statistics are in `study_statistics`, what is exploratory in `study_mechanism`.
+and docs/study/figures/. Statistics are in `study_statistics`, correlations and losses of others in `study_mechanism`.
 """
 
 from __future__ import annotations
@@ -344,6 +344,8 @@ def page(every: Sequence[dict[str, Any]]) -> str:
         *table(
             f"Share of training in the cone (last layer's cosine above {study_mechanism.HIGH})", cone, others, None, 3
         ),
+        "\nThe cosine is measured at every twentieth of a run. In runs of 3,000 steps or more that is after 150 steps at the",
+        "earliest, when the cone at 77k is nearly over: a share of 0 there does not say that there was none.",
         *study_mechanism.rivals(records),
     ]
     return "\n".join(lines) + "\n"
