@@ -344,8 +344,8 @@ def page(every: Sequence[dict[str, Any]]) -> str:
         *table(
             f"Share of training in the cone (last layer's cosine above {study_mechanism.HIGH})", cone, others, None, 3
         ),
-        "\nThe cosine is measured at every twentieth of a run. In runs of 3,000 steps or more that is after 150 steps at",
-        "the earliest, when the cone at 77k is nearly over: a share of 0 there does not say that there was none.",
+        "\nThe cosine is measured at every twentieth of a run. In runs of 3,000 steps or more that is after 150 steps",
+        "at the earliest, when the cone at 77k is nearly over: a share of 0 there does not say that there was none.",
         *study_mechanism.rivals(records),
     ]
     return "\n".join(lines) + "\n"
