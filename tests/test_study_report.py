@@ -182,6 +182,9 @@ def test_arms_are_worth_the_parameters_of_the_law_without_dispersion(monkeypatch
     ]
     assert "| a-80000-lam0 | 1 | 1.00 [1.00, 1.00] |" in lines
     assert "Not known yet" in "".join(effective([run for run in runs if run["design"] == "a"]))
+    missed = [run | {"loss": 1.2 * run["loss"]} if run["name"] == "a-150000-lam0-s1" else run for run in runs]
+    (line,) = (line for line in effective(missed) if "150000" in line)
+    assert line.startswith("It misses its own runs") and "a-150000-lam0 0." in line
 
 
 def test_benchmarks_have_a_table_each_of_the_runs_that_were_evaluated_on_them() -> None:
