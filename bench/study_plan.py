@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 BLOCK_SIZE, VOCABULARY, TOKENS_PER_PARAMETER = 256, 4096, 20
+EARLY_STEPS = 500  # of runs that look at the start of training
 PRIMARY = (0.0, 0.1)  # lambda
 SECONDARY = (0.03, 0.3)
 RIVALS = {
@@ -47,6 +48,9 @@ class Size:
     batch_size: int = 8
     block_size: int = BLOCK_SIZE
     machine: tuple[str, ...] = ON_CPU
+
+    def steps(self, tokens: int) -> int:
+        return math.ceil(tokens / (self.batch_size * self.block_size))
 
     @property
     def non_embedding(self) -> int:
@@ -110,6 +114,8 @@ def jobs(losses: Losses, corpus: str = "<corpus>") -> Iterator[Job]:
     yield from strong("77k", "3", 5, 7, losses)
     yield from muon("77k", 5, 7, losses)
     yield from strong("312k", "1", 1, 2, losses)
+    for size in ("312k", "671k", "150k", "77k"):
+        yield from beginnings(size, 1, 3, losses)
     yield from mid_training("77k", 5, 10, losses)
     yield from text_and_tokenizer("77k", 1, 3, losses, corpus)
     yield from regularisers("77k", 1, 3, losses)
@@ -187,7 +193,7 @@ def job(arm: str, size: str, seed: int, multiple: float, extra: list[str], budge
     """A run of `budget` tokens per non-embedding parameter; `extra` overrides come last and win."""
     s = SIZES[size]
     tokens = round(budget * s.non_embedding)
-    steps = math.ceil(tokens / (s.batch_size * s.block_size))
+    steps = s.steps(tokens)
     overrides = (
         *("data=english", "model=nano", "optim=adamw", "out_dir=out/study", *s.machine),
         *(f"seed={seed}", f"optim.lr={multiple * 0.384 / s.n_embd:.6g}"),
@@ -218,6 +224,21 @@ def at(lam: float, *others: str) -> list[str]:
 
 def ladder(size: str, lambdas: tuple[float, ...], first: int, last: int, losses: Losses) -> Iterator[Job]:
     yield from arms("a", size, {f"lam{lam:g}": at(lam) for lam in lambdas}, first, last, losses)
+
+
+def beginnings(size: str, first: int, last: int, losses: Losses) -> Iterator[Job]:
+    """The first steps of design (a), with the cosine of each layer every 5: how long is the cone of the start?
+
+    The warm-up is as long as in design (a); after it the rate stays, whose fall has hardly begun there.
+    """
+    s = SIZES[size]
+    warmup = 0.05 * s.steps(TOKENS_PER_PARAMETER * s.non_embedding)
+    extra = [
+        f"train.tokens={EARLY_STEPS * s.batch_size * s.block_size}",
+        *("optim.schedule=constant", f"optim.warmup_fraction={warmup / EARLY_STEPS:.4f}"),
+        *("train.condensation_interval=5", "train.log_interval=25", f"train.eval_interval={EARLY_STEPS // 2}"),
+    ]
+    yield from arms("early", size, {f"lam{lam:g}": at(lam, *extra) for lam in PRIMARY}, first, last, losses)
 
 
 def tuned(losses: Losses) -> Iterator[Job]:

@@ -273,7 +273,8 @@ def interactions(arms: Arms) -> Iterator[str]:
         if arm.endswith("-lam0.1") and arm.partition("-")[0] not in WITHOUT_LAMBDA and baseline_of(arm) in arms
     }
     plain = {arm: effects.get(f"a-{arm.split('-')[1]}-lam0.1", {}) for arm in effects}
-    compared = sorted(arm for arm in effects if arm[0] != "a" and plain[arm].keys() & effects[arm].keys())
+    others = [arm for arm in effects if arm.partition("-")[0] not in ("a", "early")]
+    compared = sorted(arm for arm in others if plain[arm].keys() & effects[arm].keys())
     yield "\n### Interactions: the effect of lambda 0.1 in other settings, nats per token\n"
     if not compared:
         yield "Not known yet: no pair of another setting is finished."
