@@ -1,8 +1,7 @@
-"""The loss by the frequency of the predicted token, and the jobs that a worker of the study takes."""
+"""The loss by the frequency of the predicted token."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 from conftest import records
 
-from bench import study
 from bench.study_frequency import losses_by_frequency
 from bench.study_report import arms_of, by_frequency, loss_of
 from nanodisp.data.shards import open_split
@@ -50,16 +48,3 @@ def test_the_table_has_the_differences_of_each_stratum_and_of_measured_runs_alon
     assert cells[:2] == ["| a-77k-lam0.1", "3"]
     assert [cell.split(" [")[0] for cell in cells[2:]] == ["+0.0000", "+0.1000", "+0.2000", "+0.3000"]
     assert "Not known yet" in [*by_frequency([{}] * 4)][-1]
-
-
-@pytest.mark.slow
-def test_a_worker_takes_the_jobs_whose_names_begin_as_it_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    taken: list[str] = []
-    monkeypatch.setattr(os, "nice", lambda _: 0)
-    monkeypatch.setattr(study, "call", lambda command, *_: taken.append(command[-1]) or 1)  # each fails
-    study.work(tmp_path, tmp_path, None, only=("a-671k", "b-77k"))
-    names = [each.removeprefix("run_name=") for each in taken]
-    assert {name[: name.index("k") + 1] for name in names} == {"a-671k", "b-77k"}
-    assert len(set(names)) == len(names)

@@ -2,12 +2,10 @@
 
 import math
 import re
-import time
 
 import pytest
 from conftest import compose
 
-from bench.study import call, chosen
 from bench.study_plan import FURTHER, SIZES, Job, gpu_jobs, jobs, search
 from nanodisp import launch
 
@@ -69,14 +67,6 @@ def test_the_runs_of_a_pair_differ_in_lambda_alone():
         assert value(job, "seed") == value(pair, "seed")
 
 
-def test_a_whole_name_chooses_one_run_and_a_beginning_all_that_have_it():
-    names = {"a-77k-lam0-s1", "a-77k-lam0-s10", "a-77k-lam0.1-s1", "b-77k-5x-lam0-s1"}
-    assert chosen(names, ["a-77k-lam0-s1"]) == {"a-77k-lam0-s1"}
-    assert chosen(names, ["a-77k-lam0-s1", "b"]) == {"a-77k-lam0-s1", "b-77k-5x-lam0-s1"}
-    assert chosen(names, ["a-77k-lam0-s"]) == {"a-77k-lam0-s1", "a-77k-lam0-s10"}
-    assert chosen(names, [""]) == names and chosen(names, ["c"]) == set()
-
-
 def test_a_name_means_one_configuration():
     seen: dict[str, Job] = {}
     _, losses = run_all(lambda job: 5.0)
@@ -102,11 +92,3 @@ def test_sizes_are_named_by_their_parameters_and_pieces_of_data_are_small():
     for job in gpu_jobs({}):
         assert 2 * int(value(job, "data.shard_tokens")) < 60e6
         assert value(job, "device") == "cuda"
-
-
-@pytest.mark.slow
-def test_a_run_is_asked_to_stop_when_the_time_is_over(tmp_path):
-    log = tmp_path / "log.txt"
-    assert call(["-c", "print('begun', flush=True); import time; time.sleep(60)"], log, time.monotonic() + 1) == -15
-    assert call(["-c", "print('ended')"], log) == 0
-    assert log.read_text().endswith("ended\n")
