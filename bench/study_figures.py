@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.rivals import Entry, curves
-from bench.study_mechanism import RIVALS_SIZE
 from bench.study_plan import SIZES
 from bench.study_statistics import Arms, Paired, baseline_of, gaps_of, paired
 from nanodisp.condensation.figures import MARKERS, STYLE
@@ -75,21 +74,34 @@ def interval(ax: Axes, place: int, of: Paired, dots: Sequence[float], scale: flo
 
 
 def start(records: Sequence[Record]) -> Figure:
-    """The mean cosine of the last layer, and the training loss, over the first half of training, a line per seed."""
-    figure = Figure(figsize=(7.4, 3.0), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for lam, colour in (("0", WITHOUT), ("0.1", WITH)):
-        runs = [r for r in records if r["name"].startswith(f"a-{RIVALS_SIZE}-lam{lam}-")]
-        for number, run in enumerate(runs):
-            label = f"lambda {lam}, {len(runs)} seeds" if number == 0 else None
-            look = {"color": colour, "linewidth": 1, "alpha": 0.8, "linestyle": "-" if lam == "0" else "--"}
-            steps = [each["step"] for each in run["condensation"]]
-            left.plot(steps, [each["mean_cosine"][-1] for each in run["condensation"]], label=label, **look)
-            right.plot([each["step"] for each in run["train"]], [each["loss"] for each in run["train"]], **look)
-    most = max((r["val"][-1]["step"] for r in records if r["name"].startswith(f"a-{RIVALS_SIZE}-")), default=1)
-    for ax, label in ((left, "mean cosine, last layer"), (right, "training loss, nats per token")):
-        ax.set(xlabel="step", ylabel=label, xlim=(0, most / 2))
-    left.legend()
+    """Design (early), a column per size and a line per seed: the last layer's cosine, and what lambda 0.1 changes.
+
+    The change is that of the training loss of a step, whose batch is the same for both runs of a pair.
+    """
+    runs = {r["name"]: r for r in records if r["design"] == "early"}
+    sizes = [size for size in SIZES if any(name.startswith(f"early-{size}-") for name in runs)]
+    figure = Figure(figsize=(7.4, 4.2), layout="constrained")
+    axes = figure.subplots(2, max(1, len(sizes)), sharex=True, sharey="row", squeeze=False)
+    for size, (above, below) in zip(sizes, axes.T, strict=False):
+        above.set_title(size)
+        for lam, colour, line in (("0", WITHOUT, "-"), ("0.1", WITH, "--")):
+            for run in (run for name, run in runs.items() if name.startswith(f"early-{size}-lam{lam}-")):
+                cosines = [each["mean_cosine"][-1] for each in run["condensation"]]
+                at = [each["step"] for each in run["condensation"]]
+                above.plot(at, cosines, line, color=colour, linewidth=1, label=f"lambda {lam}")
+        for name in (name for name in runs if name.startswith(f"early-{size}-lam0.1-")):
+            if without := runs.get(name.replace("lam0.1", "lam0")):
+                losses = [{each["step"]: each["loss"] for each in run["train"]} for run in (runs[name], without)]
+                at = [step for step in losses[0] if step in losses[1]]
+                below.plot(at, [losses[0][step] - losses[1][step] for step in at], color=WITH, linewidth=1)
+        below.axhline(0, color="0.6", linewidth=0.8)
+        below.set_xlabel("step")
+    axes[0, 0].set_ylabel("mean cosine, last layer")
+    axes[1, 0].set_ylabel("training loss, difference")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    if once:
+        axes[0, 0].legend(once.values(), once.keys())
     return figure
 
 

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.rivals import REFERENCE, Entry, table
+from bench.study_plan import EARLY_STEPS, SIZES
+from bench.study_statistics import Arms, Paired, arms_of, difference, paired
 from nanodisp.errors import UserError
 from nanodisp.report.tables import NOTHING
 
@@ -73,7 +75,7 @@ def rivals(records: Sequence[Record]) -> Iterator[str]:
 def time_in_cone(record: Record, high: float = HIGH) -> float:
     """The share of training in which the mean cosine of the last layer is above `high`.
 
-    It is known at 21 steps, evenly spread, and taken as straight between them.
+    It is known at evenly spread steps, 21 of most runs, and taken as straight between them.
     """
     steps = np.array([each["step"] for each in record["condensation"]], float)
     last = np.array([each["mean_cosine"][-1] for each in record["condensation"]], float)
@@ -84,6 +86,52 @@ def time_in_cone(record: Record, high: float = HIGH) -> float:
 def last_peak(record: Record) -> float:
     """The highest mean cosine of the last layer during training."""
     return max(each["mean_cosine"][-1] for each in record["condensation"])
+
+
+def beginnings(records: Sequence[Record]) -> Iterator[str]:
+    """Design (early): the cone of the start, and what lambda 0.1 changes after the same steps at every size."""
+    runs = [record for record in records if record["design"] == "early"]
+    yield f"\n### The first {EARLY_STEPS} steps, cosine measured every 5\n"
+    if not runs:
+        yield "Not known yet: no run of them is finished."
+        return
+    yield (
+        "Last layer, means over seeds: the highest mean cosine, the step at which it is reached, and the steps with a "
+        f"mean cosine above {HIGH}; then what lambda 0.1 changes in these, in the loss of step 100's batch, and in the "
+        "validation loss.\n"
+    )
+    yield (
+        f"| size | pairs | highest | with 0.1 | at step | with 0.1 | steps above {HIGH} | with 0.1 | difference "
+        "| step 100 | after 250 steps | after 500 |"
+    )
+    yield "| --- |" + " --- |" * 11
+    cone = [arms_of(runs, of) for of in (last_peak, step_of_last_peak, steps_in_cone)]
+    losses = [arms_of(runs, loss_at(*at)) for at in (("train", 100), ("val", EARLY_STEPS // 2), ("val", EARLY_STEPS))]
+
+    def without_and_with(arms: Arms, size: str) -> tuple[dict[int, float], dict[int, float]]:
+        return arms.get(f"early-{size}-lam0", {}), arms.get(f"early-{size}-lam0.1", {})
+
+    def change(arms: Arms, size: str) -> Paired:
+        return paired(*without_and_with(arms, size)[::-1], 0.0)
+
+    sizes = [size for size in SIZES if change(cone[0], size).n]
+    for size in sizes:
+        means = [[statistics.fmean(of.values()) for of in without_and_with(arms, size)] for arms in cone]
+        cells = [f"{mean:.{digits}f}" for both, digits in zip(means, (3, 0, 0), strict=True) for mean in both]
+        cells += [difference(change(cone[-1], size), 1), *(difference(change(of, size), 4) for of in losses)]
+        yield f"| {' | '.join([size, str(change(cone[0], size).n), *cells])} |"
+
+
+def step_of_last_peak(record: Record) -> float:
+    return float(max(record["condensation"], key=lambda each: each["mean_cosine"][-1])["step"])
+
+
+def steps_in_cone(record: Record) -> float:
+    return time_in_cone(record) * float(record["condensation"][-1]["step"])
+
+
+def loss_at(split: str, step: int) -> Callable[[Record], float]:
+    return lambda record: float(next(each["loss"] for each in record[split] if each["step"] == step))
 
 
 def middle(record: Record) -> float:

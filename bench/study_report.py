@@ -21,13 +21,16 @@ from bench.study_statistics import (
     FEWEST,
     WITHOUT_LAMBDA,
     Arms,
-    Paired,
+    arms_of,
     baseline_of,
     detectable,
+    difference,
     gaps_of,
     holm,
+    number,
     paired,
     pairs_needed,
+    probability,
     slopes,
 )
 from nanodisp.condensation.figures import STYLE
@@ -59,16 +62,6 @@ def read_records(folder: Path = RECORDS) -> list[dict[str, Any]]:
     """The runs that take part in comparisons: all but those of the search for a rate, each once."""
     lines = [line for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
     return [r for r in map(json.loads, lines) if r["design"] != "lr" and not r["name"].startswith(TWICE)]
-
-
-def arms_of(records: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float | None]) -> Arms:
-    """Arm -> seed -> value, of the runs that have one."""
-    arms: Arms = defaultdict(dict)
-    for record in records:
-        arm, _, seed = record["name"].rpartition("-s")
-        if (found := value(record)) is not None:
-            arms[arm][int(seed)] = found
-    return dict(arms)
 
 
 def loss(record: dict[str, Any]) -> float | None:
@@ -239,30 +232,26 @@ def scatter(arms: Arms) -> Iterator[str]:
 
 
 def trend(records: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Hypothesis H2: does the difference at lambda 0.1 depend on size? And is it size, or the number of steps?"""
+    """Hypothesis H2: does the difference at lambda 0.1 depend on size? Steps grow with it: see `beginnings`."""
     yield "\n### Does the difference depend on size? (H2)\n"
-    arms = arms_of(records, loss)
-    about = {
-        r["name"].rpartition("-s")[0]: (math.log2(r["non_embedding"]), math.log2(r["val"][-1]["step"])) for r in records
-    }
-    treated = [arm for arm in arms if arm[0] in "ab" and arm.endswith("-lam0.1") and baseline_of(arm) in arms]
-    gaps = {arm: [*gaps_of(arms[arm], arms[baseline_of(arm)]).values()] for arm in treated}
+    runs = [r for r in records if r["design"] in ("a", "b")]
+    ends, middles = arms_of(runs, loss), arms_of(runs, lambda record: record["val"][-2]["loss"])
+    about = {r["name"].rpartition("-s")[0]: (math.log2(r["non_embedding"]), r["val"][-1]["step"]) for r in runs}
+    treated = [arm for arm in ends if arm.endswith("-lam0.1") and baseline_of(arm) in ends]
+    gaps = {arm: [*gaps_of(ends[arm], ends[baseline_of(arm)]).values()] for arm in treated}
     of_size = slopes(((about[arm][0],), of) for arm, of in gaps.items() if arm.startswith("a"))
     if not of_size:
         yield f"Not known yet: fewer than two sizes have {FEWEST} pairs."
         return
-    interval = lambda of: f"{of[0]:+.4f} [{of[1]:+.4f}, {of[2]:+.4f}]"  # noqa: E731
-    yield f"At 20 tokens per parameter it changes by {interval(of_size[0])} nats with each doubling of the parameters."
-    if of_both := slopes((about[arm], of) for arm, of in gaps.items()):
-        yield "There the number of steps doubles as well. Exploratory, with the other budgets of (b): it changes by"
-        yield f"{interval(of_both[0])} with each doubling of the parameters at the same steps, and by"
-        yield f"{interval(of_both[1])} with each doubling of the steps at the same parameters."
-    yield f"\nWeighted least squares over arms with at least {FEWEST} pairs, 95% intervals of resampled pairs, which"
-    yield "are too narrow where these are few.\n"
-    yield "| arm | steps | pairs | mean difference |"
-    yield "| --- | --- | --- | --- |"
+    change, low, high = of_size[0]
+    yield "At 20 tokens per parameter each doubling of the parameters, and with it of the steps, changes it by"
+    yield f"{change:+.4f} [{low:+.4f}, {high:+.4f}] nats: weighted least squares over arms of {FEWEST} pairs or more,"
+    yield "95% interval of resampled pairs, which is too narrow where these are few. Means halfway and at the end:\n"
+    yield "| arm | steps | pairs | halfway | at the end |"
+    yield "| --- | --- | --- | --- | --- |"
     for arm in sorted(gaps, key=lambda arm: about[arm][1]):
-        yield f"| {arm} | {2 ** about[arm][1]:,.0f} | {len(gaps[arm])} | {statistics.fmean(gaps[arm]):+.4f} |"
+        half = paired(middles[arm], middles[baseline_of(arm)], 0.0)
+        yield f"| {arm} | {about[arm][1]:,} | {half.n} | {half.mean:+.4f} | {statistics.fmean(gaps[arm]):+.4f} |"
 
 
 def interactions(arms: Arms) -> Iterator[str]:
@@ -273,8 +262,7 @@ def interactions(arms: Arms) -> Iterator[str]:
         if arm.endswith("-lam0.1") and arm.partition("-")[0] not in WITHOUT_LAMBDA and baseline_of(arm) in arms
     }
     plain = {arm: effects.get(f"a-{arm.split('-')[1]}-lam0.1", {}) for arm in effects}
-    others = [arm for arm in effects if arm.partition("-")[0] not in ("a", "early")]
-    compared = sorted(arm for arm in others if plain[arm].keys() & effects[arm].keys())
+    compared = sorted(arm for arm in effects if arm[:2] != "a-" and plain[arm].keys() & effects[arm].keys())
     yield "\n### Interactions: the effect of lambda 0.1 in other settings, nats per token\n"
     if not compared:
         yield "Not known yet: no pair of another setting is finished."
@@ -297,25 +285,12 @@ def benchmarks(records: Sequence[dict[str, Any]]) -> Iterator[str]:
             yield from table(title, arms, members, None, 4)
 
 
-def difference(of: Paired, digits: int) -> str:
-    interval = "" if math.isnan(of.half) else f" [{of.mean - of.half:+.{digits}f}, {of.mean + of.half:+.{digits}f}]"
-    return f"{of.mean:+.{digits}f}{interval}"
-
-
-def number(value: float, digits: int) -> str:
-    return NOTHING if math.isnan(value) else f"{value:.{digits}f}"
-
-
-def probability(p: float) -> str:
-    return NOTHING if math.isnan(p) else "< 0.0001" if p < 1e-4 else f"{p:.4f}"
-
-
 def page(every: Sequence[dict[str, Any]]) -> str:
     records = [record for record in every if record["loss"] is not None]
     n = {name: sum(record["design"] == name for record in records) for name in {r["design"] for r in records}}
     counted = ", ".join(f"({name}) {count}" for name, count in sorted(n.items()))
     cone = arms_of(records, study_mechanism.time_in_cone)
-    others = [arm for of in families(cone).values() for arm in of if not arm.startswith("rivals")]
+    others = [arm for of in families(cone).values() for arm in of if not arm.startswith(("rivals", "early"))]
     lines = [
         "# Results of the study",
         "",
@@ -346,7 +321,9 @@ def page(every: Sequence[dict[str, Any]]) -> str:
             f"Share of training in the cone (last layer's cosine above {study_mechanism.HIGH})", cone, others, None, 3
         ),
         "\nThe cosine is measured at every twentieth of a run. In runs of 3,000 steps or more that is after 150 steps",
-        "at the earliest, when the cone at 77k is nearly over: a share of 0 there does not say that there was none.",
+        "at the earliest, when the cone is over: a share of 0 there does not say that there was none. The first steps",
+        "of such runs, measured more often:",
+        *study_mechanism.beginnings(records),
         *study_mechanism.rivals(records),
     ]
     return "\n".join(lines) + "\n"

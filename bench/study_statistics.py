@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
 from scipy.optimize import brentq
+
+from nanodisp.report.tables import NOTHING
 
 FEWEST = 3  # pairs of a test
 ALPHA, POWER = 0.05, 0.8
@@ -35,6 +39,16 @@ class Paired:
     half: float
     p: float
     equivalent: float
+
+
+def arms_of(records: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float | None]) -> Arms:
+    """Of the runs that have a value."""
+    arms: Arms = defaultdict(dict)
+    for record in records:
+        arm, _, seed = record["name"].rpartition("-s")
+        if (found := value(record)) is not None:
+            arms[arm][int(seed)] = found
+    return dict(arms)
 
 
 def gaps_of(values: dict[int, float], baseline: dict[int, float]) -> dict[int, float]:
@@ -116,3 +130,19 @@ def baseline_of(arm: str) -> str:
     design, size, *_ = arm.split("-")
     plain, without = f"a-{size}-lam0", f"{arm.rpartition('-')[0]}-lam0"
     return plain if design in WITHOUT_LAMBDA or (arm == without and design in SETTINGS) else without
+
+
+# --- as text ---------------------------------------------------------------------------------
+
+
+def difference(of: Paired, digits: int) -> str:
+    interval = "" if math.isnan(of.half) else f" [{of.mean - of.half:+.{digits}f}, {of.mean + of.half:+.{digits}f}]"
+    return f"{of.mean:+.{digits}f}{interval}"
+
+
+def number(value: float, digits: int) -> str:
+    return NOTHING if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def probability(p: float) -> str:
+    return NOTHING if math.isnan(p) else "< 0.0001" if p < 1e-4 else f"{p:.4f}"

@@ -11,7 +11,8 @@ import torch
 from conftest import records
 
 from bench.study_frequency import losses_by_frequency
-from bench.study_report import arms_of, by_frequency, loss_of
+from bench.study_report import by_frequency, loss_of
+from bench.study_statistics import arms_of
 from nanodisp.data.shards import open_split
 from nanodisp.hf.open import open_run
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from bench import study_figures
-from bench.study_mechanism import compared, correlations, partial_correlation, rivals, time_in_cone
-from bench.study_report import arms_of, blimp, loss
+from bench.study_mechanism import beginnings, compared, correlations, partial_correlation, rivals, time_in_cone
+from bench.study_report import blimp, loss
+from bench.study_statistics import arms_of
 
 
 def record(name: str, loss: float, cosines: tuple[float, ...], weight: float, variant: str = "angular") -> Any:
@@ -38,6 +39,29 @@ def ladder(size: str, base: float, slope: float) -> list[dict[str, Any]]:
 def test_the_time_in_the_cone_is_the_share_above_one_half() -> None:
     assert time_in_cone(record("a-77k-lam0-s1", 5, (0.0, 1.0, 0.0), 0)) == pytest.approx(0.5, abs=0.01)
     assert time_in_cone(record("a-77k-lam0-s1", 5, (0.0, 0.4, 0.0), 0)) == 0
+
+
+def early_runs(size: str) -> list[dict[str, Any]]:
+    """Pairs of three seeds: lambda 0.1 lowers the loss by about 0.2 after 250 steps, by about 0.1 after 500."""
+    runs = []
+    for weight, seed in itertools.product((0.0, 0.1), (1, 2, 3)):
+        run = record(f"early-{size}-lam{weight:g}-s{seed}", 5.0, (0.0, 0.9 if weight else 1.0, 0.0, 0.0), weight)
+        fallen = weight * (1 + 0.01 * (seed - 2))
+        losses = {0: 8.0, 250: 6.0 + seed - 2 * fallen, 500: 5.0 + seed - fallen}
+        end = run["val"][-1]["mean_cosine"]
+        val = [{"step": step, "loss": loss, "mean_cosine": end} for step, loss in losses.items()]
+        runs.append(run | {"val": val, "train": [{"step": 100, "loss": 7.0 - 4 * fallen}]})
+    return runs
+
+
+def test_the_start_of_training_is_told_by_its_cone_and_its_loss() -> None:
+    lines = list(beginnings([*early_runs("312k"), *early_runs("77k")[:4]]))
+    assert lines[4].startswith("| 77k | 1 | 1.000 | 0.900 |")
+    assert lines[5].startswith(
+        "| 312k | 3 | 1.000 | 0.900 | 10 | 10 | 10 | 9 | -1.1 [-1.1, -1.1] | -0.4000 [-0.4099, -0.3901]"
+    )
+    assert lines[5].endswith("| -0.2000 [-0.2050, -0.1950] | -0.1000 [-0.1025, -0.0975] |")
+    assert "Not known yet" in list(beginnings(ladder("77k", 5.4, 1.0)))[-1]
 
 
 def test_a_partial_correlation_is_that_of_residuals_of_a_regression_on_the_groups() -> None:
@@ -74,9 +98,9 @@ def test_losses_of_others_are_compared_with_the_same_seeds_of_angular() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [1, 20])
+@pytest.mark.parametrize("number", [1, 20, 30])
 def test_the_figures_can_be_drawn_from_any_number_of_runs(number: int) -> None:
-    runs = ladder("77k", 5.4, 1.0)[:number]
+    runs = [*ladder("77k", 5.4, 1.0), *early_runs("77k"), *early_runs("312k")[:4]][:number]
     drawn = study_figures.draw(runs, arms_of(runs, loss), arms_of(runs, blimp), compared(runs))
     assert len(drawn) == 4
     for figure in drawn.values():
