@@ -116,6 +116,8 @@ def jobs(losses: Losses, corpus: str = "<corpus>") -> Iterator[Job]:
     yield from strong("312k", "1", 1, 2, losses)
     for size in ("312k", "671k", "150k", "77k"):
         yield from beginnings(size, 1, 3, losses)
+    yield from beginnings("77k", 1, 3, losses, warmup=328)  # that of 671k, and the other way round
+    yield from beginnings("671k", 1, 3, losses, warmup=38)
     yield from mid_training("77k", 5, 10, losses)
     yield from text_and_tokenizer("77k", 1, 3, losses, corpus)
     yield from regularisers("77k", 1, 3, losses)
@@ -226,19 +228,21 @@ def ladder(size: str, lambdas: tuple[float, ...], first: int, last: int, losses:
     yield from arms("a", size, {f"lam{lam:g}": at(lam) for lam in lambdas}, first, last, losses)
 
 
-def beginnings(size: str, first: int, last: int, losses: Losses) -> Iterator[Job]:
+def beginnings(size: str, first: int, last: int, losses: Losses, warmup: int | None = None) -> Iterator[Job]:
     """The first steps of design (a), with the cosine of each layer every 5: how long is the cone of the start?
 
-    The warm-up is as long as in design (a); after it the rate stays, whose fall has hardly begun there.
+    The warm-up is as long as in design (a), or of so many steps; after it the rate stays, while in design (a) it has
+    fallen to 0.35 of its peak at 77k by the last of these steps, to 0.81 at 150k, and hardly at all above.
     """
     s = SIZES[size]
-    warmup = 0.05 * s.steps(TOKENS_PER_PARAMETER * s.non_embedding)
+    steps = warmup or 0.05 * s.steps(TOKENS_PER_PARAMETER * s.non_embedding)
     extra = [
         f"train.tokens={EARLY_STEPS * s.batch_size * s.block_size}",
-        *("optim.schedule=constant", f"optim.warmup_fraction={warmup / EARLY_STEPS:.4f}"),
+        *("optim.schedule=constant", f"optim.warmup_fraction={steps / EARLY_STEPS:.4f}"),
         *("train.condensation_interval=5", "train.log_interval=25", f"train.eval_interval={EARLY_STEPS // 2}"),
     ]
-    yield from arms("early", size, {f"lam{lam:g}": at(lam, *extra) for lam in PRIMARY}, first, last, losses)
+    kind = f"warm{warmup}-" if warmup else ""
+    yield from arms("early", size, {f"{kind}lam{lam:g}": at(lam, *extra) for lam in PRIMARY}, first, last, losses)
 
 
 def tuned(losses: Losses) -> Iterator[Job]:
