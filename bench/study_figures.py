@@ -12,12 +12,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.rivals import Entry, curves
-from bench.study_plan import SIZES
+from bench.study_plan import EARLY_STEPS, SIZES
 from bench.study_statistics import Arms, Paired, baseline_of, gaps_of, paired
 from nanodisp.condensation.figures import MARKERS, STYLE
 
 Record = dict[str, Any]
 
+CROSSED = ("77k", "77k-warm328", "671k-warm38", "671k")  # of (early): sizes and warm-ups
 WITHOUT, WITH = "#440154", "#21918c"  # lambda 0, lambda 0.1: dark and middle of viridis
 
 
@@ -74,22 +75,23 @@ def interval(ax: Axes, place: int, of: Paired, dots: Sequence[float], scale: flo
 
 
 def start(records: Sequence[Record]) -> Figure:
-    """Design (early), a column per size and a line per seed: the last layer's cosine, and what lambda 0.1 changes.
+    """Design (early), a column per size and warm-up, a line per seed: the last layer's cosine, and what 0.1 changes.
 
     The change is that of the training loss of a step, whose batch is the same for both runs of a pair.
     """
     runs = {r["name"]: r for r in records if r["design"] == "early"}
-    sizes = [size for size in SIZES if any(name.startswith(f"early-{size}-") for name in runs)]
+    arms = [arm for arm in CROSSED if any(name.startswith(f"early-{arm}-lam") for name in runs)]
     figure = Figure(figsize=(7.4, 4.2), layout="constrained")
-    axes = figure.subplots(2, max(1, len(sizes)), sharex=True, sharey="row", squeeze=False)
-    for size, (above, below) in zip(sizes, axes.T, strict=False):
-        above.set_title(size)
+    axes = figure.subplots(2, max(1, len(arms)), sharex=True, sharey="row", squeeze=False)
+    for arm, (above, below) in zip(arms, axes.T, strict=False):
         for lam, colour, line in (("0", WITHOUT, "-"), ("0.1", WITH, "--")):
-            for run in (run for name, run in runs.items() if name.startswith(f"early-{size}-lam{lam}-")):
+            for run in (run for name, run in runs.items() if name.startswith(f"early-{arm}-lam{lam}-")):
                 cosines = [each["mean_cosine"][-1] for each in run["condensation"]]
                 at = [each["step"] for each in run["condensation"]]
                 above.plot(at, cosines, line, color=colour, linewidth=1, label=f"lambda {lam}")
-        for name in (name for name in runs if name.startswith(f"early-{size}-lam0.1-")):
+                warmup = EARLY_STEPS * run["config"]["optim"]["warmup_fraction"]
+                above.set_title(f"{arm.partition('-')[0]}, warm-up {warmup:.0f}")
+        for name in (name for name in runs if name.startswith(f"early-{arm}-lam0.1-")):
             if without := runs.get(name.replace("lam0.1", "lam0")):
                 losses = [{each["step"]: each["loss"] for each in run["train"]} for run in (runs[name], without)]
                 at = [step for step in losses[0] if step in losses[1]]
@@ -123,9 +125,9 @@ def steps(records: Sequence[Record], losses: Arms) -> Figure:
             gaps = [*gaps_of(losses[arm], losses.get(baseline_of(arm), {})).values()]
             x = last_step[arm] * 1.03**number
             ax.plot([x * 1.03] * len(gaps), gaps, "o", color="0.65", markersize=2.5)
-            half = of.half if np.isfinite(of.half) else 0.0
-            label = None if place else size
-            ax.errorbar(x, of.mean, half, fmt=MARKERS[number], capsize=3, color=colour, label=label)
+            label, filled = None if place else size, "full" if np.isfinite(of.half) else "none"  # no interval: hollow
+            half = of.half if np.isfinite(of.half) else None
+            ax.errorbar(x, of.mean, half, None, MARKERS[number], capsize=3, color=colour, label=label, fillstyle=filled)
     ax.set(xscale="log", xlabel="steps of training", ylabel="difference to lambda 0, nats per token")
     ax.set_xticks(ticks := [200, 500, 1000, 2000, 5000], [f"{each:,}" for each in ticks])
     ax.minorticks_off()

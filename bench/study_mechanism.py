@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from bench.rivals import REFERENCE, Entry, table
 from bench.study_plan import EARLY_STEPS, SIZES
-from bench.study_statistics import Arms, Paired, arms_of, difference, paired
+from bench.study_statistics import arms_of, baseline_of, difference, paired
 from nanodisp.errors import UserError
 from nanodisp.report.tables import NOTHING
 
@@ -75,12 +75,13 @@ def rivals(records: Sequence[Record]) -> Iterator[str]:
 def time_in_cone(record: Record, high: float = HIGH) -> float:
     """The share of training in which the mean cosine of the last layer is above `high`.
 
-    It is known at evenly spread steps, 21 of most runs, and taken as straight between them.
+    It is taken as straight between the steps at which it is known, 21 of most runs.
     """
     steps = np.array([each["step"] for each in record["condensation"]], float)
     last = np.array([each["mean_cosine"][-1] for each in record["condensation"]], float)
-    fine = np.linspace(steps[0], steps[-1], 1000)
-    return float((np.interp(fine, steps, last) > high).mean())
+    low, top = np.minimum(last[1:], last[:-1]), np.maximum(last[1:], last[:-1])
+    above = np.where(top > low, np.clip((top - high) / np.where(top > low, top - low, 1.0), 0.0, 1.0), top > high)
+    return float(np.average(above, weights=np.diff(steps)))
 
 
 def last_peak(record: Record) -> float:
@@ -97,41 +98,39 @@ def beginnings(records: Sequence[Record]) -> Iterator[str]:
         return
     yield (
         "Last layer, means over seeds: the highest mean cosine, the step at which it is reached, and the steps with a "
-        f"mean cosine above {HIGH}; then what lambda 0.1 changes in these, in the loss of step 100's batch, and in the "
-        "validation loss.\n"
+        f"mean cosine above {HIGH}; then what lambda 0.1 changes in these steps, in those above {OTHER_HIGHS[0]}, in "
+        "the loss of step 100's batch, and in the validation loss.\n"
     )
     yield (
-        f"| size | pairs | highest | with 0.1 | at step | with 0.1 | steps above {HIGH} | with 0.1 | difference "
-        "| step 100 | after 250 steps | after 500 |"
+        f"| arm | warm-up | pairs | highest | with 0.1 | at step | with 0.1 | steps above {HIGH} | with 0.1 | change "
+        f"| above {OTHER_HIGHS[0]} | step 100 | after 250 steps | after 500 |"
     )
-    yield "| --- |" + " --- |" * 11
+    yield "| --- |" + " --- |" * 13
     cone = [arms_of(runs, of) for of in (last_peak, step_of_last_peak, steps_in_cone)]
+    longer = arms_of(runs, partial(steps_in_cone, high=OTHER_HIGHS[0]))
     losses = [arms_of(runs, loss_at(*at)) for at in (("train", 100), ("val", EARLY_STEPS // 2), ("val", EARLY_STEPS))]
-
-    def without_and_with(arms: Arms, size: str) -> tuple[dict[int, float], dict[int, float]]:
-        return arms.get(f"early-{size}-lam0", {}), arms.get(f"early-{size}-lam0.1", {})
-
-    def change(arms: Arms, size: str) -> Paired:
-        return paired(*without_and_with(arms, size)[::-1], 0.0)
-
-    sizes = [size for size in SIZES if change(cone[0], size).n]
-    for size in sizes:
-        means = [[statistics.fmean(of.values()) for of in without_and_with(arms, size)] for arms in cone]
-        cells = [f"{mean:.{digits}f}" for both, digits in zip(means, (3, 0, 0), strict=True) for mean in both]
-        cells += [difference(change(cone[-1], size), 1), *(difference(change(of, size), 4) for of in losses)]
-        yield f"| {' | '.join([size, str(change(cone[0], size).n), *cells])} |"
+    warmup = {arm_and_seed(run)[0]: EARLY_STEPS * run["config"]["optim"]["warmup_fraction"] for run in runs}
+    for arm in sorted(cone[0], key=lambda arm: ([*SIZES].index(arm.split("-")[1]), arm)):
+        without = baseline_of(arm)
+        if arm == without or not cone[0].get(without, {}).keys() & cone[0][arm].keys():
+            continue
+        means = [f"{statistics.fmean(of[each].values()):.3f}" for of in cone[:1] for each in (without, arm)]
+        means += [f"{statistics.fmean(of[each].values()):.0f}" for of in cone[1:] for each in (without, arm)]
+        changes = [paired(of[arm], of[without], 0.0) for of in (cone[-1], longer, *losses)]
+        cells = [difference(each, 1 if i < 2 else 4) for i, each in enumerate(changes)]
+        yield f"| {' | '.join([arm, f'{warmup[arm]:.0f}', str(changes[0].n), *means, *cells])} |"
 
 
 def step_of_last_peak(record: Record) -> float:
     return float(max(record["condensation"], key=lambda each: each["mean_cosine"][-1])["step"])
 
 
-def steps_in_cone(record: Record) -> float:
-    return time_in_cone(record) * float(record["condensation"][-1]["step"])
+def steps_in_cone(record: Record, high: float = HIGH) -> float:
+    return time_in_cone(record, high) * float(record["condensation"][-1]["step"])
 
 
 def loss_at(split: str, step: int) -> Callable[[Record], float]:
-    return lambda record: float(next(each["loss"] for each in record[split] if each["step"] == step))
+    return lambda record: float({each["step"]: each["loss"] for each in record[split]}[step])
 
 
 def middle(record: Record) -> float:

@@ -267,7 +267,8 @@ def interactions(arms: Arms) -> Iterator[str]:
     if not compared:
         yield "Not known yet: no pair of another setting is finished."
         return
-    yield "Paired by seed: the effect in the setting minus that in design (a), of the seeds that both have.\n"
+    yield "Paired by seed: the effect in the setting minus that in design (a), of the seeds that both have; of (early),"
+    yield "the effect after 500 steps minus that at the end of (a). p is corrected for the whole table.\n"
     yield "| arm | pairs | effect in (a) | effect here | interaction, 95% | p (Holm) |"
     yield "| --- |" + " --- |" * 5
     found = [paired(effects[arm], plain[arm], 0.0) for arm in compared]

@@ -37,7 +37,8 @@ def ladder(size: str, base: float, slope: float) -> list[dict[str, Any]]:
 
 
 def test_the_time_in_the_cone_is_the_share_above_one_half() -> None:
-    assert time_in_cone(record("a-77k-lam0-s1", 5, (0.0, 1.0, 0.0), 0)) == pytest.approx(0.5, abs=0.01)
+    assert time_in_cone(record("a-77k-lam0-s1", 5, (0.0, 1.0, 0.0), 0)) == pytest.approx(0.5)
+    assert time_in_cone(record("a-77k-lam0-s1", 5, (0.6, 0.6, 0.4, 0.0, 0.5), 0)) == pytest.approx(1.5 / 4)
     assert time_in_cone(record("a-77k-lam0-s1", 5, (0.0, 0.4, 0.0), 0)) == 0
 
 
@@ -50,16 +51,16 @@ def early_runs(size: str) -> list[dict[str, Any]]:
         losses = {0: 8.0, 250: 6.0 + seed - 2 * fallen, 500: 5.0 + seed - fallen}
         end = run["val"][-1]["mean_cosine"]
         val = [{"step": step, "loss": loss, "mean_cosine": end} for step, loss in losses.items()]
+        run["config"]["optim"] = {"warmup_fraction": 0.1}
         runs.append(run | {"val": val, "train": [{"step": 100, "loss": 7.0 - 4 * fallen}]})
     return runs
 
 
 def test_the_start_of_training_is_told_by_its_cone_and_its_loss() -> None:
     lines = list(beginnings([*early_runs("312k"), *early_runs("77k")[:4]]))
-    assert lines[4].startswith("| 77k | 1 | 1.000 | 0.900 |")
-    assert lines[5].startswith(
-        "| 312k | 3 | 1.000 | 0.900 | 10 | 10 | 10 | 9 | -1.1 [-1.1, -1.1] | -0.4000 [-0.4099, -0.3901]"
-    )
+    assert lines[4].startswith("| early-77k-lam0.1 | 50 | 1 | 1.000 | 0.900 |")
+    assert lines[5].startswith("| early-312k-lam0.1 | 50 | 3 | 1.000 | 0.900 | 10 | 10 | 10 | 9 | -1.1 [-1.1, -1.1] |")
+    assert "| -0.7 [-0.7, -0.7] | -0.4000 [-0.4099, -0.3901] |" in lines[5]
     assert lines[5].endswith("| -0.2000 [-0.2050, -0.1950] | -0.1000 [-0.1025, -0.0975] |")
     assert "Not known yet" in list(beginnings(ladder("77k", 5.4, 1.0)))[-1]
 
@@ -100,7 +101,7 @@ def test_losses_of_others_are_compared_with_the_same_seeds_of_angular() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 20, 30])
 def test_the_figures_can_be_drawn_from_any_number_of_runs(number: int) -> None:
-    runs = [*ladder("77k", 5.4, 1.0), *early_runs("77k"), *early_runs("312k")[:4]][:number]
+    runs = [*ladder("77k", 5.4, 1.0), *early_runs("77k"), *early_runs("671k-warm38")[:4]][:number]
     drawn = study_figures.draw(runs, arms_of(runs, loss), arms_of(runs, blimp), compared(runs))
     assert len(drawn) == 4
     for figure in drawn.values():
