@@ -67,7 +67,8 @@ def fit(n: ArrayLike, d: ArrayLike, loss: ArrayLike, start: Law | None = None) -
 
     def best_from(theta: ArrayLike, evaluations: int) -> tuple[float, np.ndarray]:
         exact = {"ftol": 1e-15, "xtol": 1e-12, "gtol": 1e-15, "max_nfev": evaluations}  # the valley is narrow
-        found = least_squares(residuals, theta, jacobian, loss="huber", f_scale=HUBER, x_scale="jac", **exact)
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # inside scipy, of steps that it rejects
+            found = least_squares(residuals, theta, jacobian, loss="huber", f_scale=HUBER, x_scale="jac", **exact)
         return float(found.cost), found.x
 
     starts = [(a, b, e, alpha, alpha) for a, b, alpha, e in itertools.product(STARTS[0], STARTS[0], *STARTS[1:])]
