@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from bench.rivals import REFERENCE, Entry, table
 from bench.study_plan import EARLY_STEPS, SIZES
-from bench.study_statistics import arms_of, baseline_of, difference, paired
+from bench.study_statistics import arm_and_seed, arms_of, baseline_of, difference, paired
 from nanodisp.errors import UserError
 from nanodisp.report.tables import NOTHING
 
@@ -27,11 +27,6 @@ OTHER_HIGHS = (0.3, 0.7, 0.9)  # does the answer depend on that choice?
 RESAMPLES = 2000
 
 Record = dict[str, Any]
-
-
-def arm_and_seed(record: Record) -> tuple[str, int]:
-    arm, _, seed = record["name"].rpartition("-s")
-    return arm, int(seed)
 
 
 # --- losses of others ------------------------------------------------------------------------
@@ -90,7 +85,7 @@ def last_peak(record: Record) -> float:
 
 
 def beginnings(records: Sequence[Record]) -> Iterator[str]:
-    """Design (early): the cone of the start, and what lambda 0.1 changes after the same steps at every size."""
+    """Design (early): the cone of the start, and what lambda 0.1 changes after the same steps, by size and warm-up."""
     runs = [record for record in records if record["design"] == "early"]
     yield f"\n### The first {EARLY_STEPS} steps, cosine measured every 5\n"
     if not runs:

@@ -1,4 +1,4 @@
-"""The statistics of the study, as docs/study/plan.md says under "Statistics"."""
+"""The statistics of the study, as docs/study/plan.md says under "Statistics": arms, pairs, tests, and these as text."""
 
 from __future__ import annotations
 
@@ -41,13 +41,18 @@ class Paired:
     equivalent: float
 
 
+def arm_and_seed(record: dict[str, Any]) -> tuple[str, int]:
+    arm, _, seed = record["name"].rpartition("-s")
+    return arm, int(seed)
+
+
 def arms_of(records: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float | None]) -> Arms:
     """Of the runs that have a value."""
     arms: Arms = defaultdict(dict)
     for record in records:
-        arm, _, seed = record["name"].rpartition("-s")
+        arm, seed = arm_and_seed(record)
         if (found := value(record)) is not None:
-            arms[arm][int(seed)] = found
+            arms[arm][seed] = found
     return dict(arms)
 
 

@@ -104,19 +104,19 @@ def test_the_effect_that_the_planned_pairs_find_needs_so_many_pairs() -> None:
 
 
 def test_the_difference_of_a_size_is_a_line_of_its_logarithm() -> None:
-    def run(name: str, n: float, steps: int, loss: float) -> dict[str, object]:
-        val = [{"step": step, "loss": loss + rest} for step, rest in ((0, 3.0), (steps // 2, 0.5), (steps, 0.0))]
+    def run(name: str, n: float, steps: int, loss: float, halfway: float) -> dict[str, object]:
+        val = [{"step": at, "loss": each} for at, each in ((0, 8.0), (steps // 2, halfway), (steps, loss))]
         return {"name": name, "design": name[0], "non_embedding": n, "val": val, "loss": loss}
 
     runs = []
     for arm, n in (("a-1", 8e4), ("a-2", 1.6e5), ("a-3", 3.2e5), ("b-1-80x", 8e4)):
         for seed in range(1, 5):
             gap = 0.05 * math.log2(n / 8e4) - 0.6 + 0.001 * (seed % 3)
-            runs += [run(f"{arm}-lam0-s{seed}", n, int(n / 100), 5.0 + seed)]
-            runs += [run(f"{arm}-lam0.1-s{seed}", n, int(n / 100), 5.0 + seed + gap)]
+            runs += [run(f"{arm}-lam0-s{seed}", n, int(n / 100), 5.0 + seed, 6.0)]
+            runs += [run(f"{arm}-lam0.1-s{seed}", n, int(n / 100), 5.0 + seed + gap, 5.9)]
     text = "\n".join(trend(runs))
     assert "changes it by\n+0.0500 [" in text
-    assert "| a-2-lam0.1 | 1,600 | 4 | -0.5490 | -0.5490 |" in text and "| b-1-80x-lam0.1 | 800 | 4 |" in text
+    assert "| a-2-lam0.1 | 1,600 | 4 | -0.1000 | -0.5490 |" in text and "| b-1-80x-lam0.1 | 800 | 4 |" in text
     assert "Not known yet" in "".join(trend(runs[:8]))
 
 
