@@ -8,6 +8,7 @@ from conftest import compose
 
 from bench.study_plan import FURTHER, SIZES, Job, gpu_jobs, jobs, search
 from nanodisp import launch
+from nanodisp.training.optim import lr_scale
 
 
 def every_job(losses):
@@ -65,6 +66,23 @@ def test_the_runs_of_a_pair_differ_in_lambda_alone():
         pair = done[name.replace("lam0.1", "lam0")]
         assert {o for o in job.overrides if o not in pair.overrides} == {"dispersion.lambda_disp=0.1"}
         assert value(job, "seed") == value(pair, "seed")
+
+
+def test_the_first_steps_have_the_rate_of_the_whole_training_or_the_other_warmup():
+    done, _ = run_all(lambda job: 5.0)
+
+    def rates(name, total):
+        config = compose(*done[name].overrides, "data.path=a").optim
+        return [lr_scale(config, step, total) for step in (0, 20, 37, 100, 300, 330, 499)]
+
+    for size in ("77k", "150k", "312k", "671k"):
+        total = SIZES[size].steps(20 * SIZES[size].non_embedding)
+        whole, early = rates(f"a-{size}-lam0-s1", total), rates(f"early-{size}-lam0-s1", 500)
+        warm = [k for k, step in enumerate((0, 20, 37, 100, 300, 330, 499)) if step < 0.05 * total - 1]
+        assert [early[k] for k in warm] == pytest.approx([whole[k] for k in warm], rel=0.01)
+        assert early[-2:] == [1.0, 1.0] and int(value(done[f"early-{size}-lam0-s1"], "train.tokens")) == 500 * 2048
+    for swapped, other in (("77k-warm328", "671k"), ("671k-warm38", "77k")):
+        assert rates(f"early-{swapped}-lam0-s1", 500) == pytest.approx(rates(f"early-{other}-lam0-s1", 500), rel=0.01)
 
 
 def test_a_name_means_one_configuration():
