@@ -192,6 +192,7 @@ def test_benchmarks_have_a_table_each_of_the_runs_that_were_evaluated_on_them() 
     assert lines[-1].startswith("| strong-77k-simctg-3 | 3 | 5.6667 | -2.6667 ["), "not seed 4"
 
 
+@pytest.mark.slow
 def test_the_page_is_what_the_records_give() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(read_records()), "run make study-report"
 
