@@ -118,9 +118,8 @@ def main(argv: Sequence[str]) -> None:
             top_p=config.top_p,
             generator=[torch.Generator(device).manual_seed(seed) for seed in seeds],
         )
-        for row, same_steps in enumerate(
-            itertools.tee(steps, len(seeds))
-        ):  # the first while it is generated, then the others
+        # the first sample while it is generated, then the others
+        for row, same_steps in enumerate(itertools.tee(steps, len(seeds))):
             if first + row > 0:
                 sys.stdout.write("---\n")
             write(text, itertools.chain(unprompted, map(itemgetter(row), same_steps)), tokenizer)

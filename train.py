@@ -5,8 +5,8 @@
     python train.py -m model=nano,micro dispersion.lambda_disp=0,0.1     # a sweep
     torchrun --standalone --nproc_per_node=2 train.py                    # several GPUs
 
-If interrupted, the same command resumes from the last checkpoint, bit for bit: everything random in step s is drawn
-from (seed, s), so a checkpoint needs no random state.
+If interrupted, the same command resumes from the last checkpoint, on a CPU bit for bit: everything random in step s is
+drawn from (seed, s, rank), so a checkpoint needs no random state.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from nanodisp.data.batches import Batches, prefetch
 from nanodisp.data.corpus import open_for
 from nanodisp.data.questions import read_questions
 from nanodisp.dispersion.placement import lambda_at
+
+# not the module: for jobs in parallel, cloudpickle would look for torch.distributed.config
 from nanodisp.distributed import World, group_of_ranks, hardware, layout, start
 from nanodisp.errors import UserError
 from nanodisp.evaluate.during_training import Benchmarks, check_benchmarks
@@ -41,11 +43,12 @@ from nanodisp.training import interventions, optim
 from nanodisp.training.objective import Objective, add_up
 from nanodisp.training.validation import Validation
 
+FORGETTING = (0, 1)  # the key of its seeds: two numbers, since a rank's has one
+
 
 def train(config: Config) -> float | None:
     """One run, from data to a sample; of a dry run, the seconds that it would take."""
     # --- ranks, data, and the plan: every choice that the configuration leaves open, made once
-    # `start`, not `distributed.start`: for jobs in parallel, cloudpickle would look for torch.distributed.config
     world = start(config.device, config.train.timeout_minutes)
     world.share("train.batch_size", config.train.batch_size)  # a mistake is reported before the data is prepared
     check_benchmarks(config.train)
@@ -106,7 +109,7 @@ def train(config: Config) -> float | None:
         for x, y in prefetch(batches, range(state.step, plan.total_steps), device, world.rank, world.size):
             # --- one step
             step_began, step = time.perf_counter(), state.step
-            interventions.before_step(model, optimizers, config.intervention, step, plan.seed_for(step, 0, 1))
+            interventions.before_step(model, optimizers, config.intervention, step, plan.seed_for(step, *FORGETTING))
             optim.set_lr(optimizers, config.optim, step, plan.total_steps)
             terms = forward_backward(objective, scaler, plan, world, step, x, y)
             grad_norm = optim.clip_gradients(model, optimizers, scaler, config.optim.grad_clip)
@@ -176,10 +179,10 @@ def validate(validation: Validation, model: GPT, run: Run, state: TrainState) ->
         gc.collect()
         if validation.questions or validation.benchmarks:
             run.record("task", state, validation.answer(model))
-    if run.plan.follows_at(state.step):
-        run.record("condensation", state, validation.follow(model))
+    if run.plan.measures_layers_at(state.step):
+        run.record("condensation", state, validation.layer_figures(model))
     if run.plan.snapshots_at(state.step):
-        run.keep(state, *validation.snapshot(model))
+        run.save_snapshot(state, *validation.snapshot(model))
 
 
 def diverged(model: GPT, x: Tensor, run: Run, state: TrainState) -> UserError:
@@ -199,7 +202,7 @@ def mean_over_ranks(terms: dict[str, Tensor], world: World) -> dict[str, float]:
 def estimate(objective: Objective, scaler: torch.amp.GradScaler, batches: Batches, plan: Plan, world: World) -> float:
     """Print a run's size and approximate duration; return its seconds.
 
-    That is the second of two steps without an update, times the steps after the newest checkpoint.
+    It times the second of two steps (without an update) and multiplies by the steps that are left.
     """
     if plan.config.init_from is not None:
         initial_weights(plan.config)  # raises where a run would

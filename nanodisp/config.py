@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from nanodisp.data.benchmarks import BENCHMARKS
 from nanodisp.data.prepare import DataConfig
-from nanodisp.dispersion.formulas import CLAMP, CLAMPED
+from nanodisp.dispersion.formulas import CLAMP, CLAMPED, WITH_TAU
 from nanodisp.dispersion.placement import DispersionConfig, name_layers, select_layers
 from nanodisp.distributed.layout import PARALLEL
 from nanodisp.models.blocks import SWITCHES, GPTConfig
@@ -252,13 +252,28 @@ NOT_IDENTITY = {
     "": ("device", "resume", "out_dir", "run_name", "dry_run", "tensorboard", "command", "objective"),
     "data": ("folder",),
     "dispersion": ("backend",),
-    "train": (
-        *("compile", "micro_batch_size", "log_interval", "eval_interval", "checkpoint_interval"),
-        *("condensation_interval", "snapshot_interval", "keep_last", "keep_every", "max_bad_steps", "sample_tokens"),
+    "train": [
+        "compile",
+        "micro_batch_size",
+        "parallel",
+        "activation_checkpointing",
+        "timeout_minutes",
+        "max_bad_steps",
+        "sample_tokens",
+        "log_interval",
+        "eval_interval",
+        "condensation_interval",
+        "snapshot_interval",
+        "eval_task",
+        "eval_tasks",
+        "eval_task_data",
+        "eval_task_limit",
+        "checkpoint_interval",
+        "keep_last",
+        "keep_every",
         "replicate_checkpoints",
-        *("parallel", "activation_checkpointing", "timeout_minutes", "eval_task"),
-        *("eval_tasks", "eval_task_data", "eval_task_limit"),
-    ),
+    ],
+    "wandb": [each.name for each in dataclasses.fields(WandbConfig)],
 }
 # Keys that version 0.1.0 did not have, whose default is what it did: at the default they are left out of the identity.
 ADDED = {f"model.{key}": getattr(GPTConfig(), key) for key in SWITCHES} | {
@@ -295,29 +310,25 @@ def all_but(section: str, schema: Any, key: str) -> tuple[str, ...]:
 
 SPLIT = ("wikitext103", "wikitext103_lines")
 PUBLISHED = ("pystdlib", "shakespeare", *SPLIT, "fineweb_edu", "openwebtext")  # and fineweb10B
-WITHOUT_TAU = (
-    *("orthogonalization", "decorrelation", "variance", "cosreg", "simctg", "feature_decorrelation"),
-    *("feature_correlation", "istar", "istar_reversed", "condition", "sigreg"),
-)
+UTF8 = ("shards", "english", *PUBLISHED, "fineweb10B")
 LEAVE = "leave it out"
 # Names of data sets: those that are known not to use the key. A new data set may use all.
 UNUSED = [
     Unused(("data.path",), "data.name", one_of(*PUBLISHED, "fineweb10B"), "add data=text, or data=shards for shards"),
     Unused(("data.tokenizer",), "data.name", one_of("fineweb10B"), f"its shards hold GPT-2's tokens; {LEAVE}"),
     Unused(("data.val_fraction",), "data.name", one_of("shards", *SPLIT, "fineweb10B"), f"it is split; {LEAVE}"),
-    Unused(
-        *(("data.encoding",), "data.name"),
-        *(one_of("shards", "english", *PUBLISHED, "fineweb10B"), f"it is UTF-8; {LEAVE}"),
-    ),
+    Unused(("data.encoding",), "data.name", one_of(*UTF8), f"it is UTF-8; {LEAVE}"),
     Unused(("data.field",), "data.name", one_of("pystdlib", "shakespeare", "shards", "fineweb10B"), LEAVE),
     Unused(("data.shard_tokens",), "data.name", one_of("shards", "fineweb10B"), f"its shards exist; {LEAVE}"),
     Unused(("data.chunks",), "data.name", one_of("text", "shards", "english", *PUBLISHED), "add data=fineweb10B"),
     Unused(("data.folder",), "data.name", one_of("shards"), f"nothing is prepared; {LEAVE}"),
     Unused(
         all_but("dispersion", DispersionConfig, "lambda_disp"),
-        *("dispersion.lambda_disp", one_of(0, None), f"{LEAVE}, or give a lambda above 0"),
+        "dispersion.lambda_disp",
+        one_of(0, None),
+        f"{LEAVE}, or give a lambda above 0",
     ),
-    Unused(("dispersion.tau",), "dispersion.variant", one_of(*WITHOUT_TAU), f"the formula has no tau; {LEAVE}"),
+    Unused(("dispersion.tau",), "dispersion.variant", no(*WITH_TAU, None), f"the formula has no tau; {LEAVE}"),
     Unused(("dispersion.clamp",), "dispersion.variant", no(*CLAMPED, None), f"the formula has no angles; {LEAVE}"),
     Unused(("dispersion.warmup_fraction",), "dispersion.schedule", no("warmup"), "add dispersion.schedule=warmup"),
     Unused(("model.rope_theta",), "model.position", no("rotary", None), "add model.position=rotary"),
@@ -349,6 +360,12 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {key: value for name, part in tree.items() for key, value in flatten(part, f"{prefix}{name}.").items()}
 
 
+def decides(key: str) -> bool:
+    """Whether a key like "optim.lr" decides a run's result; a key without effect may do so as well."""
+    section, _, name = key.rpartition(".")
+    return name not in NOT_IDENTITY.get(section, ())
+
+
 def identity(config: dict[str, Any]) -> dict[str, Any]:
     """The keys that decide a run's result, {"section.key": value}, from a `Config` as plain containers.
 
@@ -362,12 +379,10 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
         flat["model.n_kv_head"] = None
     if n_head and n_embd == n_head * (flat.get("model.head_dim") or 0):
         flat["model.head_dim"] = None
-    left_out = {f"{section}.{key}" if section else key for section, keys in NOT_IDENTITY.items() for key in keys}
-    left_out |= unused(flat).keys()
-    left_out |= {key for key, default in ADDED.items() if flat.get(key) == default}
+    left_out = unused(flat).keys() | {key for key, default in ADDED.items() if flat.get(key) == default}
     if {"dispersion.layers", "model.n_layer"} <= flat.keys():
         flat["dispersion.layers"] = name_layers(flat["dispersion.layers"], flat["model.n_layer"])
-    return {key: value for key, value in flat.items() if key not in left_out and not key.startswith("wandb.")}
+    return {key: value for key, value in flat.items() if decides(key) and key not in left_out}
 
 
 def name_of(config: Config, model: str) -> str:
@@ -376,8 +391,8 @@ def name_of(config: Config, model: str) -> str:
     `model` is the name of the model's config. Nulls are not hashed, so that a new optional key does not rename old
     runs.
     """
-    decides = {key: value for key, value in identity(dataclasses.asdict(config)).items() if value is not None}
-    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:6]
+    hashed = {key: value for key, value in identity(dataclasses.asdict(config)).items() if value is not None}
+    digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:6]
     d = config.dispersion
     dispersion = f"{d.variant}{d.lambda_disp:g}" if d.lambda_disp > 0 else "off"
     return f"{model}-{config.data.name}-{dispersion}-s{config.seed}-{digest}"

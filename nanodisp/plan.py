@@ -89,7 +89,7 @@ class Plan:
     def validates_at(self, step: int) -> bool:
         return self.is_done(step) or step % self.config.train.eval_interval == 0
 
-    def follows_at(self, step: int) -> bool:
+    def measures_layers_at(self, step: int) -> bool:
         """Whether the layers' figures on a few windows are recorded after `step` updates."""
         interval = self.config.train.condensation_interval
         return interval is not None and (self.is_done(step) or step % interval == 0)

@@ -25,7 +25,7 @@ from nanodisp.config import SECTIONS, Config, flatten
 from nanodisp.data.prepare import DataConfig
 from nanodisp.data.shards import Manifest
 from nanodisp.data.tokenizer import copy_tokenizer, load_tokenizer
-from nanodisp.dispersion import VARIANTS
+from nanodisp.dispersion.formulas import CLAMPED, VARIANTS, WITH_TAU
 from nanodisp.errors import UserError
 from nanodisp.models.gpt import GPTConfig
 from nanodisp.plan import size_of
@@ -246,10 +246,13 @@ def test_in_a_sweep_over_it_a_key_without_effect_is_dropped() -> None:
         launch.without_unused(compose("data.path=a"), ["data.path=a"], {"seed", "dispersion"})
 
 
-def test_the_formulas_without_tau_are_known() -> None:
+def test_the_formulas_with_tau_and_of_angles_are_known() -> None:
     z = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0))
-    same = {name for name, formula in VARIANTS.items() if torch.equal(formula(z, 1.0), formula(z, 2.0))}
-    assert same == set(config.WITHOUT_TAU)
+    z = torch.cat((z, z), dim=1)  # with cosines of 1
+    uses_tau = {name for name, formula in VARIANTS.items() if not torch.equal(formula(z, 1.0), formula(z, 2.0))}
+    clamps = {name for name, formula in VARIANTS.items() if not torch.equal(formula(z, 1.0, 0.1), formula(z, 1.0, 0.3))}
+    assert uses_tau == set(WITH_TAU)
+    assert clamps == set(CLAMPED)
 
 
 @pytest.mark.parametrize("key", ["path", "chunks"])

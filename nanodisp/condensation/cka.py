@@ -28,10 +28,12 @@ def cka(x: np.ndarray, y: np.ndarray, *, debiased: bool = False) -> float:
 
     NaN if all tokens of a state are the same. Raises ValueError for different tokens, or fewer than 4.
     """
-    return float(compare([x], [y], debiased=debiased)[0, 0])
+    return float(cka_matrix([x], [y], debiased=debiased)[0, 0])
 
 
-def compare(xs: Iterable[np.ndarray], ys: Iterable[np.ndarray] | None = None, *, debiased: bool = False) -> np.ndarray:
+def cka_matrix(
+    xs: Iterable[np.ndarray], ys: Iterable[np.ndarray] | None = None, *, debiased: bool = False
+) -> np.ndarray:
     """CKA of every state [N, F] of `xs` with every state [N, G] of `ys` (None: of `xs`), float64 [len(xs), len(ys)].
 
     Memory is for one N x N matrix per state; see `cka`.

@@ -21,7 +21,7 @@ from torch import Tensor
 from nanodisp import cli
 from nanodisp.condensation import figures
 from nanodisp.condensation.cosine import trend
-from nanodisp.condensation.measure import add_up, hidden_states
+from nanodisp.condensation.measure import hidden_states, sum_layers
 from nanodisp.condensation.sums import BINS, CosineSums, count_bins
 from nanodisp.condensation.windows import block_of, first_tokens, open_windows, read_texts
 from nanodisp.data.shards import Manifest
@@ -33,14 +33,28 @@ from nanodisp.models.gpt import GPT, GPTConfig
 
 # Spearman's rho and Kendall's tau of the mean cosine against depth, arXiv 2602.00217; by the end of the id on the hub.
 PAPER = {
-    **{"gpt2": (0.38, 0.26), "gpt2-medium": (-0.06, -0.06), "gpt2-large": (0.12, 0.04), "gpt2-xl": (-0.59, -0.56)},
-    **{"qwen2.5-0.5b": (0.95, 0.85), "qwen2.5-1.5b": (0.99, 0.94), "qwen2.5-3b": (0.87, 0.75)},
-    **{"qwen2.5-7b": (0.66, 0.57), "qwen2.5-14b": (0.35, 0.28), "qwen2.5-32b": (0.12, 0.11)},
-    **{"qwen2.5-72b": (-0.24, -0.14)},
-    **{"bloom-560m": (1.0, 1.0), "bloom-1b1": (0.99, 0.96), "bloom-1b7": (0.52, 0.35), "bloom-3b": (0.32, 0.21)},
-    **{"bloom-7b1": (-0.43, -0.43)},
-    **{"qwen3-0.6b": (0.90, 0.77), "qwen3-1.7b": (0.76, 0.61), "qwen3-4b": (0.79, 0.64), "qwen3-8b": (0.58, 0.48)},
-    **{"qwen3-14b": (0.38, 0.33), "qwen3-32b": (-0.46, -0.34)},
+    "gpt2": (0.38, 0.26),
+    "gpt2-medium": (-0.06, -0.06),
+    "gpt2-large": (0.12, 0.04),
+    "gpt2-xl": (-0.59, -0.56),
+    "qwen2.5-0.5b": (0.95, 0.85),
+    "qwen2.5-1.5b": (0.99, 0.94),
+    "qwen2.5-3b": (0.87, 0.75),
+    "qwen2.5-7b": (0.66, 0.57),
+    "qwen2.5-14b": (0.35, 0.28),
+    "qwen2.5-32b": (0.12, 0.11),
+    "qwen2.5-72b": (-0.24, -0.14),
+    "bloom-560m": (1.0, 1.0),
+    "bloom-1b1": (0.99, 0.96),
+    "bloom-1b7": (0.52, 0.35),
+    "bloom-3b": (0.32, 0.21),
+    "bloom-7b1": (-0.43, -0.43),
+    "qwen3-0.6b": (0.90, 0.77),
+    "qwen3-1.7b": (0.76, 0.61),
+    "qwen3-4b": (0.79, 0.64),
+    "qwen3-8b": (0.58, 0.48),
+    "qwen3-14b": (0.38, 0.33),
+    "qwen3-32b": (-0.46, -0.34),
 }
 MODELS = Path(__file__).resolve().parents[2] / "conf" / "model"
 INITIAL = "init:"
@@ -166,7 +180,7 @@ def compare(name: str, config: CompareConfig, device: torch.device) -> Compared:
             yield idx, hidden_states(model, idx.to(device))
 
     with torch.inference_mode():
-        layers = add_up(read(), lambda depth, z: CosineSums(z.device, config.include_diagonal, z.size(1)))
+        layers = sum_layers(read(), lambda depth, z: CosineSums(z.device, config.include_diagonal, z.size(1)))
     rows = [layer.finish() for layer in layers]
     mean = np.array([row["mean"] for row in rows])
     rho, tau = trend(mean.tolist())

@@ -99,12 +99,12 @@ def summed(hidden: Iterable[Tensor]) -> Tensor:
     return torch.cat([figures_of(states).double().flatten(), torch.stack(rows).flatten()])
 
 
-def figures_from(means: Tensor, n_layers: int, n_windows: int) -> dict[str, list[float]]:
-    """{"mean_cosine": [one for each of n_layers hidden states], ...} from the mean of `summed` over all windows."""
-    n_figures = len(LAYER_FIGURES) * n_layers
-    named = dict(zip(LAYER_FIGURES, means[:n_figures].view(-1, n_layers), strict=True))
+def figures_from(means: Tensor, n_states: int, n_windows: int) -> dict[str, list[float]]:
+    """{"mean_cosine": [one for each of n_states hidden states], ...} from the mean of `summed` over all windows."""
+    n_figures = len(LAYER_FIGURES) * n_states
+    named = dict(zip(LAYER_FIGURES, means[:n_figures].view(-1, n_states), strict=True))
     n_rows = [figure.n_rows for figure in POOLED_FIGURES.values()]
-    parts = means[n_figures:].view(n_layers, sum(n_rows), -1).split(n_rows, dim=1)
+    parts = means[n_figures:].view(n_states, sum(n_rows), -1).split(n_rows, dim=1)
     for (name, figure), rows in zip(POOLED_FIGURES.items(), parts, strict=True):
         named[name] = figure.finish(rows, n_windows)
     return {name: values.tolist() for name, values in named.items()}

@@ -288,7 +288,7 @@ def _measure(read: Read, include_diagonal: bool, without: int, without_largest: 
     with torch.inference_mode():
         directions: list[Tensor] = []
         if without:
-            layers = add_up(read(), lambda depth, z: LayerSums(z.size(-1), z.device, include_diagonal))
+            layers = sum_layers(read(), lambda depth, z: LayerSums(z.size(-1), z.device, include_diagonal))
             directions = [layer.principal(without) for layer in layers]
         counts = torch.zeros(0, dtype=torch.int64)
 
@@ -301,9 +301,9 @@ def _measure(read: Read, include_diagonal: bool, without: int, without_largest: 
                     counts = more
                 yield idx, states
 
-        layers = add_up(counted(), lambda depth, z: LayerSums(z.size(-1), z.device, include_diagonal), directions)
+        layers = sum_layers(counted(), lambda depth, z: LayerSums(z.size(-1), z.device, include_diagonal), directions)
         strata = strata_of(counts).to(layers[0].token.device) if len(counts) else None
-        second = add_up(read(), lambda depth, z: SecondSums(layers[depth], strata, without_largest), directions)
+        second = sum_layers(read(), lambda depth, z: SecondSums(layers[depth], strata, without_largest), directions)
         rows = [layer.finish() | more.finish() for layer, more in zip(layers, second, strict=True)]
     return Condensation(
         windows=layers[0].windows,
@@ -315,7 +315,7 @@ def _measure(read: Read, include_diagonal: bool, without: int, without_largest: 
     )
 
 
-def add_up(
+def sum_layers(
     batches: Iterable[tuple[Tensor | None, Iterable[Tensor]]],
     make: Callable[[int, Tensor], S],
     directions: Sequence[Tensor] = (),

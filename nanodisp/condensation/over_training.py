@@ -18,7 +18,7 @@ import numpy as np
 
 from nanodisp import cli
 from nanodisp.condensation import figures
-from nanodisp.condensation.cka import compare
+from nanodisp.condensation.cka import cka_matrix
 from nanodisp.errors import UserError
 from nanodisp.runs import snapshots
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     layers = [run.shape[0] for run in runs]
     states = [[state for step in steps for state in run.hidden(step)] for run in runs]  # [S (L + 1)] of [N, F]
     try:
-        table = compare(*states, debiased=config.debiased).reshape(len(steps), layers[0], len(steps), layers[-1])
+        table = cka_matrix(*states, debiased=config.debiased).reshape(len(steps), layers[0], len(steps), layers[-1])
     except ValueError as error:
         raise UserError(f"{runs[0].folder}: {error}; use a longer context") from error
     folder = Path(config.out or names[0])

@@ -56,11 +56,8 @@ def open_windows(
     else:
         folder = open_data(subject, data)
         tokens = open_split(folder, "val")
-        where, n_tokens, read = (
-            f"the validation split of {folder}",
-            len(tokens) - 1,
-            tokens.read,
-        )  # the last is a target
+        where, n_tokens = f"the validation split of {folder}", len(tokens) - 1  # the last is a target
+        read = tokens.read
     if n_tokens < block:
         hint = f", or block={n_tokens}" if n_tokens > 1 else ""
         raise UserError(f"{where} has {n_tokens} tokens, a window {block}: give a longer text{hint}")

@@ -129,9 +129,8 @@ def main(prepare_function: Callable[[DataConfig], Path]) -> None:
     name = script.parent.name
 
     def run(given: Sequence[str]) -> None:
-        values = OmegaConf.load(
-            script.parents[2] / "conf" / "data" / f"{name}.yaml"
-        )  # CONF, unless a wheel is imported
+        # CONF, unless a wheel is imported
+        values = OmegaConf.load(script.parents[2] / "conf" / "data" / f"{name}.yaml")
         defaults = {"folder": script.parent, **cast(dict, OmegaConf.to_container(values))}
         typed = [argument.partition("=")[0] for argument in given]
         others = [f"{key}={value}" for key, value in defaults.items() if value != cli.MISSING and key not in typed]

@@ -193,8 +193,6 @@ def draw_slices(n_features: int, generator: torch.Generator) -> Tensor:
     return drawn / drawn.norm(dim=0)
 
 
-CLAMPED = ("angular", "orthogonalization")  # the formulas of angles
-SLICED = ("sigreg",)  # the formulas of random directions
 VARIANTS: dict[str, Callable[..., Tensor]] = {  # of z, tau, clamp; sigreg's also of its slices
     "angular": angular,
     "orthogonalization": orthogonalization,
@@ -213,6 +211,9 @@ VARIANTS: dict[str, Callable[..., Tensor]] = {  # of z, tau, clamp; sigreg's als
     "condition": condition,
     "sigreg": sigreg,
 }
+WITH_TAU = ("angular", "l2_repel", "entropy", "cosine", "logdet")
+CLAMPED = ("angular", "orthogonalization")  # the formulas of angles
+SLICED = ("sigreg",)  # the formula of random directions
 
 
 # --- building blocks of the formulas ---------------------------------------------------

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from .blocks import State, ancestors, find_states
 from .formulas import CLAMP, SLICED
-from .inject import Hear, Inject, draw_positions, draw_slices
+from .inject import AddGradient, RecordScale, draw_positions, draw_slices
 from .loss import DispersionLoss
 from .placement import DispersionConfig, sample_unmasked
 
@@ -74,18 +74,18 @@ class Pass:
 
     key: int64 [2] on the CPU, the seed and the number of the pass.
     scale: scalar, the gradient of the loss, which is known when backward begins.
-    begun: number of autograd nodes before it: a recomputed block belongs to the pass of the node that is due.
-    heard: its loss is followed.
-    masked: shape of the mask, [B, N], once one is found.
-    unmasked: the tokens to use of each state (see `sample_unmasked`) if it leaves some out.
+    first_node: number of autograd nodes before it: a recomputed block belongs to the pass of the node that is due.
+    has_loss: its loss is followed.
+    mask_shape: shape of the mask, [B, N], once one is found.
+    tokens: the tokens to use of each state (see `sample_unmasked`) if it leaves some out.
     """
 
     key: Tensor
     scale: Tensor
-    begun: int = 0
-    heard: bool = False
-    masked: torch.Size | None = None
-    unmasked: list[list[Tensor]] | None = None
+    first_node: int = 0
+    has_loss: bool = False
+    mask_shape: torch.Size | None = None
+    tokens: list[list[Tensor]] | None = None
 
 
 class Attached:
@@ -107,9 +107,8 @@ class Attached:
         self._constant, self._scale, self._total = 1.0, torch.ones(0), torch.zeros(2, dtype=torch.float64)
         self._pass: Any = None  # a Pass, once there is one
         self._earlier: deque[Pass] = deque(maxlen=KEPT_PASSES)
-        self._inside: int | None = (
-            None  # the outermost module whose forward pass is under way, of those around the blocks
-        )
+        # of the modules around the blocks, the number of the outermost one whose forward pass is under way
+        self._inside: int | None = None
         self._seen: set[int] = set()
         self._undo: list[Any] = []
         # outside of graphs; not as a decorator, which loads torch._dynamo: two seconds of every command's start
@@ -120,10 +119,10 @@ class Attached:
             else:
                 hook = state.module.register_forward_hook(functools.partial(self._leaves, i))
             self._undo.append(hook.remove)
-        for around, module in enumerate(ancestors(model, states)):
+        for depth, module in enumerate(ancestors(model, states)):
             names = list(inspect.signature(module.forward).parameters)
             place = names.index("attention_mask") if "attention_mask" in names else None
-            begins, ends = functools.partial(self._begins, around, place), functools.partial(self._ends, around)
+            begins, ends = functools.partial(self._begins, depth, place), functools.partial(self._ends, depth)
             self._undo.append(module.register_forward_pre_hook(begins, with_kwargs=True).remove)
             self._undo.append(module.register_forward_hook(ends, with_kwargs=True).remove)
         log.info("%s", self)
@@ -197,7 +196,7 @@ class Attached:
                 the number of tokens in all micro-batches.
         """
         self._follows = True
-        return self._hear(loss, share)
+        return self._follow_loss(loss, share)
 
     def follow_trainer(self, trainer: Any) -> None:
         """Follow the loss of a Hugging Face Trainer, or of one derived from it, wherever it computes it.
@@ -230,7 +229,7 @@ class Attached:
     def _on(self, module: nn.Module) -> bool:
         return self._attached and self._is_on and module.training and torch.is_grad_enabled()
 
-    def _begins(self, around: int, place: int | None, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _begins(self, depth: int, place: int | None, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Before the forward pass of a module around the blocks: a new pass, unless one is under way."""
         compiling = torch.compiler.is_compiling()
         if not compiling and torch._C._current_autograd_node() is not None:
@@ -238,25 +237,25 @@ class Attached:
         if not self._on(module):
             self._inside = None
             return
-        if self._inside is None or self._inside == around:  # itself: its last pass ended with an exception
-            self._inside = around
+        if self._inside is None or self._inside == depth:  # itself: its last pass ended with an exception
+            self._inside = depth
             device = next(module.parameters()).device
             if self._scale.numel() == 0 or self._scale.device != device:
                 self._scale = torch.full((), self._constant, dtype=torch.float64, device=device)
             self._key = self._key + self._next
-            now = self._pass = Pass(self._key, self._scale)
+            current = self._pass = Pass(self._key, self._scale)
             if not compiling:
-                now.begun = torch.autograd._get_sequence_nr()
-                self._earlier.append(now)
+                current.first_node = torch.autograd._get_sequence_nr()
+                self._earlier.append(current)
                 self._seen = set()
         else:
-            now = self._pass
+            current = self._pass
         mask, self.mask = self.mask, None
-        if mask is None and now.masked is None:
+        if mask is None and current.mask_shape is None:
             positional = place is not None and place < len(args)
             mask = args[place] if positional else kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            now.masked, now.unmasked = mask.shape, self._choose_eagerly(mask)
+            current.mask_shape, current.tokens = mask.shape, self._choose_eagerly(mask)
 
     def _choose(self, mask: Tensor) -> list[list[Tensor]] | None:
         """The tokens to use of each state, on the device of the mask; None if it leaves none out."""
@@ -281,59 +280,61 @@ class Attached:
 
     def _passes(self, i: int, module: nn.Module, hidden: Tensor) -> Tensor:
         """A hidden state passes: the same, with the dispersion's gradient to come."""
-        now = self._pass
+        current = self._pass
         if not torch.compiler.is_compiling():
             node = torch._C._current_autograd_node()
             if node is not None:  # recomputed
-                now = next((each for each in reversed(self._earlier) if each.begun <= node._sequence_nr()), None)
+                earlier = (each for each in reversed(self._earlier) if each.first_node <= node._sequence_nr())
+                current = next(earlier, None)
             elif self._inside is not None:
                 if i in self._seen:
                     raise ValueError(
                         f"{self.names[i]} ran twice in one forward pass: attach to the module that runs it once"
                     )
                 self._seen.add(i)
-        if now is None or not self._on(module) or not hidden.requires_grad:
+        if current is None or not self._on(module) or not hidden.requires_grad:
             return hidden
-        dispersion = self._measure(i, hidden, now)
+        dispersion = self._measure(i, hidden, current)
         if dispersion is None:
             return hidden
         if self._total.device != hidden.device:
             self._total = self._total.to(hidden.device)
-        return Inject.apply(hidden, dispersion, self._weight, now.scale, self._total)
+        return AddGradient.apply(hidden, dispersion, self._weight, current.scale, self._total)
 
-    def _measure(self, i: int, hidden: Tensor, now: Pass) -> Tensor | None:
+    def _measure(self, i: int, hidden: Tensor, current: Pass) -> Tensor | None:
         """The dispersion of state i, [B, N, F] -> scalar; None if no sequence has two tokens that are not padding."""
         variant, n_most = self.config.variant, self.config.max_tokens
         if hidden.dim() != 3:
             raise ValueError(
                 f"{self.names[i]} gives {list(hidden.shape)}, not hidden states [B, N, F]: name others in layers=[…]"
             )
-        if now.masked is not None and now.masked != hidden.shape[:2]:
-            shapes = f"{list(now.masked)} does not fit the hidden states {list(hidden.shape[:2])}"
+        if current.mask_shape is not None and current.mask_shape != hidden.shape[:2]:
+            shapes = f"{list(current.mask_shape)} does not fit the hidden states {list(hidden.shape[:2])}"
             raise ValueError(f"the mask {shapes} of {self.names[i]}: set `mask` before each forward pass")
         if hidden.size(1) < 2:
             return None  # no pairs, as in a sequence of padding
-        slices = draw_slices(hidden.detach(), now.key) if variant in SLICED else None
-        if now.unmasked is None:
+        slices = draw_slices(hidden.detach(), current.key) if variant in SLICED else None
+        if current.tokens is None:
             if n_most is not None and n_most < hidden.size(1):
-                hidden = hidden.index_select(1, draw_positions(hidden.detach(), now.key, self.states[i].number, n_most))
+                number = self.states[i].number
+                hidden = hidden.index_select(1, draw_positions(hidden.detach(), current.key, number, n_most))
             return self.disperse(hidden, slices)
         tokens, total, n = hidden.flatten(0, 1), None, 0
-        for places in now.unmasked[i]:
+        for places in current.tokens[i]:
             chosen = tokens.index_select(0, places.flatten().to(hidden.device)).unflatten(0, places.shape)
             part = self.disperse(chosen, slices) * len(places)
             total, n = part if total is None else total + part, n + len(places)
         return None if total is None else total / n
 
-    def _ends(self, around: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def _ends(self, depth: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """After the forward pass of a module around the blocks: its loss, if it returns one, is followed."""
         if self._inside is None or not self._on(module):
             return output
-        if self._inside == around:
+        if self._inside == depth:
             self._inside = None
             if not torch.compiler.is_compiling():
                 self._check_seen()
-        if self._follows or self._pass is None or self._pass.heard:
+        if self._follows or self._pass is None or self._pass.has_loss:
             return output
         loss = (
             output[0]
@@ -344,7 +345,7 @@ class Attached:
         )
         if not isinstance(loss, Tensor) or loss.dim() > 0 or not loss.requires_grad:
             return output
-        loss = self._hear(loss, _share(module, kwargs))
+        loss = self._follow_loss(loss, _share(module, kwargs))
         if isinstance(output, Tensor):
             return loss
         if type(output) is tuple:
@@ -361,12 +362,13 @@ class Attached:
             names = ", ".join(state.name for state in missing)
             raise ValueError(f"{names} did not run in a forward pass: name others in layers=[…]")
 
-    def _hear(self, loss: Tensor, share: float | Tensor) -> Tensor:
+    def _follow_loss(self, loss: Tensor, share: float | Tensor) -> Tensor:
         if self._pass is None or not self._attached or not torch.is_grad_enabled():
             return loss
-        self._pass.heard = True
+        self._pass.has_loss = True
         scale, self._scale = self._scale, torch.full_like(self._scale, self._constant)
-        return Hear.apply(loss, share if isinstance(share, Tensor) else torch.tensor(share, dtype=torch.float64), scale)
+        share = share if isinstance(share, Tensor) else torch.tensor(share, dtype=torch.float64)
+        return RecordScale.apply(loss, share, scale)
 
 
 def _share(module: nn.Module, kwargs: dict[str, Any]) -> float | Tensor:

@@ -20,20 +20,20 @@ NAMESPACE = __name__.partition(".")[0]  # the package's, so that a copy in anoth
 # --- in backward -------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(f"{NAMESPACE}::heard", mutates_args=("scale",))
-def heard(grad: Tensor, share: Tensor, scale: Tensor) -> Tensor:
+@torch.library.custom_op(f"{NAMESPACE}::record_scale", mutates_args=("scale",))
+def record_scale(grad: Tensor, share: Tensor, scale: Tensor) -> Tensor:
     """The gradient of the loss, scalar, which times `share` is left in `scale`."""
     scale.copy_(grad * share.to(grad.device))
     return grad.clone()
 
 
-@heard.register_fake
+@record_scale.register_fake
 def _(grad: Tensor, share: Tensor, scale: Tensor) -> Tensor:
     return torch.empty_like(grad)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::injected", mutates_args=("total",))
-def injected(grad: Tensor, dispersion: Tensor, weight: Tensor, scale: Tensor, total: Tensor) -> Tensor:
+@torch.library.custom_op(f"{NAMESPACE}::dispersion_gradient", mutates_args=("total",))
+def dispersion_gradient(grad: Tensor, dispersion: Tensor, weight: Tensor, scale: Tensor, total: Tensor) -> Tensor:
     """The gradient of the dispersion, scalar: weight * scale. `total` += its value and one.
 
     grad: that of the hidden state, because of which this cannot run before backward.
@@ -42,12 +42,12 @@ def injected(grad: Tensor, dispersion: Tensor, weight: Tensor, scale: Tensor, to
     return (scale * weight.to(scale.device)).to(dispersion)
 
 
-@injected.register_fake
+@dispersion_gradient.register_fake
 def _(grad: Tensor, dispersion: Tensor, weight: Tensor, scale: Tensor, total: Tensor) -> Tensor:
     return torch.empty_like(dispersion)
 
 
-class Hear(torch.autograd.Function):
+class RecordScale(torch.autograd.Function):
     """A loss, scalar, as it is; in backward its gradient times `share` is left in `scale`."""
 
     @staticmethod
@@ -57,10 +57,10 @@ class Hear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return heard(grad, ctx.share, ctx.scale), None, None
+        return record_scale(grad, ctx.share, ctx.scale), None, None
 
 
-class Inject(torch.autograd.Function):
+class AddGradient(torch.autograd.Function):
     """A hidden state as it is; in backward the dispersion, scalar, has the gradient weight * scale."""
 
     @staticmethod
@@ -72,7 +72,7 @@ class Inject(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         (dispersion,) = ctx.saved_tensors
-        return grad, injected(grad, dispersion, ctx.weight, ctx.scale, ctx.total), None, None, None
+        return grad, dispersion_gradient(grad, dispersion, ctx.weight, ctx.scale, ctx.total), None, None, None
 
 
 # --- drawn in forward, the same again when recomputed ------------------------------------------------

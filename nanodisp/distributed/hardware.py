@@ -70,7 +70,7 @@ def bfloat16_is_faster() -> bool:
     return best[torch.bfloat16] <= 0.9 * best[torch.float32]
 
 
-COMPILE_FROM = {"cuda": 2e16, "cpu": 1e15}  # FLOPs of a few minutes' work, ten times the time of compiling
+COMPILE_FROM = {"cuda": 2e16, "cpu": 1e15}  # FLOPs: ten times the time of compiling
 
 
 def compile_pays(device: torch.device, flops: float) -> bool:

@@ -35,9 +35,14 @@ def config_to_hf(config: GPTConfig) -> dict[str, Any]:
     return {
         "architectures": ["GPT2LMHeadModel"],
         **{key: values[0] for key, values in FIXED.items()},
-        **{"vocab_size": config.vocab_size, "n_positions": config.block_size, "n_embd": config.n_embd},
-        **{"n_layer": config.n_layer, "n_head": config.n_head, "n_inner": config.d_ff},
-        **{"layer_norm_epsilon": config.norm_eps, "tie_word_embeddings": config.tie_embeddings},
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_inner": config.d_ff,
+        "layer_norm_epsilon": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
         **dict.fromkeys(DROPOUTS, config.dropout),
     }
 

@@ -60,8 +60,10 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
         return tokenizer_json.copy(tokenizer.file, folder)
     built = build_tokenizer(tokenizer)
     settings = {
-        **{"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True},
-        **{"clean_up_tokenization_spaces": False, "model_max_length": context},
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": context,
         **{"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT},
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -31,10 +31,19 @@ AMX_FROM = 512  # tokens: attention over shorter sequences is slower in bfloat16
 
 
 # Fields whose defaults are GPT-2's and that other families set.
-SWITCHES = (
-    *("norm", "norm_eps", "position", "rope_theta", "mlp", "qk_norm", "n_kv_head", "head_dim", "tie_embeddings"),
-    *("causal", "init_std"),
-)
+SWITCHES = [
+    "norm",
+    "norm_eps",
+    "position",
+    "rope_theta",
+    "mlp",
+    "qk_norm",
+    "n_kv_head",
+    "head_dim",
+    "tie_embeddings",
+    "causal",
+    "init_std",
+]
 
 
 @dataclass
@@ -133,8 +142,14 @@ class GPTConfig:
 
 
 GPT2: dict[str, Any] = {
-    **{"norm": "layernorm", "position": "learned", "mlp": "gelu", "qk_norm": False, "bias": True, "n_kv_head": None},
-    **{"tie_embeddings": True, "causal": True},
+    "norm": "layernorm",
+    "position": "learned",
+    "mlp": "gelu",
+    "qk_norm": False,
+    "bias": True,
+    "n_kv_head": None,
+    "tie_embeddings": True,
+    "causal": True,
 }
 LLAMA = {**GPT2, "norm": "rmsnorm", "position": "rotary", "mlp": "swiglu", "bias": False}
 QWEN3 = {**LLAMA, "qk_norm": True, "n_kv_head": "fewer"}
@@ -244,7 +259,11 @@ class Attention(nn.Module):
             q, k, v = q.float(), k.float(), v.float()  # backward in bfloat16 is several times slower on a CPU
         with torch.autocast("cpu", enabled=False):
             y = F.scaled_dot_product_attention(
-                *(q, k, v, mask, self.dropout if self.training else 0.0),
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                dropout_p=self.dropout if self.training else 0.0,
                 is_causal=self.causal and mask is None,
                 enable_gqa=k.size(1) != q.size(1),
             )

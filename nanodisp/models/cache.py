@@ -13,7 +13,7 @@ SPAN = 256  # positions, the smallest span of a cache that attention reads
 class Past(NamedTuple):
     """One layer of a `KVCache`, and how T new tokens use it.
 
-    keys, values: [B, n_head, span, head_dim], views of the cache that attention reads.
+    keys, values: [B, n_kv_head, span, head_dim], views of the cache that attention reads.
     positions: int64 [T], where the new tokens are written.
     mask: bool [T, span], what each of them attends to: the earlier tokens and itself.
     """
@@ -25,7 +25,7 @@ class Past(NamedTuple):
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, for all layers: two [L, B, n_head, block_size, head_dim].
+    """Keys and values of the tokens seen so far, for all layers: two [L, B, n_kv_head, block_size, head_dim].
 
     Attention reads a span of positions, the smallest power of two times `SPAN` that holds all tokens: a
     short context does not pay for a long one, and a compiled block sees few shapes.
@@ -36,13 +36,13 @@ class KVCache:
         *,
         n_layer: int,
         batch_size: int,
-        n_head: int,
+        n_kv_head: int,
         block_size: int,
         head_dim: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        shape = (n_layer, batch_size, n_head, block_size, head_dim)
+        shape = (n_layer, batch_size, n_kv_head, block_size, head_dim)
         # zeros: an attention weight of 0 times uninitialised memory could be NaN
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)

@@ -24,7 +24,7 @@ def generate(
 ) -> Iterator[Tensor]:
     """Continue `idx` (int64 [B, T], T >= 1), yielding the next tokens, int64 [B], one step at a time.
 
-    Positions are learned, so a full context cannot slide: its last half is read again and
+    The cache ends at block_size: when it is full, the last half of the context is read again from position 0, and
     generation continues from there.
 
     Args:
@@ -33,6 +33,8 @@ def generate(
         top_p: sample from the likeliest tokens that together reach this probability.
         generator: on the model's device, or one per sequence, which makes each sequence's samples
             independent of the others.
+
+    Raises ValueError for an encoder.
     """
     block_size = model.config.block_size
     cache = model.new_cache(idx.size(0))

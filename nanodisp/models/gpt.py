@@ -243,7 +243,7 @@ class GPT(nn.Module):
         return KVCache(
             n_layer=c.n_layer,
             batch_size=batch_size,
-            n_head=c.kv_heads,
+            n_kv_head=c.kv_heads,
             block_size=c.block_size,
             head_dim=c.head_width,
             device=self.device,

@@ -51,13 +51,15 @@ def quantize(model: nn.Module, name: str) -> int:
     """Round a model's block matrices in place, as in `SCHEMES[name]`, and its activations from now on.
 
     Args:
-        model: a GPT, or a model of transformers. Its blocks are its longest `ModuleList`.
+        model: a GPT, or a model of transformers. Its blocks are its longest `ModuleList` that is not inside another.
         name: a key of `SCHEMES`.
 
     Returns the number of matrices. Raises UserError for a model without matrices in blocks.
     """
     scheme = SCHEMES[name]
-    blocks = max((part for part in model.modules() if isinstance(part, nn.ModuleList)), key=len, default=None)
+    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
+    inner = {id(part) for outer in lists for part in outer.modules() if part is not outer}  # as experts are
+    blocks = max((part for part in lists if id(part) not in inner), key=len, default=None)
     matrices = [part for part in blocks.modules() if is_linear(part)] if blocks is not None else []
     if not matrices:
         raise UserError(f"quantize={name}: {type(model).__name__} has no list of blocks with linear layers")

@@ -195,7 +195,7 @@ class Run:
         """Record figures by name, see `runs/metrics.py`."""
         self.metrics.record({"step": state.step, "split": split, **figures, **self.tally(state)})
 
-    def keep(self, state: TrainState, tokens: Tensor, hidden: Tensor) -> None:
+    def save_snapshot(self, state: TrainState, tokens: Tensor, hidden: Tensor) -> None:
         """Write a snapshot, see `runs/snapshots.py`; raises UserError on all ranks if rank 0 cannot."""
         with self.world.together():
             if self.world.is_main:

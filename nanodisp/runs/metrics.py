@@ -1,7 +1,7 @@
 """The figures of a run: metrics.jsonl, the terminal, and the trackers (`trackers.py`).
 
 Only ranks with a folder (0, or the first of each host) write; on others every call does nothing. A record is one line
-of metrics.jsonl: "step" is the number of updates done, "split" is "train", "val", "task" (multiple-choice questions) or
+of metrics.jsonl: "step" is the number of updates done, "split" is "train", "val", "task" (questions and benchmarks) or
 "condensation" (only the layers' figures, recorded more often and not shown). Every other key is a figure under its own
 name, a number or a list with one per layer; a new one is recorded, shown and tracked without a change here.
 """
@@ -49,7 +49,7 @@ class Metrics:
     Locks the run's folder until it is closed; as a context, it writes the error that ended the run to `error.txt`.
 
     Args:
-        folder: the run's folder, created if needed; None on ranks other than 0.
+        folder: the run's folder, created if needed; None on ranks that write nothing.
 
     Raises UserError when another process holds the lock, or the folder cannot be written.
     """

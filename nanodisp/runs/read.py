@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from nanodisp.condensation.cosine import trend
-from nanodisp.config import ADDED, CONFIG, NOT_IDENTITY, TrainConfig, count_steps, flatten
+from nanodisp.config import ADDED, CONFIG, TrainConfig, count_steps, decides, flatten
 from nanodisp.errors import UserError
 from nanodisp.models.blocks import GPTConfig, architecture
 from nanodisp.plan import size_of
@@ -33,10 +33,21 @@ from nanodisp.runs.metrics import METRICS, read_records
 
 LAMBDA = "dispersion.lambda_disp"
 UNREADABLE = (OSError, YAMLError, OmegaConfBaseException, ValueError, TypeError, KeyError, AttributeError)
-STANDARD = {  # keys of records that are read individually, or say nothing about the model
-    *("step", "split", "loss", "masked_loss", "bpb", "tokens", "seconds", "lambda_disp", "lr", "grad_norm"),
-    *("bad_steps", "tokens_per_second", "mfu"),
-}
+STANDARD = [
+    "step",
+    "split",
+    "loss",
+    "masked_loss",
+    "bpb",
+    "tokens",
+    "seconds",
+    "lambda_disp",
+    "lr",
+    "grad_norm",
+    "bad_steps",
+    "tokens_per_second",
+    "mfu",
+]
 
 
 @dataclass
@@ -174,8 +185,8 @@ def read_metrics(run: RunSummary) -> None:
     if not validations:
         return
     run.steps, run.cosines = _curve(validations)
-    followed = [(step, record) for split, step, record in records if split == "condensation"]
-    run.trajectory_steps, run.trajectory = _curve(followed or validations)
+    between = [(step, record) for split, step, record in records if split == "condensation"]
+    run.trajectory_steps, run.trajectory = _curve(between or validations)
     last = validations[-1][1]
     speeds = [speed for _, _, record in records if (speed := record.get("tokens_per_second"))]
     rho, tau = trend(last["mean_cosine"])
@@ -226,13 +237,8 @@ def differences(runs: Sequence[RunSummary]) -> dict[str, dict[Path, Any]]:
     """The keys that decide a result and differ between the runs, each with its values by run folder."""
     readable = [run for run in runs if run.config]
     keys = dict.fromkeys(key for run in readable for key in run.config)
-    values = {key: {run.folder: run.config.get(key) for run in readable} for key in keys if not _is_not_identity(key)}
+    values = {key: {run.folder: run.config.get(key) for run in readable} for key in keys if decides(key)}
     return {key: by_run for key, by_run in values.items() if len({json.dumps(v) for v in by_run.values()}) > 1}
-
-
-def _is_not_identity(key: str) -> bool:
-    section, _, name = key.rpartition(".")
-    return name in NOT_IDENTITY.get(section, ()) or section in NOT_IDENTITY[""]
 
 
 def as_text(value: Any) -> str:

@@ -22,7 +22,7 @@ from nanodisp.models.score import loglikelihoods
 from nanodisp.training.objective import n_targets
 
 TRAIN_SHARE = 4  # one training window for so many validation windows
-FOLLOWED_WINDOWS = 4  # of the validation windows, for the figures between validations
+LAYER_WINDOWS = 4  # of the validation windows, for the figures between validations
 SNAPSHOT_TOKENS = 256  # at most: with the layers and features of a small model, half a megabyte a snapshot
 MASKS = (0,)  # the key of an encoder's masks, the same for all runs
 
@@ -58,8 +58,8 @@ class Validation:
         self.windows = spread_windows(count_windows(corpus.val, block_size), n_windows)
         n_train = math.ceil(len(self.windows) / TRAIN_SHARE)
         self.train_windows = spread_windows(count_windows(corpus.train, block_size), n_train)
-        self.followed = self.windows[spread_windows(len(self.windows), FOLLOWED_WINDOWS)]
-        self.look = torch.compile(loss_and_figures, dynamic=False) if compiled else loss_and_figures
+        self.layer_windows = self.windows[spread_windows(len(self.windows), LAYER_WINDOWS)]
+        self.measure = torch.compile(loss_and_figures, dynamic=False) if compiled else loss_and_figures
         self.questions, self.benchmarks = questions, benchmarks
 
     def __call__(self, model: GPT) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class Validation:
         of its layers for the text without masks. A window has the same masks at every validation of every run.
         """
         model.eval()
-        means = self._mean(self.look, model, self.corpus.val, self.windows)
+        means = self._mean(self.measure, model, self.corpus.val, self.windows)
         loss, train_loss = means[0].item(), self._mean(loss_alone, model, self.corpus.train, self.train_windows).item()
         by_layer = figures_from(means[1:], model.config.n_layer + 1, len(self.windows))
         model.train()
@@ -81,8 +81,8 @@ class Validation:
         return {name: loss, **bpb, f"train_{name}": train_loss, **by_layer}
 
     @torch.no_grad()
-    def _mean(self, look: Callable[..., Tensor], model: GPT, tokens: Tokens, windows: np.ndarray) -> Tensor:
-        """The mean over windows of a split of `look(model, text, x, y)`, a vector: float64."""
+    def _mean(self, measure: Callable[..., Tensor], model: GPT, tokens: Tokens, windows: np.ndarray) -> Tensor:
+        """The mean over windows of a split of `measure(model, text, x, y)`, a vector: float64."""
         world, n_windows = self.world, len(windows)
         sums: Any = 0.0
         mine = windows[world.rank :: world.size]
@@ -92,19 +92,19 @@ class Validation:
             text, y = read_windows(tokens, read, self.block_size, model.vocab_size)
             x, y = (text, y) if model.config.causal else mask_tokens(text, read, MASKS, model.vocab_size)
             with self.autocast():
-                figures = look(model, *(hardware.send(each, world.device) for each in (text, x, y)))
+                figures = measure(model, *(hardware.send(each, world.device) for each in (text, x, y)))
             sums = sums + len(chunk) * figures.double()
         return world.sum(sums) / n_windows
 
     @torch.no_grad()
-    def follow(self, model: GPT) -> dict[str, list[float]]:
+    def layer_figures(self, model: GPT) -> dict[str, list[float]]:
         """The same figures by layer on a few windows: cheap enough to be recorded between validations."""
-        x, _ = read_windows(self.corpus.val, self.followed, self.block_size, model.vocab_size)
+        x, _ = read_windows(self.corpus.val, self.layer_windows, self.block_size, model.vocab_size)
         model.eval()
         with self.autocast():
             means = summed(model.hidden_states(hardware.send(x, self.world.device)))  # on every rank: FSDP needs all
         model.train()
-        return figures_from(means, model.config.n_layer + 1, len(self.followed))
+        return figures_from(means, model.config.n_layer + 1, len(self.layer_windows))
 
     @torch.no_grad()
     def snapshot(self, model: GPT) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 
 from nanodisp.condensation import __main__ as condensation
 from nanodisp.condensation import over_training
-from nanodisp.condensation.cka import cka, compare
+from nanodisp.condensation.cka import cka, cka_matrix
 from nanodisp.errors import UserError
 from nanodisp.runs import snapshots
 
@@ -65,9 +65,9 @@ def test_of_random_states_with_many_features_only_the_debiased_one_is_low() -> N
 
 def test_all_pairs_at_once() -> None:
     states = [X, Y, X[:, :3]]
-    table = compare(states, [Y, X])
+    table = cka_matrix(states, [Y, X])
     assert table == pytest.approx(np.array([[cka(a, b) for b in (Y, X)] for a in states]), abs=1e-12)
-    assert compare(states) == pytest.approx(compare(states, states), abs=1e-12)
+    assert cka_matrix(states) == pytest.approx(cka_matrix(states, states), abs=1e-12)
 
 
 def test_what_cannot_be_compared() -> None:

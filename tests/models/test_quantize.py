@@ -56,6 +56,15 @@ def test_only_matrices_in_blocks_are_rounded(name: str) -> None:
             torch.testing.assert_close(after, round_to_levels(before[key], *SCHEMES[name][::2]))
 
 
+def test_blocks_are_rounded_even_if_each_has_a_longer_list_of_experts() -> None:
+    def block() -> nn.Module:
+        return nn.ModuleDict(
+            {"attention": nn.Linear(8, 8), "experts": nn.ModuleList(nn.Linear(8, 8) for _ in range(5))}
+        )
+
+    assert quantize(nn.ModuleDict({"layers": nn.ModuleList(block() for _ in range(2))}), "int4") == 12
+
+
 def test_a_model_moves_more_with_fewer_bits_and_with_rounded_activations() -> None:
     torch.manual_seed(0)
     idx, model = torch.randint(60, (4, 16)), GPT(CONFIG).eval()

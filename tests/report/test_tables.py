@@ -63,6 +63,14 @@ def test_one_seed_has_a_difference_but_no_interval() -> None:
     assert math.isnan(paired_interval({1: 2.0}, {2: 1.5})[0])
 
 
+def test_where_and_how_a_run_is_recorded_makes_no_other_row(tmp_path: Path) -> None:
+    write_run(tmp_path / "off", "dispersion=off", loss=3.0)
+    recorded = ("wandb.mode=offline", "wandb.tags=[a]", "tensorboard=true", "train.log_interval=7", "device=cpu")
+    write_run(tmp_path / "on", "dispersion.lambda_disp=0.1", *recorded, loss=2.0)
+    [row] = make_rows(read_runs(tmp_path))
+    assert [disp for disp, seeds in row.cells.items() if seeds] == [0.0, 0.1]
+
+
 def test_variants_are_rows_that_share_the_baseline(tmp_path: Path) -> None:
     write_run(tmp_path / "off", "dispersion=off", "dispersion.tau=3", loss=3.0)
     for variant, loss in (("angular", 2.0), ("cosine", 4.0)):

@@ -164,8 +164,8 @@ def test_validation_and_following_measure_windows_spread_over_the_split(corpus: 
     measured = validation(model)
     assert measured["loss"] == pytest.approx(loss, rel=1e-5) != pytest.approx(means(list(range(8)))[0], rel=1e-3)
     assert measured["mean_cosine"] == pytest.approx(cosines, rel=1e-4)
-    followed = validation.follow(model)["mean_cosine"]
-    assert followed == pytest.approx(means([i * n_windows // 4 for i in range(4)])[1], rel=1e-4)
+    at_layer_windows = validation.layer_figures(model)["mean_cosine"]
+    assert at_layer_windows == pytest.approx(means([i * n_windows // 4 for i in range(4)])[1], rel=1e-4)
     for others in ([0, 1, 2, 3], [i * n_windows // 8 for i in range(4)]):
-        assert followed != pytest.approx(means(others)[1], rel=1e-3)
+        assert at_layer_windows != pytest.approx(means(others)[1], rel=1e-3)
     assert model.training
