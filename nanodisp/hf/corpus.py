@@ -9,8 +9,8 @@ import numpy as np
 
 from nanodisp.data.batches import spread_windows
 from nanodisp.data.corpus import fingerprint, open_corpus
-from nanodisp.data.prepare import prepare
-from nanodisp.data.shards import check_tokens, open_split
+from nanodisp.data.prepare import DATA, prepare
+from nanodisp.data.shards import MANIFEST, check_tokens, open_split
 from nanodisp.data.tokenizer import Tokenizer
 from nanodisp.errors import UserError
 from nanodisp.hf.open import Measurable
@@ -25,15 +25,17 @@ def folder_of_data(subject: Measurable, others: str) -> Path:
     """
     if subject.data is None:
         raise UserError(f"{subject.name} comes without data: {others}")
+    kept = Path(subject.data.folder or DATA / subject.data.name) / str(subject.corpus)
     try:
-        folder = prepare(subject.data)
+        folder = kept if (kept / MANIFEST).exists() else prepare(subject.data)
     except UserError as error:
         raise UserError(f"the data of {subject.name} cannot be read ({error}): {others}") from error
-    if folder.name != subject.corpus:
-        raise UserError(f"{folder} is not what {subject.name} was trained on, {subject.corpus}: {others}")
-    if subject.fingerprint not in (None, fingerprint(open_corpus(folder, "none"))):
+    known, has_its_name = subject.fingerprint, folder.name == subject.corpus
+    if has_its_name if known is None else known == fingerprint(open_corpus(folder, "none")):
+        return folder
+    if has_its_name:
         raise UserError(f"{folder} has changed since {subject.name} was trained on it: {others}")
-    return folder
+    raise UserError(f"{folder} is not what {subject.name} was trained on, {subject.corpus}: {others}")
 
 
 def read_some_documents(folder: Path, split: str, tokenizer: Tokenizer, vocab_size: int) -> Iterator[np.ndarray]:

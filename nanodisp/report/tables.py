@@ -96,7 +96,7 @@ def make_rows(runs: Sequence[RunSummary]) -> list[Row]:
 
     def parts(run: RunSummary, of_dispersion: bool) -> str:
         keys = [key for key in varied if key.startswith("dispersion.") == of_dispersion]
-        values = {key: run.config.get(key) for key in keys}
+        values = {key: differing[key][run.folder] for key in keys}
         return ", ".join(
             f"{key.split('.')[-1]}={as_text(value)}"
             for key, value in values.items()

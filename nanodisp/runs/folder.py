@@ -308,6 +308,8 @@ def check_same_run(saved: checkpoint.Checkpoint, config: Config, corpus: Corpus,
     """UserError when the checkpoint's run differs in anything that decides the result; the budget may grow."""
     theirs = {**ADDED, **identity(saved.state["config"]), "corpus": saved.state["corpus"]}
     ours = {**ADDED, **identity(dataclasses.asdict(config)), "corpus": corpus.folder.name}
+    for side in (theirs, ours):  # the tokenizer's file is beside the shards, wherever these are
+        side["data.tokenizer"] = Path(side["data.tokenizer"]).name
     known = saved.state.get("corpus_fingerprint")  # older checkpoints have none
     may_differ = (*BUDGET, "data.path", "corpus") if known == fingerprint else BUDGET  # the same tokens, moved
     differing = [key for key in ours if key not in may_differ and theirs.get(key) != ours[key]]

@@ -237,8 +237,15 @@ def differences(runs: Sequence[RunSummary]) -> dict[str, dict[Path, Any]]:
     """The keys that decide a result and differ between the runs, each with its values by run folder."""
     readable = [run for run in runs if run.config]
     keys = dict.fromkeys(key for run in readable for key in run.config)
-    values = {key: {run.folder: run.config.get(key) for run in readable} for key in keys if decides(key)}
+    values: dict[str, dict[Path, Any]] = {
+        key: {run.folder: _anywhere(key, run.config.get(key)) for run in readable} for key in keys if decides(key)
+    }
     return {key: by_run for key, by_run in values.items() if len({json.dumps(v) for v in by_run.values()}) > 1}
+
+
+def _anywhere(key: str, value: Any) -> Any:
+    """The value on any machine: the path of a tokenizer's file begins with the folder of the shards beside it."""
+    return "/".join(Path(value).parts[-2:]) if key == "data.tokenizer" and value is not None else value
 
 
 def as_text(value: Any) -> str:

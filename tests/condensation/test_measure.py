@@ -390,6 +390,8 @@ def test_the_data_of_a_run_must_be_there_and_the_same(run: Callable[..., Path], 
     condensation.main([f"checkpoint={folder}"])
     assert json.loads((folder / "condensation.json").read_text())["source"] == "run at step 1"
     (tmp_path / "text.txt").write_text("other words " * 500)
+    condensation.main([f"checkpoint={folder}"])  # its shards are still there
+    shutil.rmtree(tmp_path / "prepared")
     with pytest.raises(UserError, match=r"is not what run at step 1 was trained on, .*: give text=<file> or data="):
         condensation.main([f"checkpoint={folder}"])
     (tmp_path / "text.txt").unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,6 +66,13 @@ def test_a_folder_of_shards_is_found_by_the_name_of_the_runs_tokenizer(
     (tmp_path / "text.txt").write_text("the cat and the dog\n" * 300)
     settings = {"path": str(tmp_path / "text.txt"), "tokenizer": str(ranks), "folder": str(tmp_path / "shards")}
     overrides = [f"data.{key}={value}" for key, value in settings.items()]
-    opened = open_for_measuring(str(run("data=text", *overrides, "train.steps=1", "train.sample_tokens=0")))
+    trained = run("data=text", *overrides, "train.steps=1", "train.sample_tokens=0")
+    opened = open_for_measuring(str(trained))
     folder = folder_of_data(opened, "do this")
     assert list((tmp_path / "shards").iterdir()) == [folder], "nothing was prepared again"
+    ranks.unlink()
+    assert folder_of_data(open_for_measuring(str(trained)), "do this") == folder
+    shutil.rmtree(folder)
+    again = folder_of_data(open_for_measuring(str(trained)), "do this")
+    assert again.name != folder.name, "by the copy's name"
+    assert again.is_dir()

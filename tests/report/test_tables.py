@@ -64,11 +64,15 @@ def test_one_seed_has_a_difference_but_no_interval() -> None:
 
 
 def test_where_and_how_a_run_is_recorded_makes_no_other_row(tmp_path: Path) -> None:
-    write_run(tmp_path / "off", "dispersion=off", loss=3.0)
     recorded = ("wandb.mode=offline", "wandb.tags=[a]", "tensorboard=true", "train.log_interval=7", "device=cpu")
-    write_run(tmp_path / "on", "dispersion.lambda_disp=0.1", *recorded, loss=2.0)
+    here, there = ("data.tokenizer=/a/data/text-own-1234/own.tiktoken", "data.tokenizer=/b/text-own-1234/own.tiktoken")
+    write_run(tmp_path / "off", "dispersion=off", here, loss=3.0)
+    write_run(tmp_path / "on", "dispersion.lambda_disp=0.1", there, *recorded, loss=2.0)
     [row] = make_rows(read_runs(tmp_path))
     assert [disp for disp, seeds in row.cells.items() if seeds] == [0.0, 0.1]
+    other = "data.tokenizer=/b/text-own-5678/own.tiktoken"
+    write_run(tmp_path / "other", "dispersion.lambda_disp=0.1", other, loss=2.0)
+    assert [list(row.cells) for row in make_rows(read_runs(tmp_path))] == [[0.0, 0.1], [0.1]], "another corpus"
 
 
 def test_variants_are_rows_that_share_the_baseline(tmp_path: Path) -> None:

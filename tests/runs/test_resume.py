@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import records, weights, write_corpus
+from tiny_models import write_ranks_file
 
 from nanodisp.condensation import __main__ as condensation
 from nanodisp.errors import UserError
@@ -132,6 +133,19 @@ def test_a_run_is_resumed_on_the_same_tokens_in_another_place(run: Run, corpus: 
     moved = shutil.copytree(corpus, tmp_path / "moved")
     run("train.steps=4", f"data.path={moved}")
     assert [record["step"] for record in records(folder, "train")] == [1, 2, 4]
+
+
+def test_a_run_is_resumed_when_its_shards_have_moved_with_the_file_of_their_tokenizer(run: Run, tmp_path: Path) -> None:
+    ranks = write_ranks_file(tmp_path / "own.tiktoken")
+    (tmp_path / "text.txt").write_text("the cat and the dog\n" * 300)
+    text = ("data=text", f"data.path={tmp_path / 'text.txt'}", f"data.tokenizer={ranks}", "train.sample_tokens=0")
+    folder = run("train.steps=2", *text, f"data.folder={tmp_path / 'here'}")
+    (tmp_path / "here").rename(tmp_path / "there")
+    run("train.steps=4", *text, f"data.folder={tmp_path / 'there'}")
+    assert [record["step"] for record in records(folder, "train")] == [1, 2, 4]
+    (tmp_path / "text.txt").write_text("the dog and the cat\n" * 300)
+    with pytest.raises(UserError, match=r"^the text has changed"):
+        run("train.steps=6", *text, f"data.folder={tmp_path / 'there'}")
 
 
 def test_a_text_that_has_changed_under_the_same_command_is_rejected(run: Run, tmp_path: Path) -> None:
