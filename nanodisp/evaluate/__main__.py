@@ -40,6 +40,7 @@ import torch
 
 from nanodisp import cli
 from nanodisp.data.benchmarks import BENCHMARKS, fingerprint
+from nanodisp.data.tokenizer import identity
 from nanodisp.distributed import hardware, of_torchrun, start
 from nanodisp.errors import UserError, first_line, optional
 from nanodisp.evaluate.compare import compare
@@ -151,9 +152,14 @@ class EvaluateConfig:
 
     def settings(self, name: str) -> dict[str, Any]:
         """What decides a task's figures beside the model: an entry with the same need not be made again."""
-        local = self.task_data is not None and name in BENCHMARKS
-        data = fingerprint(name, Path(self.task_data or "")) if local else None
-        return {"limit": self.limit, "seed": self.seed, "num_fewshot": self.shots(name), "data": data}
+        data = fingerprint(name, Path(self.task_data or "")) if self.reads_file(name) else None
+        tokenizer = identity(self.tokenizer) if self.tokenizer is not None else None
+        given = {"limit": self.limit, "seed": self.seed, "num_fewshot": self.shots(name)}
+        return {**given, "data": data, "tokenizer": tokenizer}
+
+    def reads_file(self, name: str) -> bool:
+        """Whether a task is one of ours, on local files."""
+        return self.task_data is not None and name in BENCHMARKS
 
 
 def main(argv: Sequence[str]) -> None:
@@ -276,12 +282,13 @@ def load_tasks(config: EvaluateConfig) -> tuple[dict[str, Any], list[str]]:
 
 def evaluate(config: EvaluateConfig, name: str, loaded: dict[str, Any], results: Results, device: torch.device) -> None:
     """Evaluate a model on the harness's tasks, write and print the figures."""
-    from nanodisp.evaluate.tasks import score
+    from nanodisp.evaluate.tasks import score, settings_of
 
     model = open_model(config, name, str(device))
     results.harness, evaluated = optional("lm_eval").__version__, {}
     for number, (task, with_data) in enumerate(loaded.items(), start=1):
-        settings, known = config.settings(task), results.figures.get(task, {})
+        version = settings_of(task)["metadata"]["version"] if config.reads_file(task) else results.harness
+        settings, known = {**config.settings(task), "version": version}, results.figures.get(task, {})
         if known and not config.redo and not config.task_folder and settings == known.get("settings"):
             print(f"{task}: done already, redo=true evaluates it again")
             evaluated[task] = known

@@ -22,6 +22,7 @@ from nanodisp.runs.evaluation import EVALUATION, EVALUATIONS_OF_STEPS, items_fil
 
 RESAMPLES, SEED = 2000, 0
 INTERVAL = (2.5, 97.5)  # percent
+OF_ITEMS = ("limit", "seed", "num_fewshot", "data")  # settings that decide which items a task has, and their prompts
 
 
 class Evaluated(NamedTuple):
@@ -93,7 +94,8 @@ def common_tasks(a: Evaluated, b: Evaluated) -> list[str]:
     if not shared:
         raise UserError(f"{a.name} and {b.name} have no task in common: evaluate both with the same tasks=…")
     for task in shared:
-        settings = [(entries[task].get("settings"), len(items[task])) for entries, items in evaluations]
+        given = [(entries[task].get("settings") or {}, items[task]) for entries, items in evaluations]
+        settings = [({key: each.get(key) for key in OF_ITEMS}, len(items)) for each, items in given]
         if any(each != settings[0] for each in settings):
             different = next(each for each in settings if each != settings[0])
             raise UserError(

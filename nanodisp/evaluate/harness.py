@@ -105,7 +105,9 @@ class HarnessModel(TemplateLM):
             text, settings = request.args
             room = self.model.config.block_size - normalize_gen_kwargs(settings, MAX_NEW_TOKENS)["max_gen_toks"]
             tokens = self.tok_encode(text) or [self.text.eot]
-            contexts.append(tokens[-(room if room > 0 else self.model.config.block_size // 2) :])
+            room = max(room, self.model.config.block_size // 2)  # then the answer goes on beyond the context
+            self.cut += len(tokens) > room
+            contexts.append(tokens[-room:])
             alike[len(contexts[-1]), repr(settings)].append(number)
         answers = [""] * len(requests)
         batches = [

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from nanodisp.errors import UserError
 from nanodisp.hf.open import check_complete
@@ -29,6 +30,13 @@ class HuggingFaceModel(HFLM):
     def _loglikelihood_tokens(self, requests: Sequence[Any], *arguments: Any, **options: Any) -> Any:
         self.cut += sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
         return super()._loglikelihood_tokens(requests, *arguments, **options)
+
+    def generate_until(self, requests: Sequence[Any], *arguments: Any, **options: Any) -> list[str]:
+        for request in requests:
+            text, settings = request.args
+            room = self.max_length - normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
+            self.cut += len(self.tok_encode(text)) > room
+        return super().generate_until(requests, *arguments, **options)
 
     def _create_model(self, pretrained: str, *arguments: Any, **options: Any) -> None:
         if self.backend != "causal":

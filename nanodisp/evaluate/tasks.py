@@ -69,13 +69,18 @@ def load(manager: Any, name: str, data: str | None = None) -> dict[str, Any]:
         raise UserError(f"task {name} cannot be loaded, or its data, {of_where}: {reason}{hint}") from error
 
 
+def settings_of(name: str) -> dict[str, Any]:
+    """A task of `tasks.yaml`."""
+    return yaml.safe_load(TASKS.read_text(encoding="utf-8"))[name]
+
+
 class FileTask(ConfigurableTask):
     """A task of `tasks.yaml` on these items."""
 
     def __init__(self, name: str, items: list[Item]) -> None:
         self.items = items
-        settings = yaml.safe_load(TASKS.read_text(encoding="utf-8"))[name]
-        super().__init__(config={"task": name, **settings, **CODE.get(name, {})})
+        # examples are other items of the file: the harness leaves the question itself out if both have one split
+        super().__init__(config={"task": name, "fewshot_split": "test", **settings_of(name), **CODE.get(name, {})})
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self.dataset = {"test": datasets.Dataset.from_list(self.items)}

@@ -429,7 +429,8 @@ def test_a_long_text_is_scored_window_by_window(harness_model: Any, long: list[s
 @pytest.mark.parametrize("new_tokens", [9, 60])
 def test_a_greedy_continuation_ends_at_the_first_stop(harness_model: Any, prompt: str, new_tokens: int) -> None:
     room = harness_model.model.config.block_size - new_tokens
-    context = (encode(prompt) or [BYTE.eot])[-(room if room > 0 else 24) :]
+    context = (encode(prompt) or [BYTE.eot])[-max(room, 24) :]
+    harness_model.cut = 0
     tokens = [int(t) for t in generate(harness_model.model, torch.tensor([context]), new_tokens, temperature=0)]
     text = BYTE.decode_bytes(tokens[: tokens.index(BYTE.eot)] if BYTE.eot in tokens else tokens).decode(
         errors="replace"
@@ -441,6 +442,7 @@ def test_a_greedy_continuation_ends_at_the_first_stop(harness_model: Any, prompt
         disable_tqdm=True,
     )
     assert (free, stopped) == (text, text[: text.index(stop)])
+    assert harness_model.cut == (3 if len(prompt) > len(context) else 0)
     assert isinstance(other, str)
 
 

@@ -156,7 +156,41 @@ def test_a_text_is_cut_where_its_last_token_needs_more_than_the_context(run: Pat
         assert model.cut == cut
 
 
+def test_examples_in_front_are_other_items(data: Path) -> None:
+    from nanodisp.evaluate.tasks import FileTask
+
+    items = read_items("openbookqa", data)
+    task = FileTask("openbookqa", items)
+    task.set_fewshot_seed(seed=1234)
+    for item in items:
+        prompt = task.fewshot_context(item, num_fewshot=len(items) - 1)
+        assert [prompt.count(other["context"]) for other in items] == [1] * len(items), "each once, itself at the end"
+        assert prompt.endswith(item["context"])
+
+
 # --- one call after another ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["tokenizer", "version"])
+def test_a_task_is_evaluated_again_with_another_tokenizer_or_in_another_version(
+    run: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    what: str,
+) -> None:
+    from nanodisp.evaluate import tasks
+
+    original = tasks.settings_of
+    arguments = ("tasks=piqa", "limit=4", f"out={tmp_path / 'out.json'}")
+    go(run, data, *arguments, *(["tokenizer=byte"] if what == "tokenizer" else []))
+    if what == "version":
+        monkeypatch.setattr(tasks, "settings_of", lambda name: {**original(name), "metadata": {"version": 7.0}})
+    for done in (False, True):
+        capsys.readouterr()
+        go(run, data, *arguments)
+        assert ("piqa: done already" in capsys.readouterr().out) == done
 
 
 def test_a_call_that_was_killed_resumes_with_what_is_not_done(
