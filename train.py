@@ -106,9 +106,10 @@ def train(config: Config) -> float | None:
             validate(validation, model, run, state)
 
         lap_seconds, lap_steps = 0.0, 0  # since the last record of training figures
+        began = time.perf_counter()
         for x, y in prefetch(batches, range(state.step, plan.total_steps), device, world.rank, world.size):
             # --- one step
-            step_began, step = time.perf_counter(), state.step
+            step = state.step
             interventions.before_step(model, optimizers, config.intervention, step, plan.seed_for(step, *FORGETTING))
             optim.set_lr(optimizers, config.optim, step, plan.total_steps)
             terms = forward_backward(objective, scaler, plan, world, step, x, y)
@@ -122,9 +123,9 @@ def train(config: Config) -> float | None:
 
             # --- figures, validation, checkpoint
             means = mean_over_ranks(terms, world) if logs else {}
-            if device.type == "cuda" and (logs or plan.validates_at(state.step)):
+            if device.type == "cuda" and (logs or plan.pauses_at(state.step)):
                 torch.cuda.synchronize()
-            lap_seconds, lap_steps = lap_seconds + time.perf_counter() - step_began, lap_steps + 1
+            lap_seconds, lap_steps = lap_seconds + time.perf_counter() - began, lap_steps + 1
             if logs:
                 tokens_per_second = lap_steps * plan.tokens_per_step / lap_seconds
                 lap_seconds, lap_steps = 0.0, 0
@@ -142,6 +143,7 @@ def train(config: Config) -> float | None:
             if stopping or plan.saves_at(state.step):
                 run.save(state, model, optimizers, scaler)
             run.metrics.advance(state.step)
+            began = time.perf_counter()  # waiting for data is time of training; what came just before is not
             if stopping:
                 run.leave(state)
         run.conclude(model)

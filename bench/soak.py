@@ -45,6 +45,7 @@ from nanodisp import cli, launch
 from nanodisp.config import Config
 from nanodisp.data import shards
 from nanodisp.errors import UserError
+from nanodisp.overrides import explain
 from nanodisp.runs import checkpoint
 from tests.forked import Forked
 
@@ -235,7 +236,7 @@ def soak_mutations(folder: Path, n: int, rng: random.Random) -> dict[str, Any]:
             read = OmegaConf.merge(OmegaConf.structured(Config()), OmegaConf.load(folder / "config.yaml"))
             launch.check(cast(DictConfig, read))
         except (OmegaConfBaseException, YAMLError, ValueError) as error:  # as Hydra's composition gives them
-            raise UserError(launch.explain(error)) from error
+            raise UserError(explain(error)) from error
         return True
 
     files: list[tuple[Path, Callable[[], bool]]] = [

@@ -107,6 +107,11 @@ class Plan:
     def saves_at(self, step: int) -> bool:
         return self.is_done(step) or step % self.config.train.checkpoint_interval == 0
 
+    def pauses_at(self, step: int) -> bool:
+        """Whether after `step` updates training waits for something that is not counted as its time."""
+        due = (self.validates_at, self.measures_layers_at, self.snapshots_at, self.saves_at)
+        return any(is_due(step) for is_due in due)
+
 
 def resolve(config: Config, corpus: Corpus, world: World) -> Plan:
     """Decide what `config` leaves open, for this corpus, these ranks and this machine.

@@ -28,6 +28,7 @@ from nanodisp.data.tokenizer import copy_tokenizer, load_tokenizer
 from nanodisp.dispersion.formulas import CLAMPED, VARIANTS, WITH_TAU
 from nanodisp.errors import UserError
 from nanodisp.models.gpt import GPTConfig
+from nanodisp.overrides import check_typed, explain, without_unused
 from nanodisp.plan import size_of
 from nanodisp.training.optim import OptimConfig
 from sample import SampleConfig
@@ -140,7 +141,7 @@ def test_every_variant_has_its_file() -> None:
 def test_a_mistake_is_reported_in_one_line_that_names_it(override: str, words: list[str]) -> None:
     with pytest.raises((UserError, HydraException)) as caught:
         compose(override)
-    line = launch.explain(caught.value)
+    line = explain(caught.value)
     assert "\n" not in line
     for word in words:
         assert word in line
@@ -150,7 +151,7 @@ def test_a_mistake_is_reported_in_one_line_that_names_it(override: str, words: l
 def test_a_value_that_hydra_cannot_parse_is_answered_with_its_quoted_form(text: str) -> None:
     with pytest.raises(HydraException) as caught:
         compose("data=text", f"data.path={text}")
-    line = launch.explain(caught.value)
+    line = explain(caught.value)
     (quoted,) = shlex.split(line[line.index("'data.path=") :])
     assert compose("data=text", quoted).data.path == text
 
@@ -186,7 +187,7 @@ def test_a_value_that_hydra_cannot_parse_is_answered_with_its_quoted_form(text: 
 def test_a_typed_key_without_effect_is_an_error_that_says_what_to_type(overrides: str, words: list[str]) -> None:
     typed = overrides.split()
     with pytest.raises(UserError) as caught:
-        launch.without_unused(compose(*typed), typed, frozenset())
+        without_unused(compose(*typed), typed, frozenset())
     for word in words:
         assert word in str(caught.value)
 
@@ -210,15 +211,15 @@ def test_a_typed_key_without_effect_is_an_error_that_says_what_to_type(overrides
 )
 def test_keys_with_an_effect_and_settings_of_files_are_accepted(overrides: str) -> None:
     typed = overrides.split()
-    assert launch.without_unused(compose(*typed), typed, frozenset()) == (compose(*typed), typed)
+    assert without_unused(compose(*typed), typed, frozenset()) == (compose(*typed), typed)
 
 
 def test_another_tokenizer_than_the_manifests_is_an_error(corpus: Path) -> None:
     typed = ["data=shards", f"data.path={corpus}", "data.tokenizer=gpt2"]
     with pytest.raises(UserError, match=r"data.tokenizer=gpt2 has no effect: .* was made with byte"):
-        launch.without_unused(compose(*typed), typed, frozenset())
+        without_unused(compose(*typed), typed, frozenset())
     typed[-1] = "data.tokenizer=byte"
-    launch.without_unused(compose(*typed), typed, frozenset())
+    without_unused(compose(*typed), typed, frozenset())
 
 
 def test_the_tokenizer_json_that_shards_were_made_with_is_not_another(corpus: Path, tmp_path: Path) -> None:
@@ -228,22 +229,22 @@ def test_the_tokenizer_json_that_shards_were_made_with_is_not_another(corpus: Pa
     manifest = dataclasses.replace(Manifest.load(corpus), tokenizer=copy_tokenizer(str(made), shards))
     manifest.save(shards)
     typed = ["data=shards", f"data.path={shards}", f"data.tokenizer={made}"]
-    launch.without_unused(compose(*typed), typed, frozenset())
+    without_unused(compose(*typed), typed, frozenset())
     typed[-1] = f"data.tokenizer={other}"
     with pytest.raises(UserError, match=r"other has no effect: .* was made with tokenizer\.json"):
-        launch.without_unused(compose(*typed), typed, frozenset())
+        without_unused(compose(*typed), typed, frozenset())
 
 
 def test_in_a_sweep_over_it_a_key_without_effect_is_dropped() -> None:
     typed = ["dispersion=off", "dispersion.lambda_disp=0.1", "seed=1"]
     for swept in ({"dispersion"}, {"dispersion.lambda_disp", "seed"}):
-        config, kept = launch.without_unused(compose(*typed), typed, swept)
+        config, kept = without_unused(compose(*typed), typed, swept)
         assert kept == ["dispersion=off", "seed=1"]
         assert config == compose("dispersion=off", "seed=1")
     with pytest.raises(UserError, match=r"dispersion\.lambda_disp=0\.1 has no effect"):
-        launch.without_unused(compose(*typed), typed, {"seed"})
+        without_unused(compose(*typed), typed, {"seed"})
     with pytest.raises(UserError, match="data=text"):
-        launch.without_unused(compose("data.path=a"), ["data.path=a"], {"seed", "dispersion"})
+        without_unused(compose("data.path=a"), ["data.path=a"], {"seed", "dispersion"})
 
 
 def test_the_formulas_with_tau_and_of_angles_are_known() -> None:
@@ -425,7 +426,7 @@ def test_the_arm_with_dispersion_is_the_run_with_dispersion() -> None:
 )
 def test_a_group_is_given_as_the_name_of_a_choice(argument: str, words: list[str]) -> None:
     with pytest.raises(UserError) as caught:
-        launch.check_typed([argument, "-m", "--cfg", "job"])
+        check_typed([argument, "-m", "--cfg", "job"])
     assert all(word in str(caught.value) for word in words)
 
 
@@ -438,19 +439,22 @@ def test_a_group_is_given_as_the_name_of_a_choice(argument: str, words: list[str
         ("run_name=1e3", ["run_name=1000.0", """'run_name="1e3"'"""]),
         ("run_name=true", ["run_name=True"]),
         ("out_dir=2026_01", ["out_dir=202601"]),
+        ("wandb.group=2026_01", ["wandb.group=202601", """'wandb.group="2026_01"'"""]),
+        ("wandb.tags=[a,1e3]", ["wandb.tags=[a,1e3] would be wandb.tags=1000.0", "double quotes"]),
+        ("data.field=1_0,2", ["data.field=10"]),
+        ("train.eval_tasks=[blimp,true]", ["=True"]),
     ],
 )
 def test_a_key_that_is_set_elsewhere_or_a_name_that_is_read_as_a_number_is_an_error(
     argument: str, words: list[str]
 ) -> None:
     with pytest.raises(UserError) as caught:
-        launch.check_typed([argument])
+        check_typed([argument])
     assert all(word in str(caught.value) for word in words)
 
 
 def test_choices_and_sweeps_of_them_are_accepted() -> None:
     choices = ["dispersion=off", "model=nano,micro", "hydra/launcher=local", "train.steps=3", "dispersion.layers=[1,2]"]
-    launch.check_typed([*choices, "hydra.launcher.n_jobs=4", "-m"])
-    launch.check_typed(
-        ["experiment=architecture", "switch=none,rotary", "run_name=7", 'out_dir="007"', "init_from=null"]
-    )
+    check_typed([*choices, "hydra.launcher.n_jobs=4", "-m"])
+    check_typed(["experiment=architecture", "switch=none,rotary", "run_name=7", 'out_dir="007"', "init_from=null"])
+    check_typed(["wandb.tags=[a, 7,'1e3']", "wandb.group=null", "data.field=a,7", 'data.tokenizer="1e3"', "-m"])

@@ -18,7 +18,7 @@ FLOORS = [
     {"condensation", "data"},
     {"training"},
     {"config"},
-    {"plan"},
+    {"plan", "overrides"},
     {"runs"},
     {"hf"},
     {

@@ -7,7 +7,7 @@ import pytest
 from conftest import compose
 
 from bench.study_plan import FURTHER, SIZES, Job, gpu_jobs, jobs, search
-from nanodisp import launch
+from nanodisp.overrides import without_unused
 from nanodisp.training.optim import lr_scale
 
 
@@ -100,7 +100,7 @@ def test_every_kind_of_job_is_a_configuration_whose_keys_have_an_effect():
     for job in kinds.values():
         path = ["data.path=a"] if "data=english" in job.overrides else []
         typed = [*(override.replace("<corpus>", "a") for override in job.overrides), *path]
-        launch.without_unused(compose(*typed), typed, frozenset())
+        without_unused(compose(*typed), typed, frozenset())
 
 
 def test_sizes_are_named_by_their_parameters_and_pieces_of_data_are_small():

@@ -52,6 +52,31 @@ def test_a_run_learns_and_writes_its_files(run: Run, capsys: pytest.CaptureFixtu
         assert part in printed
 
 
+def test_the_speed_counts_waiting_for_data_and_not_for_evaluation(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefetch, validate, waits = train.prefetch, train.validate, {"data": 0.0, "evaluation": 0.0}
+
+    def late(*arguments: Any) -> Any:
+        for batch in prefetch(*arguments):
+            time.sleep(waits["data"])
+            yield batch
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(waits["evaluation"])
+        validate(*arguments)
+
+    monkeypatch.setattr(train, "prefetch", late)
+    monkeypatch.setattr(train, "validate", slow)
+
+    def seconds_of_a_step(name: str, **waiting: float) -> float:
+        waits.update({"data": 0.0, "evaluation": 0.0} | waiting)
+        record = records(run("train.steps=6", "train.log_interval=6", name=name), "train")[-1]
+        return record["tokens"] / record["step"] / record["tokens_per_second"]
+
+    plain = seconds_of_a_step("plain")
+    assert seconds_of_a_step("data", data=0.15) > 0.15
+    assert seconds_of_a_step("evaluation", evaluation=0.2) < plain + 0.1
+
+
 @pytest.mark.slow
 def test_dispersion_spreads_the_embeddings_and_off_has_no_such_term(run: Run) -> None:
     settings = ("train.steps=60", "optim.lr=1e-2", "train.log_interval=60")

@@ -33,7 +33,9 @@ COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd")  # how files of g
 
 
 def pack(run: Path, to: Path) -> int:
-    """Write the run's folder to a new file `to`; return the number of its files. Hidden files are left out.
+    """Write the run's folder to a new file `to`; return the number of its files.
+
+    Hidden files are left out, and the links that W&B makes to its newest run.
 
     Raises:
         InUse: the run is in training.
@@ -48,7 +50,7 @@ def pack(run: Path, to: Path) -> int:
     temporary = to.with_name(f".{to.name}.tmp")
     try:
         with locked(run):
-            files = [path for path in sorted(run.rglob("*")) if not is_hidden(path.relative_to(run))]
+            files = [path for path in sorted(run.rglob("*")) if not is_left_out(path, path.relative_to(run))]
             if links := [path for path in files if path.is_symlink() or not (path.is_file() or path.is_dir())]:
                 raise UserError(f"{links[0]} is a link or no plain file, and is not packed: replace it with the file")
             plain = [path for path in files if path.is_file()]
@@ -93,8 +95,9 @@ def locked(run: Path) -> Iterator[None]:
         yield
 
 
-def is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def is_left_out(path: Path, name: Path) -> bool:
+    """Whether a path, of this name in the run's folder, is hidden or a link of W&B's."""
+    return any(part.startswith(".") for part in name.parts) or (name.parts[0] == "wandb" and path.is_symlink())
 
 
 def add(tar: tarfile.TarFile, name: str, size: int, content: IO[bytes]) -> None:

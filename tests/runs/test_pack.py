@@ -95,6 +95,15 @@ def test_a_run_in_training_and_what_is_no_run_are_not_packed(folder: Path, tmp_p
     assert not list(tmp_path.rglob("*.tar*"))
 
 
+def test_the_files_of_wandb_are_packed_without_its_links(folder: Path, tmp_path: Path) -> None:
+    (folder / "wandb" / "run-1").mkdir(parents=True)
+    (folder / "wandb" / "latest-run").symlink_to("run-1", target_is_directory=True)
+    (folder / "wandb" / "run-1" / "a.wandb").write_bytes(b"w")
+    assert pack(folder, tmp_path / "run.tar") == 4
+    unpacked = unpack(tmp_path / "run.tar", tmp_path / "there") / "wandb"
+    assert [path.name for path in unpacked.iterdir()] == ["run-1"]
+
+
 def test_a_run_on_a_disk_that_is_read_only_is_packed(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
