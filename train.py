@@ -26,19 +26,16 @@ from torch import Tensor
 from nanodisp import launch
 from nanodisp.config import Config
 from nanodisp.data.batches import Batches, prefetch
-from nanodisp.data.corpus import open_for
+from nanodisp.data.corpus import Corpus, open_for
 from nanodisp.data.questions import read_questions
 from nanodisp.dispersion.placement import lambda_at
-
-# not the module: for jobs in parallel, cloudpickle would look for torch.distributed.config
 from nanodisp.distributed import World, group_of_ranks, hardware, layout, start
 from nanodisp.errors import UserError
 from nanodisp.evaluate.during_training import Benchmarks, check_benchmarks
 from nanodisp.hf.open import initial_weights, open_teacher
 from nanodisp.models.gpt import GPT
-from nanodisp.plan import Plan, resolve
-from nanodisp.runs.checkpoint import newest_step
-from nanodisp.runs.folder import Run, TrainState
+from nanodisp.plan import Plan, check_device, resolve
+from nanodisp.runs.folder import Run, TrainState, steps_done
 from nanodisp.training import interventions, optim
 from nanodisp.training.objective import Objective, add_up
 from nanodisp.training.validation import Validation
@@ -49,8 +46,10 @@ FORGETTING = (0, 1)  # the key of its seeds: two numbers, since a rank's has one
 def train(config: Config) -> float | None:
     """One run, from data to a sample; of a dry run, the seconds that it would take."""
     # --- ranks, data, and the plan: every choice that the configuration leaves open, made once
+    # `start`, not `distributed.start`: for jobs in parallel, cloudpickle would look for torch.distributed.config
     world = start(config.device, config.train.timeout_minutes)
     world.share("train.batch_size", config.train.batch_size)  # a mistake is reported before the data is prepared
+    check_device(config, world.device)
     check_benchmarks(config.train)
     corpus = open_for(config.data, world)
     plan = resolve(config, corpus, world)
@@ -94,7 +93,7 @@ def train(config: Config) -> float | None:
     optimizers = optim.build_optimizers(model, config.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=plan.dtype == torch.float16)
     if config.dry_run:
-        return estimate(objective, scaler, batches, plan, world)
+        return estimate(objective, scaler, batches, plan, corpus, world)
 
     # --- the run so far: from a checkpoint, or new
     with garbage_collected_by_hand(), Run(plan, corpus, world) as run:
@@ -201,23 +200,27 @@ def mean_over_ranks(terms: dict[str, Tensor], world: World) -> dict[str, float]:
     return dict(zip(terms, means.tolist(), strict=True))
 
 
-def estimate(objective: Objective, scaler: torch.amp.GradScaler, batches: Batches, plan: Plan, world: World) -> float:
-    """Print a run's size and approximate duration; return its seconds.
+def estimate(
+    objective: Objective, scaler: torch.amp.GradScaler, batches: Batches, plan: Plan, corpus: Corpus, world: World
+) -> float:
+    """Print a run's size and approximate duration; return its seconds. Raises UserError where the run would.
 
     It times the second of two steps (without an update) and multiplies by the steps that are left.
     """
     if plan.config.init_from is not None:
         initial_weights(plan.config)  # raises where a run would
-    saved = newest_step(Path(plan.config.out_dir) / str(plan.config.run_name)) if world.is_main else 0
-    done = int(world.sum(torch.tensor(saved, device=world.device)))
+    done = 0
+    with world.together():
+        if world.is_main:
+            done = steps_done(plan, corpus)
+    done = int(world.sum(torch.tensor(done, device=world.device)))
     seconds = 0.0
     if not plan.is_done(done):
         x, y = next(prefetch(batches, range(1), plan.device, world.rank, world.size))
         for _ in range(2):
             began = time.perf_counter()
-            forward_backward(objective, scaler, plan, world, 0, x, y)[
-                plan.config.model.loss_name
-            ].item()  # waits for the device
+            terms = forward_backward(objective, scaler, plan, world, 0, x, y)
+            terms[plan.config.model.loss_name].item()  # waits for the device
         seconds = (plan.total_steps - done) * (time.perf_counter() - began)
     if world.is_main:
         tokens = plan.total_steps * plan.tokens_per_step

@@ -19,6 +19,7 @@ from yaml import YAMLError
 
 from nanodisp.config import CONFIG, DTYPES, Config, count_steps, flatten
 from nanodisp.data.corpus import Corpus, count_vocabulary
+from nanodisp.dispersion import kernels
 from nanodisp.distributed import hardware
 from nanodisp.distributed.world import World
 from nanodisp.errors import UserError
@@ -111,6 +112,16 @@ class Plan:
         """Whether after `step` updates training waits for something that is not counted as its time."""
         due = (self.validates_at, self.measures_layers_at, self.snapshots_at, self.saves_at)
         return any(is_due(step) for is_due in due)
+
+
+def check_device(config: Config, device: torch.device) -> None:
+    """Raises UserError for a dispersion.backend that cannot be used on this device."""
+    d = config.dispersion
+    if d.lambda_disp > 0 and d.backend not in ("auto", "reference"):
+        try:
+            kernels.require(d.backend, d.variant, d.tau, d.clamp, torch.empty(1, 2, 1, device=device))
+        except ValueError as error:
+            raise UserError(f"dispersion.{error}") from error
 
 
 def resolve(config: Config, corpus: Corpus, world: World) -> Plan:

@@ -19,6 +19,7 @@ from conftest import ROOT, TINY, command, compose, losses, records, weights, wri
 
 import sample
 import train
+from nanodisp.dispersion import kernels
 from nanodisp.dispersion.placement import DispersionConfig
 from nanodisp.distributed import World
 from nanodisp.errors import UserError
@@ -345,6 +346,15 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
         return clip(model, *arguments)
 
     monkeypatch.setattr(train.optim, "clip_gradients", poisoned)
+
+
+def test_a_backend_that_the_device_does_not_have_is_refused_before_the_data_are_prepared(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "TRITON_INSTALLED", True)
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    with pytest.raises(UserError, match=r"^dispersion.backend=triton is not available: z is on cpu"):
+        run("train.steps=1", "dispersion.backend=triton", "data.path=nowhere")
 
 
 def test_an_update_that_is_not_finite_is_skipped_and_counted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

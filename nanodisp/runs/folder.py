@@ -114,10 +114,8 @@ class Run:
 
         Raises UserError for a checkpoint of another run, or one that this model cannot load.
         """
-        folder = self.folder / CHECKPOINTS
-        if self.config.resume == "never" and ((self.folder / CONFIG).exists() or checkpoint.all_checkpoints(folder)):
-            raise UserError(f"{self.folder} holds a run: resume=auto resumes it, run_name=<another> starts a new one")
-        saved = None
+        folder, saved = self.folder / CHECKPOINTS, None
+        check_may_resume(self.folder, self.config.resume)
         if self.replicated:  # read below: another host's may take the place of this one's
             step = replicas.same_on_all(self.folder, self.world, self.writes)
         else:
@@ -132,7 +130,7 @@ class Run:
                 saved = self._load(checkpoint.path_of(folder, step))
         try:
             with self.world.together():  # each host has read its own
-                check_same_run(saved, self.config, self.corpus, self.fingerprint)
+                check_same_run(saved.path, saved.state, self.config, self.corpus, self.fingerprint)
             if self.writes and self.plan.is_done(saved.step):
                 restore_config(self.folder, saved.state["config"])
             model.load_state_dict(layout.scatter(saved.model, model))
@@ -304,26 +302,53 @@ class Run:
         return text
 
 
-def check_same_run(saved: checkpoint.Checkpoint, config: Config, corpus: Corpus, fingerprint: str) -> None:
-    """UserError when the checkpoint's run differs in anything that decides the result; the budget may grow."""
-    theirs = {**ADDED, **identity(saved.state["config"]), "corpus": saved.state["corpus"]}
+def steps_done(plan: Plan, corpus: Corpus) -> int:
+    """The step at which the same command would go on, 0 for a new run; reads no tensors.
+
+    Raises UserError where that command would.
+    """
+    folder = Path(plan.config.out_dir) / str(plan.config.run_name)
+    check_may_resume(folder, plan.config.resume)
+    problems = []
+    for path in reversed(checkpoint.all_checkpoints(folder / CHECKPOINTS)):
+        try:
+            state = checkpoint.read_state(path)
+        except checkpoint.Damaged as error:  # a run sets it aside
+            problems.append(error)
+            continue
+        check_same_run(path, state, plan.config, corpus, fingerprint(corpus))
+        return state["step"]
+    if problems:
+        raise problems[0]
+    return 0
+
+
+def check_may_resume(folder: Path, resume: str) -> None:
+    """UserError for a folder that holds a run, with resume=never."""
+    if resume == "never" and ((folder / CONFIG).exists() or checkpoint.all_checkpoints(folder / CHECKPOINTS)):
+        raise UserError(f"{folder} holds a run: resume=auto resumes it, run_name=<another> starts a new one")
+
+
+def check_same_run(path: Path, state: dict[str, Any], config: Config, corpus: Corpus, fingerprint: str) -> None:
+    """UserError when a checkpoint's run differs in anything that decides the result; the budget may grow."""
+    theirs = {**ADDED, **identity(state["config"]), "corpus": state["corpus"]}
     ours = {**ADDED, **identity(dataclasses.asdict(config)), "corpus": corpus.folder.name}
     for side in (theirs, ours):  # the tokenizer's file is beside the shards, wherever these are
         side["data.tokenizer"] = Path(side["data.tokenizer"]).name
-    known = saved.state.get("corpus_fingerprint")  # older checkpoints have none
+    known = state.get("corpus_fingerprint")  # older checkpoints have none
     may_differ = (*BUDGET, "data.path", "corpus") if known == fingerprint else BUDGET  # the same tokens, moved
     differing = [key for key in ours if key not in may_differ and theirs.get(key) != ours[key]]
     if differing == ["corpus"]:
         raise UserError(
-            f"the text has changed: {saved.path} was trained on {theirs['corpus']}, now it is {ours['corpus']}; "
+            f"the text has changed: {path} was trained on {theirs['corpus']}, now it is {ours['corpus']}; "
             "put the old text back, or give run_name=<another> to train on the new one"
         )
     if differing:
         changes = ", ".join(f"{key}={theirs.get(key)} (now {ours[key]})" for key in differing)
-        raise UserError(f"{saved.path} is of another run: {changes}; give this one another run_name")
+        raise UserError(f"{path} is of another run: {changes}; give this one another run_name")
     if known not in (None, fingerprint):
         raise UserError(
-            f"the shards in {corpus.folder} have changed since {saved.path} was saved: put the old ones back, or give "
+            f"the shards in {corpus.folder} have changed since {path} was saved: put the old ones back, or give "
             "run_name=<another> to train on the new ones"
         )
 

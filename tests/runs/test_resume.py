@@ -101,6 +101,20 @@ def test_a_checkpoint_of_another_run_is_rejected_and_kept(run: Run) -> None:
     assert all(torch.equal(before[key], value) for key, value in weights(folder).items())
 
 
+def test_a_dry_run_is_refused_where_the_run_would_be(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run("train.steps=2")
+    capsys.readouterr()
+    run("train.steps=2", "dry_run=true")
+    assert "done already" in capsys.readouterr().out
+    for options, words in ((("optim.lr=1",), "another run: optim.lr="), (("resume=never",), "resume=auto resumes it")):
+        with pytest.raises(UserError, match=words):
+            run("train.steps=2", "dry_run=true", *options)
+    state = folder / "checkpoints" / "step_00000002" / "state.json"
+    state.write_text(state.read_text()[:-9])
+    with pytest.raises(UserError, match=r"state.json cannot be read"):
+        run("train.steps=2", "dry_run=true")
+
+
 @pytest.mark.parametrize(
     ("switch", "words"),
     [
