@@ -52,7 +52,7 @@ from nanodisp.evaluate.text_tasks import evaluate as evaluate_texts
 from nanodisp.hf.open import folder_of, is_hugging_face, load_their_tokenizer, name_of, need_causal, open_run
 from nanodisp.models.quantize import check_scheme, quantize
 from nanodisp.runs import checkpoint
-from nanodisp.runs.evaluation import EVALUATION, evaluation_of_step, read_evaluation
+from nanodisp.runs.evaluation import EVALUATION, evaluation_of_step, read_evaluation, rename_earlier
 
 FEW_SHOT = ("arc_easy", "arc_challenge", "mmlu", "medmcqa")
 PAPER = ("anli_r2", "lambada_openai", "openbookqa", "piqa", "truthfulqa_mc2", "winogrande", *FEW_SHOT)
@@ -207,7 +207,9 @@ class Results:
             self.step = state["step"]
             self.head = {"model": name_of(folder, self.step), "weights": state["sha256"]["model.safetensors"][:16]}
             if config.checkpoints == "all":
-                file = evaluation_of_step(self.step, checkpoint.newest_step(folder))
+                newest = checkpoint.newest_step(folder)
+                rename_earlier(folder, newest)
+                file = evaluation_of_step(self.step, newest)
         if config.quantize:
             self.head["model"] += f" in {config.quantize}"
             file = f"{Path(file).stem}_{config.quantize}.json"

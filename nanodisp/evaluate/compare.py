@@ -9,7 +9,6 @@ even where nothing differs, so what the choice adds to each run is printed too.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ import numpy as np
 
 from nanodisp.errors import UserError
 from nanodisp.evaluate.results import averaged, read_items
-from nanodisp.runs.evaluation import EVALUATION, EVALUATIONS_OF_STEPS, items_file, main_metric, read_evaluation
+from nanodisp.runs.evaluation import EVALUATION, EVALUATIONS_OF_STEPS, items_file, main_metric, read_evaluation, step_of
 
 RESAMPLES, SEED = 2000, 0
 INTERVAL = (2.5, 97.5)  # percent
@@ -117,9 +116,8 @@ def read_run(folder: Path) -> Evaluated:
             continue
         arrays = read_items(items_file(path))
         kept = {task: f"{task}/{main_metric(evaluation['tasks'][task])}" for task in averaged(evaluation["tasks"])}
-        step = re.search(r" at step (\d+)$", evaluation["model"])
         items = {task: arrays[key].astype(np.float64) for task, key in kept.items() if key in arrays}
-        found[int(step[1]) if step else 0] = evaluation["tasks"], {t: v for t, v in items.items() if v.ndim == 1}
+        found[step_of(evaluation) or 0] = evaluation["tasks"], {t: v for t, v in items.items() if v.ndim == 1}
     if not found or not any(items for _, items in found.values()):
         raise UserError(f"{folder} has no evaluation with items: run python -m nanodisp.evaluate checkpoint={folder} …")
     steps = sorted(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,23 @@ EVALUATIONS_OF_STEPS = f"evaluation_step_{'[0-9]' * 8}.json"  # a pattern: not t
 def evaluation_of_step(step: int, newest: int) -> str:
     """The name of the file of a run's step: `EVALUATION` for its newest checkpoint."""
     return EVALUATION if step == newest else f"evaluation_step_{step:08d}.json"
+
+
+def step_of(evaluation: dict[str, Any]) -> int | None:
+    """The step that an evaluation is of; None if it is of no run."""
+    step = re.search(r" at step (\d+)$", evaluation["model"])
+    return int(step[1]) if step else None
+
+
+def rename_earlier(folder: Path, newest: int) -> None:
+    """Give a run's `EVALUATION` the name of its step, if the run has been trained further since; UserError, OSError."""
+    path = folder / EVALUATION
+    step = step_of(evaluation) if (evaluation := read_evaluation(path)) else None
+    if step is not None and step < newest:
+        of_step = folder / evaluation_of_step(step, newest)
+        if items_file(path).exists():
+            items_file(path).replace(items_file(of_step))
+        path.replace(of_step)
 
 
 def items_file(evaluation: Path) -> Path:

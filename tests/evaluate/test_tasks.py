@@ -239,15 +239,20 @@ def test_all_checkpoints_of_a_run_are_evaluated(data: Path, tmp_path: Path, caps
     saved = open_run(str(run)).saved
     state = {key: value for key, value in saved.state.items() if key not in ("sha256", "format_version")}
     other = {name: -tensor for name, tensor in saved.model.items()}
-    checkpoint.save(run / "checkpoints", other, {}, {**state, "step": 5})
+    go(run, data, "tasks=piqa", "checkpoints=all")
+    checkpoint.save(run / "checkpoints", other, {}, {**state, "step": 5})  # it is trained further
+    capsys.readouterr()
     go(run, data, "tasks=piqa,winogrande", "checkpoints=all")
+    printed = capsys.readouterr().out
+    assert printed.count("piqa: done already") == 1, "step 3"
+    assert {file.name for file in run.glob("*.npz")} == {"evaluation_items.npz", "evaluation_step_00000003_items.npz"}
     first, last = (json.loads((run / f"evaluation{of}.json").read_text()) for of in ("_step_00000003", ""))
     assert (first["model"], last["model"]) == ("run at step 3", "run at step 5")
     means = [np.mean([values(each["tasks"][name])["acc"] for name in ("piqa", "winogrande")]) for each in (first, last)]
     assert means[0] != means[1]
     best = 3 if means[0] >= means[1] else 5
     expected = f"best of 2 checkpoints by the mean: {max(means):.4f} at step {best}; last: {means[1]:.4f} at step 5"
-    assert expected in capsys.readouterr().out
+    assert expected in printed
 
 
 # --- mistakes ---------------------------------------------------------------------------
