@@ -27,7 +27,7 @@ from nanodisp import cli
 from nanodisp.data.decode import read_whole
 from nanodisp.data.tokenizer import Tokenizer
 from nanodisp.distributed import hardware, start
-from nanodisp.errors import UserError
+from nanodisp.errors import UserError, to_stderr
 from nanodisp.hf.open import open_for_text
 from nanodisp.models.generate import generate
 from nanodisp.training.compiled import keep_compiled
@@ -106,6 +106,8 @@ def main(argv: Sequence[str]) -> None:
         model.compile_one_token()
     prompt = tokenizer.encode(text).tolist()
     unprompted = [] if prompt else [first_token]
+    if len(prompt) > (read := model.config.block_size):
+        to_stderr(f"the prompt has {len(prompt):,} tokens: the model reads the last {read:,}, its context")
 
     for first in range(0, config.num_samples, config.batch_size):
         seeds = [config.seed + i for i in range(first, min(first + config.batch_size, config.num_samples))]

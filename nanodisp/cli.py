@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TextIO, TypeVar, cast, get_args, get_type_hints
+from typing import Any, NamedTuple, TextIO, TypeVar, cast, get_args, get_type_hints
 
 from nanodisp.errors import UserError, to_stderr
 
@@ -52,6 +52,26 @@ def parse(schema: type[T], arguments: Sequence[str]) -> T:
         return schema(**values)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+LEAVE = "leave it out"
+
+
+class Unused(NamedTuple):
+    """`keys` have no effect while the value of `decider` passes `when`; `advice` says what to do about it."""
+
+    keys: tuple[str, ...]
+    decider: str
+    when: Callable[[Any], bool]
+    advice: str
+
+
+def one_of(*values: Any) -> Callable[[Any], bool]:
+    return lambda value: value in values
+
+
+def no(*values: Any) -> Callable[[Any], bool]:
+    return lambda value: value not in values
 
 
 def split_names(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

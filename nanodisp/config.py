@@ -12,12 +12,12 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
+from nanodisp.cli import LEAVE, Unused, no, one_of
 from nanodisp.data.benchmarks import BENCHMARKS
-from nanodisp.data.prepare import DataConfig
+from nanodisp.data.prepare import OF_DATA_SETS, DataConfig
 from nanodisp.dispersion.formulas import CLAMP, CLAMPED, WITH_TAU
 from nanodisp.dispersion.placement import DispersionConfig, name_layers, select_layers
 from nanodisp.distributed.layout import PARALLEL
@@ -283,23 +283,6 @@ ADDED = {f"model.{key}": getattr(GPTConfig(), key) for key in SWITCHES} | {
 BUDGET = ("train.steps", "train.tokens", "train.tokens_per_param")  # may grow when a run is resumed
 
 
-class Unused(NamedTuple):
-    """`keys` have no effect while the value of `decider` passes `when`; `advice` says what to do about it."""
-
-    keys: tuple[str, ...]
-    decider: str
-    when: Callable[[Any], bool]
-    advice: str
-
-
-def one_of(*values: Any) -> Callable[[Any], bool]:
-    return lambda value: value in values
-
-
-def no(*values: Any) -> Callable[[Any], bool]:
-    return lambda value: value not in values
-
-
 def given(value: Any) -> bool:
     return value is not None
 
@@ -308,20 +291,8 @@ def all_but(section: str, schema: Any, key: str) -> tuple[str, ...]:
     return tuple(f"{section}.{each.name}" for each in dataclasses.fields(schema) if each.name != key)
 
 
-SPLIT = ("wikitext103", "wikitext103_lines")
-PUBLISHED = ("pystdlib", "shakespeare", *SPLIT, "fineweb_edu", "openwebtext")  # and fineweb10B
-UTF8 = ("shards", "english", *PUBLISHED, "fineweb10B")
-LEAVE = "leave it out"
-# Names of data sets: those that are known not to use the key. A new data set may use all.
 UNUSED = [
-    Unused(("data.path",), "data.name", one_of(*PUBLISHED, "fineweb10B"), "add data=text, or data=shards for shards"),
-    Unused(("data.tokenizer",), "data.name", one_of("fineweb10B"), f"its shards hold GPT-2's tokens; {LEAVE}"),
-    Unused(("data.val_fraction",), "data.name", one_of("shards", *SPLIT, "fineweb10B"), f"it is split; {LEAVE}"),
-    Unused(("data.encoding",), "data.name", one_of(*UTF8), f"it is UTF-8; {LEAVE}"),
-    Unused(("data.field",), "data.name", one_of("pystdlib", "shakespeare", "shards", "fineweb10B"), LEAVE),
-    Unused(("data.shard_tokens",), "data.name", one_of("shards", "fineweb10B"), f"its shards exist; {LEAVE}"),
-    Unused(("data.chunks",), "data.name", one_of("text", "shards", "english", *PUBLISHED), "add data=fineweb10B"),
-    Unused(("data.folder",), "data.name", one_of("shards"), f"nothing is prepared; {LEAVE}"),
+    *OF_DATA_SETS,
     Unused(
         all_but("dispersion", DispersionConfig, "lambda_disp"),
         "dispersion.lambda_disp",

@@ -15,7 +15,8 @@ from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
-from nanodisp.config import SECTIONS, Config, Unused, flatten, unused
+from nanodisp.cli import Unused
+from nanodisp.config import SECTIONS, Config, flatten, unused
 from nanodisp.data.prepare import DataConfig
 from nanodisp.data.shards import MANIFEST, Manifest
 from nanodisp.data.tokenizer import identity

@@ -82,6 +82,9 @@ def test_any_prompt_is_accepted_even_an_empty_one(trained: Path, capsys: pytest.
     assert text(capsys, *base, "prompt=a = {b: 1}  ") == "a = {b: 1}  \n"
     assert text(capsys, *base, "prompt=é😀") == "é😀\n"
     assert text(capsys, f"checkpoint={trained}", "max_new_tokens=5") != "\n"
+    assert text(capsys, *base, f"prompt={'ab' * 30}") == "ab" * 30 + "\n"
+    sample.main([*base, f"prompt={'ab' * 30}"])
+    assert "the prompt has 60 tokens: the model reads the last 16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

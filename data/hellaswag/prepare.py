@@ -39,7 +39,7 @@ class HellaSwagConfig:
 def rows_of(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a jsonl file."""
     try:
-        yield from (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        yield from (json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip())
     except (OSError, ValueError) as error:
         raise UserError(f"path={path} cannot be read as jsonl: {error}") from error
 

@@ -243,12 +243,12 @@ def similarity(
     rows, columns = (f"{what}, {_short(run)}" if run else what for run in runs)
     with matplotlib.rc_context(STYLE):
         figure, axes = _panels(list(panels), columns, rows)
-        chosen = sorted({round(i) for i in np.linspace(0, len(places) - 1, min(len(places), 5))})
         for ax, matrix in zip(axes, panels.values(), strict=True):
             ax.grid(False)
             ax.imshow(matrix, cmap="viridis", vmin=0, vmax=1, origin="lower", interpolation="nearest", aspect="auto")
-            ax.set_xticks(chosen, [str(places[i]) for i in chosen])
-            ax.set_yticks(chosen, [str(places[i]) for i in chosen])
+            for n, set_ticks in zip(matrix.shape, (ax.set_yticks, ax.set_xticks), strict=True):
+                chosen = sorted({round(i) for i in np.linspace(0, n - 1, min(n, 5))})
+                set_ticks(chosen, [str(places[i]) for i in chosen])
         figure.colorbar(ScalarMappable(Normalize(0, 1), "viridis"), ax=axes, label=measure, shrink=0.9)
     return figure
 

@@ -113,9 +113,13 @@ def read_texts(path: Path, n: int, block: int) -> list[str]:
         found = [text[start : start + size] for start in lines]
     else:
         found, tally = [], Tally()
-        for file in find_files(path, "utf-8")[0]:
-            for chunks in read_documents(file, "text", "utf-8", tally):
-                found.append(beginning(chunks, size))
+        try:
+            for file in find_files(path, "utf-8")[0]:
+                for chunks in read_documents(file, "text", "utf-8", tally):
+                    found.append(beginning(chunks, size))
+        except UserError as error:  # of data=text, which has other keys
+            line = str(error).replace("data.path=", "text=").replace("set data.field", "the texts must be in 'text'")
+            raise UserError(line) from error
     found = [text for text in found if len(text) == size]
     if not found:
         raise UserError(f"text={path} has no text of {size:,} characters, which {block} tokens may need")

@@ -139,6 +139,8 @@ class _Decoder:
                 self.decoder.reset()
                 text += self.decoder.decode(error.object[: error.start]) + "\ufffd"
                 raw = error.object[error.end :]
+            except UnicodeError as error:  # of utf-16 alone, which needs the mark that decides the byte order
+                raise UserError(f"{self.path} has no byte order mark: data.encoding=utf-16-le or utf-16-be") from error
 
     def _count(self, error: UnicodeDecodeError) -> None:
         tally, n_bytes = self.tally, error.end - error.start

@@ -31,6 +31,7 @@ from typing import cast
 from omegaconf import OmegaConf
 
 from nanodisp import cli
+from nanodisp.cli import LEAVE, Unused, one_of
 from nanodisp.data.decode import Tally
 from nanodisp.data.documents import Piece, Skipped, counted, cut, describe, is_text, read_as, read_documents
 from nanodisp.data.shards import MANIFEST, MAX_TOKENS, PROGRESS, SPLITS, Manifest, open_split
@@ -96,6 +97,22 @@ class DataConfig:
 # --- entry points: for train.py, for a data set's script, for the command line -------------
 
 
+OF_WIKITEXT = ("wikitext103", "wikitext103_lines")
+PUBLISHED = ("pystdlib", "shakespeare", *OF_WIKITEXT, "fineweb_edu", "openwebtext")  # and fineweb10B
+UTF8 = ("shards", "english", *PUBLISHED, "fineweb10B")
+# Names of data sets: those that are known not to use the key. A new data set may use all.
+OF_DATA_SETS = [
+    Unused(("data.path",), "data.name", one_of(*PUBLISHED, "fineweb10B"), "add data=text, or data=shards for shards"),
+    Unused(("data.tokenizer",), "data.name", one_of("fineweb10B"), f"its shards hold GPT-2's tokens; {LEAVE}"),
+    Unused(("data.val_fraction",), "data.name", one_of("shards", *OF_WIKITEXT, "fineweb10B"), f"it is split; {LEAVE}"),
+    Unused(("data.encoding",), "data.name", one_of(*UTF8), f"it is UTF-8; {LEAVE}"),
+    Unused(("data.field",), "data.name", one_of("pystdlib", "shakespeare", "shards", "fineweb10B"), LEAVE),
+    Unused(("data.shard_tokens",), "data.name", one_of("shards", "fineweb10B"), f"its shards exist; {LEAVE}"),
+    Unused(("data.chunks",), "data.name", one_of("text", "shards", "english", *PUBLISHED), "add data=fineweb10B"),
+    Unused(("data.folder",), "data.name", one_of("shards"), f"nothing is prepared; {LEAVE}"),
+]
+
+
 def prepare(config: DataConfig) -> Path:
     """The folder of shards that `config` selects, prepared first if necessary.
 
@@ -134,7 +151,11 @@ def main(prepare_function: Callable[[DataConfig], Path]) -> None:
         defaults = {"folder": script.parent, **cast(dict, OmegaConf.to_container(values))}
         typed = [argument.partition("=")[0] for argument in given]
         others = [f"{key}={value}" for key, value in defaults.items() if value != cli.MISSING and key not in typed]
-        folder = prepare_function(cli.parse(DataConfig, [*others, *given]))
+        config = cli.parse(DataConfig, [*others, *given])
+        for argument, key in zip(given, typed, strict=True):
+            if rule := next((r for r in OF_DATA_SETS if f"data.{key}" in r.keys and r.when(name)), None):
+                raise UserError(f"{argument} has no effect on data={name}: {rule.advice}")
+        folder = prepare_function(config)
         print(folder)
         for split in SPLITS:
             tokens = open_split(folder, split)

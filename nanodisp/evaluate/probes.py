@@ -54,7 +54,8 @@ def read_classes(folder: Path, limit: int | None = None) -> Classes:
         n_empty += len(lines) - len(texts)
         texts = texts[:limit]
         if len(texts) < FOLDS:
-            raise UserError(f"{file} has {len(texts)} texts: {FOLDS} folds need as many; {LAYOUT}")
+            has = f"limit={limit} leaves {file}" if limit == len(texts) else f"{file} has"
+            raise UserError(f"{has} {len(texts)} texts: {FOLDS} folds need as many; {LAYOUT}")
         data.texts.extend(texts)
         data.labels.extend([label] * len(texts))
     return data._replace(n_empty=n_empty)

@@ -140,8 +140,9 @@ def table(figures: dict[str, Any]) -> str:
             lines.append(f"{task:24} {metric:18} {value:>9} {stderr:>8} {shots:>5} {entry['examples']:8,}")
     if rising := averaged(figures):
         mean = sum(figure["value"] for figure in rising.values()) / len(rising)
-        error = math.sqrt(sum((figure["stderr"] or 0.0) ** 2 for figure in rising.values())) / len(rising)
-        lines.append(f"{'mean':24} {f'of {len(rising)} tasks':18} {mean:9.4f} {error:8.4f}")
+        errors = [figure["stderr"] for figure in rising.values()]
+        error = None if None in errors else math.hypot(*errors) / len(errors)
+        lines.append(f"{'mean':24} {f'of {len(rising)} tasks':18} {mean:9.4f} {show(error):>8}")
     for task, entry in figures.items():
         if entry.get("cut"):
             lines.append(f"{task}: {entry['cut']:,} texts are longer than the context and lost their beginning")

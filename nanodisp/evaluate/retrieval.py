@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from nanodisp.data.batches import spread_windows
@@ -76,6 +75,8 @@ def read_beir(folder: Path, limit: int | None = None) -> Retrieval:
             relevant.append({number.get(key, next(lacking)): gain for key, gain in judged.items()})
     if not data.queries:
         raise UserError(f"{folder / 'qrels/test.tsv'} has no relevant document for any query of queries.jsonl")
+    if not any(document >= 0 for judged in data.relevant for document in judged):
+        raise UserError(f"{folder / 'qrels/test.tsv'} judges no document of corpus.jsonl: its ids are others")
     return data
 
 
@@ -98,9 +99,10 @@ def _judgements(file: Path) -> dict[str, dict[str, float]]:
     for place, line in _lines(file):
         parts = line.split("\t")
         try:
-            query, document, gain = parts[0], parts[1], float(parts[2])
-        except (IndexError, ValueError) as error:
-            if place.endswith(" line 1"):
+            query, document, score = parts
+            gain = float(score)
+        except ValueError as error:
+            if place.endswith(" line 1") and not parts[-1].strip().isdecimal():
                 continue
             raise UserError(f"{place} is not query-id, corpus-id and score between tabs") from error
         if gain > 0:
@@ -154,9 +156,15 @@ def rank_by_cosine(queries: Tensor, documents: Tensor) -> np.ndarray:
 
 
 def rank_by_words(data: Retrieval) -> np.ndarray:
-    """BM25's ranking of the documents for the queries: int64 [Q, depth]."""
-    model = BM25([words(document) for document in data.documents])
-    return np.concatenate([rank(torch.from_numpy(model.scores(words(query)))[None]) for query in data.queries])
+    """BM25's ranking of the documents for the queries, N in places that none is found for: int64 [Q, depth]."""
+    model, n_documents = BM25([words(document) for document in data.documents]), len(data.documents)
+    ranking = np.full((len(data.queries), min(DEPTH, n_documents)), n_documents)  # the number of no document
+    for ranked, query in zip(ranking, data.queries, strict=True):
+        scores = np.asarray(model.scores(words(query)))
+        best = np.argsort(-scores, kind="stable")[: ranked.size]
+        found = best[scores[best] > 0]  # a document without any of the words is not found
+        ranked[: found.size] = found
+    return ranking
 
 
 def metrics(ranking: np.ndarray, relevant: Sequence[dict[int, float]]) -> Scores:

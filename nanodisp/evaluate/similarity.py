@@ -56,7 +56,8 @@ def read_pairs(file: Path, limit: int | None = None) -> Pairs:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{file} cannot be read as CSV in UTF-8: {error}") from error
     if len(pairs.gold) < 3:
-        raise UserError(f"{file} has {len(pairs.gold)} pairs: a correlation needs 3")
+        has = f"limit={limit} leaves {file}" if limit == len(pairs.gold) else f"{file} has"
+        raise UserError(f"{has} {len(pairs.gold)} pairs: a correlation needs 3")
     return pairs._replace(n_empty=n_empty)
 
 

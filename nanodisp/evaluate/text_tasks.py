@@ -165,8 +165,11 @@ def evaluate_probes(embedder: Embedder, settings: Settings) -> Iterator[Result]:
     folders = [each for each in (root, *sorted(root.rglob("*"))) if each.is_dir() and len(class_files(each)) > 1]
     if not folders:
         raise UserError(f"data={root} has no folder with two classes or more: {LAYOUT}")
-    for folder in folders:
-        yield score_probe(f"probe_{folder.resolve().name}", folder, embedder, settings)
+    names = [folder.resolve().name for folder in folders]
+    for folder, name in zip(folders, names, strict=True):
+        of_its_own = names.count(name) == 1  # else its path tells it from the others: imdb_test, sst_test
+        path = "_".join(folder.relative_to(root).parts)
+        yield score_probe(f"probe_{name if of_its_own else path or name}", folder, embedder, settings)
 
 
 def score_probe(name: str, folder: Path, embedder: Embedder, settings: Settings) -> Result:

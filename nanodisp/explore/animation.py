@@ -51,9 +51,12 @@ def write(path: Path, scene: Scene, layer: int) -> None:
 def choose_layer(scene: Scene, layer: int | None) -> int:
     """The layer that is drawn: as given, else the last before the final norm.
 
-    Raises UserError for one that a run does not have.
+    Raises UserError for one that the runs do not have, or for runs of different depth.
     """
-    depth = min(view.means.shape[1] for view in scene.views) - 1
+    depth, *others = {view.means.shape[1] - 1 for view in scene.views}
+    if others:
+        depths = " and ".join(map(str, sorted((depth, *others))))
+        raise UserError(f"animation= shows one layer of all runs, but these have {depths}: give runs of equal depth")
     if layer is not None and not 0 <= layer <= depth:
         raise UserError(f"layer={layer} does not exist: the runs have layers 0 to {depth}")
     return max(0, depth - 1) if layer is None else layer

@@ -24,8 +24,10 @@ from nanodisp.models.blocks import GPT2
 from nanodisp.runs.evaluation import main_metric
 from nanodisp.runs.read import LAMBDA, RunSummary, as_text, differences
 
-SHAPE = ("model.n_layer", "model.n_embd", "model.n_head", "model.block_size")  # part of a row's size
-SWITCHES = tuple(f"model.{key}" for key in GPT2)  # given by the name of the architecture
+OF_SIZE = ("model.n_layer", "model.n_embd")  # part of a row's size
+# Left out of a row's label where runs of one size and one name of the architecture do not differ in them.
+SWITCHES = tuple(f"model.{key}" for key in GPT2)
+OFTEN_OF_SIZE = ("model.n_head", "model.block_size", *SWITCHES)
 NOTHING = "\N{EN DASH}"  # in place of a missing number
 
 
@@ -86,10 +88,12 @@ class Cell:
 def make_rows(runs: Sequence[RunSummary]) -> list[Row]:
     """Group finished runs; of two with the same configuration and seed, the one with the later name is used."""
     finished = [run for run in runs if run.status == "finished"]
-    differing = {key: by_run for key, by_run in differences(finished).items() if key not in (LAMBDA, "seed", *SHAPE)}
+    differing = {key: by_run for key, by_run in differences(finished).items() if key not in (LAMBDA, "seed", *OF_SIZE)}
     several = any(key in SWITCHES for key in differing)  # architectures
     varied = [
-        key for key, by_run in differing.items() if key not in SWITCHES and not _follows_from_a_teacher(key, by_run)
+        key
+        for key, by_run in differing.items()
+        if not _follows_from_size(key, by_run, finished) and not _follows_from_a_teacher(key, by_run)
     ]
     kinds: dict[Any, dict[float, dict[int, RunSummary]]] = defaultdict(lambda: defaultdict(dict))
     baselines: dict[Any, dict[int, RunSummary]] = defaultdict(dict)
@@ -119,6 +123,14 @@ def make_rows(runs: Sequence[RunSummary]) -> list[Row]:
         Row(", ".join(filter(None, kind[1:])), dict(sorted(cells.items())))
         for kind, cells in sorted(kinds.items(), key=lambda item: item[0])
     ]
+
+
+def _follows_from_size(key: str, by_run: dict[Path, Any], runs: Sequence[RunSummary]) -> bool:
+    """Whether all runs of one size and architecture, as the labels name them, share this key of the model."""
+    values = defaultdict(set)
+    for run in runs:
+        values[run.size, run.architecture].add(by_run[run.folder])
+    return key in OFTEN_OF_SIZE and all(len(of_size) == 1 for of_size in values.values())
 
 
 def _follows_from_a_teacher(key: str, by_run: dict[Path, Any]) -> bool:

@@ -16,7 +16,7 @@ from tiny_models import write_checkpointed_run
 from nanodisp.condensation import __main__ as condensation
 from nanodisp.condensation import compare, figures
 from nanodisp.condensation.compare import CompareConfig, in_the_paper
-from nanodisp.condensation.measure import add_up
+from nanodisp.condensation.measure import sum_layers
 from nanodisp.condensation.sums import CosineSums
 from nanodisp.condensation.windows import first_tokens, read_texts
 from nanodisp.errors import UserError
@@ -32,7 +32,7 @@ def sums(include_diagonal: bool) -> tuple[list[CosineSums], list[np.ndarray]]:
     """The sums of each layer over batches of unequal size, and its matrices of cosines, [W, N, N]."""
     model = lookup().requires_grad_(False)
     batches = [(None, model(part)) for part in WINDOWS.split(4)]
-    layers = add_up(batches, lambda depth, z: CosineSums(z.device, include_diagonal, z.size(1)))
+    layers = sum_layers(batches, lambda depth, z: CosineSums(z.device, include_diagonal, z.size(1)))
     directions = [torch.nn.functional.normalize(z, dim=-1) for z in model(WINDOWS)]
     return layers, [(u @ u.mT).numpy() for u in directions]
 
@@ -134,7 +134,7 @@ def test_the_papers_figures_are_of_the_published_models(name: str, expected: tup
         (["checkpoint=init:nano", "block=1"], "a pair needs 2 tokens"),
         (["checkpoint=init:nano", "block=999", "text={texts}"], "longer than the model's context of 256"),
         (["checkpoint=init:nano"], "init:nano comes without data: give text="),
-        (["checkpoint=init:nano", "text=nowhere"], "nowhere"),
+        (["checkpoint=init:nano", "text=nowhere"], ": text=nowhere does not exist"),
         (["checkpoint=init:nano", "data=a", "text=b"], "give one of them"),
     ],
 )

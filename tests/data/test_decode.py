@@ -115,6 +115,9 @@ def test_utf16_without_a_mark_is_read_if_it_is_named(tmp_path):
         config(tmp_path, tmp_path / "a.txt"), r"is not text \(binary, or UTF-16 .* data\.encoding=utf-16-le"
     )
     assert text_of(prepare(config(tmp_path, tmp_path / "a.txt", encoding="utf-16-le"))) == TEXT
+    assert_rejected(
+        config(tmp_path, tmp_path / "a.txt", encoding="utf-16"), r"a\.txt has no byte order mark: .*utf-16-be"
+    )
 
 
 @given(st.binary(max_size=60), st.sampled_from(["utf-8", "ascii", "utf-16-le", "cp1252"]))

@@ -441,3 +441,11 @@ def test_the_script_reports_a_mistake_in_one_line(monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert (exit.value.code, out) == (2, "")
     assert err.count("\n") == 1 and "colour=blue" in err and "val_fraction" in err
+
+
+@pytest.mark.parametrize(("name", "key"), [("shakespeare", "path=x"), ("text", "chunks=7"), ("openwebtext", "path=x")])
+def test_the_script_reports_a_key_without_effect(monkeypatch, capsys, name, key):
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *(["path=x"] if name == "text" else []), key])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(DATA / name / "prepare.py"), run_name="__main__")
+    assert f"{key} has no effect on data={name}: " in capsys.readouterr().err

@@ -54,6 +54,8 @@ def test_other_layouts_are_reported_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "two").write_text("text\n" * 4)
     with pytest.raises(UserError, match="two has 4 texts: 5 folds need as many"):
         read_classes(tmp_path)
+    with pytest.raises(UserError, match=r"^limit=3 leaves .*one 3 texts: 5 folds need as many"):
+        read_classes(tmp_path, limit=3)
     (tmp_path / "two").write_bytes(b"\xff\n" * 9)
     with pytest.raises(UserError, match="two cannot be read as UTF-8"):
         read_classes(tmp_path)

@@ -72,6 +72,9 @@ def test_documents_are_ranked_by_cosine_and_not_by_length(monkeypatch: pytest.Mo
 def test_words_rank_documents() -> None:
     data = Retrieval(["a cat sat", "a dog ran", "the cat and the dog"], ["dog ran", "cat sat"], [{1: 1.0}, {0: 1.0}])
     assert rank_by_words(data)[:, 0].tolist() == [1, 0]
+    unknown = Retrieval(["a cat", "a dog", "a cow", "the dog"], ["sheep", "dog"], [{0: 1.0}, {3: 1.0}])
+    assert rank_by_words(unknown).tolist() == [[4] * 4, [1, 3, 4, 4]], "equal ones in their order, no other"
+    assert metrics(rank_by_words(unknown), unknown.relevant)["recall@100"][0] == 0.5
 
 
 # --- folders --------------------------------------------------------------------------------------
@@ -113,6 +116,8 @@ def test_other_layouts_are_reported_in_one_line(tmp_path: Path) -> None:
     assert "has no document that is not empty" in rejected("corpus.jsonl", '{"_id": 1, "text": " "}\n')
     assert "test.tsv line 2 is not query-id, corpus-id and score" in rejected("qrels/test.tsv", "head\nq d 1\n")
     assert "has no relevant document for any query" in rejected("qrels/test.tsv", "h\tq\ts\nq\td\t0\n")
+    assert "test.tsv line 1 is not" in rejected("qrels/test.tsv", "q\t0\td\t1\n"), "TREC's columns"
+    assert "judges no document of corpus.jsonl" in rejected("qrels/test.tsv", "h\tq\ts\nq\td7\t1\n")
     (folder / "corpus.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="cannot be read as UTF-8"):
         read_beir(folder)

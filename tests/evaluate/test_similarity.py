@@ -53,6 +53,12 @@ def test_other_layouts_are_reported_in_one_line(tmp_path: Path, content: str, me
     assert "\n" not in str(error.value)
 
 
+def test_a_limit_that_leaves_too_few_pairs_is_named(tmp_path: Path) -> None:
+    (tmp_path / "test.csv").write_text("a,b,1\nc,d,2\ne,f,3\n")
+    with pytest.raises(UserError, match=r"^limit=2 leaves .* 2 pairs: a correlation needs 3"):
+        read_pairs(tmp_path / "test.csv", limit=2)
+
+
 def test_a_folder_has_one_test_split_and_perhaps_a_dev_split(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has 0 files \*test\.csv, not one: its lines are sentence1"):
         find_pairs(tmp_path)

@@ -74,6 +74,15 @@ def go(checkpoint: Path, *arguments: str) -> None:
     command.main([f"checkpoint={checkpoint}", "device=cpu", *arguments])
 
 
+def test_two_folders_of_one_name_are_two_probes(run: Path, tmp_path: Path) -> None:
+    for number, folder in enumerate(("imdb/test", "sst/test", "sst/train")):
+        (tmp_path / folder).mkdir(parents=True)
+        for name in ("neg", "pos"):
+            (tmp_path / folder / f"{name}.txt").write_text("\n".join(sentences(6, seed=number)))
+    go(run, "tasks=probes", f"data={tmp_path}", f"out={tmp_path / 'out.json'}")
+    assert list(read_evaluation(tmp_path / "out.json")["tasks"]) == ["probe_imdb_test", "probe_sst_test", "probe_train"]
+
+
 def test_one_command_runs_all_tasks_and_the_report_reads_them(
     run: Path, data: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:

@@ -91,6 +91,35 @@ def test_variants_are_rows_that_share_the_baseline(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [("model.n_head=2",), ("model.n_head=4",)],
+        [("model.block_size=16", "model.position=rotary"), ("model.block_size=8", "model.position=rotary")],
+        [("model.block_size=16",), ("model.block_size=15",)],  # other counts of parameters, equal when rounded
+        [("model.n_head=4", "model.n_kv_head=1"), ("model.n_head=4", "model.n_kv_head=2")],
+    ],
+    ids=str,
+)
+def test_models_of_one_size_that_differ_are_rows_of_their_own(tmp_path: Path, settings: list[tuple[str, ...]]) -> None:
+    for number, model in enumerate(settings):
+        for disp in (0, 0.1):
+            write_run(tmp_path / f"{number}-{disp}", f"dispersion.lambda_disp={disp}", *model, loss=2.0 + number - disp)
+    rows = make_rows(read_runs(tmp_path))
+    assert len({row.label for row in rows}) == 2
+    cells = [make_table([row], "loss", QUANTITIES["loss"], [0.0, 0.1])[0] for row in rows]
+    assert {(off.text, on.difference) for off, on in cells} == {
+        ("2.0000", "Δ \N{MINUS SIGN}0.1000"),
+        ("3.0000", "Δ \N{MINUS SIGN}0.1000"),
+    }
+
+
+def test_the_heads_and_contexts_of_two_sizes_are_not_in_their_labels(tmp_path: Path) -> None:
+    write_run(tmp_path / "small", "model.n_head=2")
+    write_run(tmp_path / "large", "model.n_head=4", "model.n_embd=32", "model.block_size=8")
+    assert all("n_head" not in row.label and "block_size" not in row.label for row in make_rows(read_runs(tmp_path)))
+
+
 def test_architectures_are_rows_under_their_names_and_a_figure_per_lambda(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
