@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
@@ -124,14 +124,23 @@ def check_typed(arguments: Sequence[str]) -> None:
 def refuse_numbers(override: Override) -> None:
     """UserError for texts that Hydra reads as something else: 1e3 as 1000.0, 2026_01 as 202601, true as True."""
     value, (key, _, text) = override.value(), str(override.input_line).partition("=")
-    given = re.split(r"[\[\], ]+", text)
-    for each in value.list if isinstance(value, ChoiceSweep) else value if isinstance(value, list) else [value]:
+    given = re.split(r"[\[\](),\s]+", text)
+    for each in _flat(value.list if isinstance(value, ChoiceSweep) else value):
         if isinstance(each, (int, float)) and str(each) not in given:
             quoted = shlex.quote(f'{key}="{text}"') if each is value else "each one in double quotes within single ones"
             raise UserError(f"{key}={text} would be {key}={each}; as text: {quoted}")
 
 
 # --- errors
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    """What a list holds at any depth, or the value itself."""
+    if isinstance(value, list):
+        for each in value:
+            yield from _flat(each)
+    else:
+        yield value
 
 
 def keys_of(schema: Any) -> list[str]:

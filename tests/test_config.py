@@ -443,6 +443,7 @@ def test_a_group_is_given_as_the_name_of_a_choice(argument: str, words: list[str
         ("wandb.tags=[a,1e3]", ["wandb.tags=[a,1e3] would be wandb.tags=1000.0", "double quotes"]),
         ("data.field=1_0,2", ["data.field=10"]),
         ("train.eval_tasks=[blimp,true]", ["=True"]),
+        ("wandb.tags=[a],[1e3]", ["=1000.0"]),
     ],
 )
 def test_a_key_that_is_set_elsewhere_or_a_name_that_is_read_as_a_number_is_an_error(
@@ -457,4 +458,5 @@ def test_choices_and_sweeps_of_them_are_accepted() -> None:
     choices = ["dispersion=off", "model=nano,micro", "hydra/launcher=local", "train.steps=3", "dispersion.layers=[1,2]"]
     check_typed([*choices, "hydra.launcher.n_jobs=4", "-m"])
     check_typed(["experiment=architecture", "switch=none,rotary", "run_name=7", 'out_dir="007"', "init_from=null"])
+    check_typed(["run_name=choice(a,2)", "data.field=sort(3,1)", "wandb.group=7\t", "-m"])
     check_typed(["wandb.tags=[a, 7,'1e3']", "wandb.group=null", "data.field=a,7", 'data.tokenizer="1e3"', "-m"])

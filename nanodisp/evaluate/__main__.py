@@ -52,7 +52,7 @@ from nanodisp.evaluate.text_tasks import evaluate as evaluate_texts
 from nanodisp.hf.open import folder_of, is_hugging_face, load_their_tokenizer, name_of, need_causal, open_run
 from nanodisp.models.quantize import check_scheme, quantize
 from nanodisp.runs import checkpoint
-from nanodisp.runs.evaluation import EVALUATION, evaluation_of_step, read_evaluation, rename_earlier
+from nanodisp.runs.evaluation import EVALUATION, evaluation_of_step, quantized, read_evaluation, rename_earlier
 
 FEW_SHOT = ("arc_easy", "arc_challenge", "mmlu", "medmcqa")
 PAPER = ("anli_r2", "lambada_openai", "openbookqa", "piqa", "truthfulqa_mc2", "winogrande", *FEW_SHOT)
@@ -208,11 +208,11 @@ class Results:
             self.head = {"model": name_of(folder, self.step), "weights": state["sha256"]["model.safetensors"][:16]}
             if config.checkpoints == "all":
                 newest = checkpoint.newest_step(folder)
-                rename_earlier(folder, newest)
+                rename_earlier(folder, newest, config.quantize)
                 file = evaluation_of_step(self.step, newest)
         if config.quantize:
             self.head["model"] += f" in {config.quantize}"
-            file = f"{Path(file).stem}_{config.quantize}.json"
+            file = quantized(file, config.quantize)
         self.path = Path(config.out) if config.out else folder / file
         if self.path.is_dir():
             raise UserError(f"{self.path} is a folder: out=… is the file to write")

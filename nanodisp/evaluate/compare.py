@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nanodisp.errors import UserError
+from nanodisp.errors import UserError, to_stderr
 from nanodisp.evaluate.results import averaged, read_items
 from nanodisp.runs.evaluation import EVALUATION, EVALUATIONS_OF_STEPS, items_file, main_metric, read_evaluation, step_of
 
@@ -94,7 +94,7 @@ def common_tasks(a: Evaluated, b: Evaluated) -> list[str]:
         raise UserError(f"{a.name} and {b.name} have no task in common: evaluate both with the same tasks=…")
     for task in shared:
         given = [(entries[task].get("settings") or {}, items[task]) for entries, items in evaluations]
-        settings = [({key: each.get(key) for key in OF_ITEMS}, len(items)) for each, items in given]
+        settings = [(of_items(each), len(items)) for each, items in given]
         if any(each != settings[0] for each in settings):
             different = next(each for each in settings if each != settings[0])
             raise UserError(
@@ -104,10 +104,15 @@ def common_tasks(a: Evaluated, b: Evaluated) -> list[str]:
     return shared
 
 
+def of_items(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of an entry that decide its items, and with examples before the questions the version."""
+    return {key: settings.get(key) for key in (*OF_ITEMS, *["version"] * bool(settings.get("num_fewshot")))}
+
+
 def read_run(folder: Path) -> Evaluated:
     """The evaluations of a run, without those after rounding, or of a Hugging Face folder or a file as step 0.
 
-    Raises UserError without any.
+    Steps without any task of the last one are left out, and named on stderr. Raises UserError without any.
     """
     paths = [folder] if folder.is_file() else [*sorted(folder.glob(EVALUATIONS_OF_STEPS)), folder / EVALUATION]
     found: dict[int, tuple[dict[str, Any], dict[str, np.ndarray]]] = {}
@@ -120,5 +125,8 @@ def read_run(folder: Path) -> Evaluated:
         found[step_of(evaluation) or 0] = evaluation["tasks"], {t: v for t, v in items.items() if v.ndim == 1}
     if not found or not any(items for _, items in found.values()):
         raise UserError(f"{folder} has no evaluation with items: run python -m nanodisp.evaluate checkpoint={folder} …")
-    steps = sorted(found)
+    *earlier, last = sorted(found)
+    steps = [step for step in earlier if found[step][1].keys() & found[last][1].keys()] + [last]
+    if lacking := sorted(found.keys() - set(steps)):
+        to_stderr(f"{folder}: left out, without any task of step {last}: step {', '.join(map(str, lacking))}")
     return Evaluated(str(folder), [found[s][0] for s in steps], [found[s][1] for s in steps], steps)

@@ -20,16 +20,26 @@ def evaluation_of_step(step: int, newest: int) -> str:
 
 def step_of(evaluation: dict[str, Any]) -> int | None:
     """The step that an evaluation is of; None if it is of no run."""
-    step = re.search(r" at step (\d+)$", evaluation["model"])
+    step = re.search(r" at step (\d+)( in \w+)?$", evaluation.get("model", ""))
     return int(step[1]) if step else None
 
 
-def rename_earlier(folder: Path, newest: int) -> None:
-    """Give a run's `EVALUATION` the name of its step, if the run has been trained further since; UserError, OSError."""
-    path = folder / EVALUATION
-    step = step_of(evaluation) if (evaluation := read_evaluation(path)) else None
-    if step is not None and step < newest:
-        of_step = folder / evaluation_of_step(step, newest)
+def quantized(file: str, name: str | None) -> str:
+    """The name of the file of a model after rounding, see `models/quantize.py`."""
+    return file if name is None else f"{Path(file).stem}_{name}.json"
+
+
+def rename_earlier(folder: Path, newest: int, quantize: str | None) -> None:
+    """Give a run's `EVALUATION` the name of its step, if the run has been trained further since.
+
+    Not if there is a file of that name. Raises UserError for a file that `nanodisp.evaluate` did not write, OSError.
+    """
+    path = folder / quantized(EVALUATION, quantize)
+    step = step_of(read_evaluation(path))
+    if step is None or step >= newest:
+        return
+    of_step = folder / quantized(evaluation_of_step(step, newest), quantize)
+    if not of_step.exists():
         if items_file(path).exists():
             items_file(path).replace(items_file(of_step))
         path.replace(of_step)

@@ -316,8 +316,12 @@ def steps_done(plan: Plan, corpus: Corpus) -> int:
         except checkpoint.Damaged as error:  # a run sets it aside
             problems.append(error)
             continue
-        check_same_run(path, state, plan.config, corpus, fingerprint(corpus))
-        return state["step"]
+        try:
+            check_same_run(path, state, plan.config, corpus, fingerprint(corpus))
+            return state["step"]
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(f"{path} cannot be resumed although its checksums match: {reason}") from error
     if problems:
         raise problems[0]
     return 0
@@ -333,8 +337,10 @@ def check_same_run(path: Path, state: dict[str, Any], config: Config, corpus: Co
     """UserError when a checkpoint's run differs in anything that decides the result; the budget may grow."""
     theirs = {**ADDED, **identity(state["config"]), "corpus": state["corpus"]}
     ours = {**ADDED, **identity(dataclasses.asdict(config)), "corpus": corpus.folder.name}
-    for side in (theirs, ours):  # the tokenizer's file is beside the shards, wherever these are
-        side["data.tokenizer"] = Path(side["data.tokenizer"]).name
+    for side in (theirs, ours):
+        tokenizer = Path(side.get("data.tokenizer", ""))
+        if tokenizer.parent.name == side["corpus"]:  # a file beside the shards, wherever these are
+            side["data.tokenizer"] = tokenizer.name
     known = state.get("corpus_fingerprint")  # older checkpoints have none
     may_differ = (*BUDGET, "data.path", "corpus") if known == fingerprint else BUDGET  # the same tokens, moved
     differing = [key for key in ours if key not in may_differ and theirs.get(key) != ours[key]]

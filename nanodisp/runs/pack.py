@@ -35,7 +35,7 @@ COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd")  # how files of g
 def pack(run: Path, to: Path) -> int:
     """Write the run's folder to a new file `to`; return the number of its files.
 
-    Hidden files are left out, and the links that W&B makes to its newest run.
+    Hidden files are left out, and the links that W&B makes to its newest run and its log.
 
     Raises:
         InUse: the run is in training.
@@ -50,7 +50,7 @@ def pack(run: Path, to: Path) -> int:
     temporary = to.with_name(f".{to.name}.tmp")
     try:
         with locked(run):
-            files = [path for path in sorted(run.rglob("*")) if not is_left_out(path, path.relative_to(run))]
+            files = [path for path in sorted(run.rglob("*")) if not is_left_out(path, run)]
             if links := [path for path in files if path.is_symlink() or not (path.is_file() or path.is_dir())]:
                 raise UserError(f"{links[0]} is a link or no plain file, and is not packed: replace it with the file")
             plain = [path for path in files if path.is_file()]
@@ -95,9 +95,11 @@ def locked(run: Path) -> Iterator[None]:
         yield
 
 
-def is_left_out(path: Path, name: Path) -> bool:
-    """Whether a path, of this name in the run's folder, is hidden or a link of W&B's."""
-    return any(part.startswith(".") for part in name.parts) or (name.parts[0] == "wandb" and path.is_symlink())
+def is_left_out(path: Path, run: Path) -> bool:
+    """Whether a path in a run's folder is hidden, or a link from W&B's files to one of these."""
+    name, wandb = path.relative_to(run), run / "wandb"
+    is_link = path.is_symlink() and wandb in path.parents and path.resolve().is_relative_to(wandb.resolve())
+    return is_link or any(part.startswith(".") for part in name.parts)
 
 
 def add(tar: tarfile.TarFile, name: str, size: int, content: IO[bytes]) -> None:

@@ -245,7 +245,7 @@ def differences(runs: Sequence[RunSummary]) -> dict[str, dict[Path, Any]]:
 
 def _anywhere(key: str, value: Any) -> Any:
     """The value on any machine: the path of a tokenizer's file begins with the folder of the shards beside it."""
-    return "/".join(Path(value).parts[-2:]) if key == "data.tokenizer" and value is not None else value
+    return "/".join(Path(value).parts[-2:]) if key == "data.tokenizer" and isinstance(value, str) else value
 
 
 def as_text(value: Any) -> str:

@@ -11,7 +11,7 @@ import pytest
 from nanodisp.errors import UserError
 from nanodisp.evaluate.compare import compare
 from nanodisp.evaluate.results import save, save_items
-from nanodisp.runs.evaluation import evaluation_of_step
+from nanodisp.runs.evaluation import evaluation_of_step, items_file, quantized, rename_earlier
 
 SETTINGS = {"limit": None, "seed": 1, "num_fewshot": 0, "data": "d"}
 
@@ -123,3 +123,41 @@ def test_mistakes_are_reported_in_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message) as error:
             compare([str(argument) for argument in arguments])
         assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_or_version_makes_other_items_only_with_examples(tmp_path: Path) -> None:
+    items = {3: {"a": answers(0.5)}}
+    new = {"tokenizer": "t", "version": 2}
+    compare([str(write(tmp_path / "old", items)), str(write(tmp_path / "new", items, **new))])  # type: ignore[arg-type]
+    few = [write(tmp_path / "old_5", items, num_fewshot=5), write(tmp_path / "new_5", items, num_fewshot=5, version=2)]
+    with pytest.raises(UserError, match=r"'version': None\} and .*'version': 2\}"):
+        compare([str(run) for run in few])
+
+
+def test_a_step_without_any_task_of_the_last_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = write(tmp_path / "one", {3: {"b": answers(0.4)}, 5: {"a": answers(0.5)}})
+    other = write(tmp_path / "other", {5: {"a": answers(0.6)}})
+    assert "best checkpoints" not in compare([str(one), str(other)])
+    assert "left out, without any task of step 5: step 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("quantize", [None, "int4"])
+def test_figures_of_an_earlier_step_get_its_name_and_replace_none(tmp_path: Path, quantize: str | None) -> None:
+    file = tmp_path / quantized("evaluation.json", quantize)
+    of_step = tmp_path / quantized("evaluation_step_00000003.json", quantize)
+
+    def write_evaluation() -> str:
+        save_items(file, {"a": {"acc": answers(0.5)}})
+        save(file, {"model": "run at step 3" + f" in {quantize}" * (quantize is not None), "harness": "0", "tasks": {}})
+        return file.read_text()
+
+    content = write_evaluation()
+    rename_earlier(tmp_path, 3, quantize)
+    assert file.exists(), "it is the newest"
+    rename_earlier(tmp_path, 5, quantize)
+    assert (of_step.read_text(), file.exists()) == (content, False)
+    assert items_file(of_step).exists() and not items_file(file).exists()
+    of_step.write_text("kept")
+    write_evaluation()
+    rename_earlier(tmp_path, 5, quantize)
+    assert (of_step.read_text(), file.exists()) == ("kept", True)

@@ -319,6 +319,17 @@ def test_an_encoder_decoder_is_rejected(run: Path, tasks: Path, tmp_path: Path) 
     assert "\n" not in str(error.value)
 
 
+def test_prompts_that_are_cut_are_counted_for_a_hugging_face_model(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from nanodisp.evaluate.hugging_face import HuggingFaceModel
+
+    model = HuggingFaceModel(str(export(run, tmp_path / "exported")), device="cpu", batch_size=2)
+    settings = {"max_gen_toks": 8, "until": ["x"], "do_sample": False}
+    model.generate_until(requests(("ab" * 19, settings), ("ab" * 25, settings)), disable_tqdm=True)
+    assert (model.max_length, model.cut) == (48, 1)
+
+
 def test_a_missing_tokenizer_can_be_given_if_it_fits(tasks: Path, tmp_path: Path) -> None:
     ranks = write_ranks_file(tmp_path / "tiny.tiktoken")
     folder = write_checkpointed_run(tmp_path / "run", str(ranks))
@@ -426,7 +437,7 @@ def test_a_long_text_is_scored_window_by_window(harness_model: Any, long: list[s
 
 
 @pytest.mark.parametrize("prompt", ["", "ab", "abcdefgh" * 9])
-@pytest.mark.parametrize("new_tokens", [9, 60])
+@pytest.mark.parametrize("new_tokens", [9, 40, 60])
 def test_a_greedy_continuation_ends_at_the_first_stop(harness_model: Any, prompt: str, new_tokens: int) -> None:
     room = harness_model.model.config.block_size - new_tokens
     context = (encode(prompt) or [BYTE.eot])[-max(room, 24) :]

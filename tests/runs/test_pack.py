@@ -102,6 +102,9 @@ def test_the_files_of_wandb_are_packed_without_its_links(folder: Path, tmp_path:
     assert pack(folder, tmp_path / "run.tar") == 4
     unpacked = unpack(tmp_path / "run.tar", tmp_path / "there") / "wandb"
     assert [path.name for path in unpacked.iterdir()] == ["run-1"]
+    (folder / "wandb" / "own").symlink_to(tmp_path / "run.tar")
+    with pytest.raises(UserError, match="own is a link"):
+        pack(folder, tmp_path / "again.tar")
 
 
 def test_a_run_on_a_disk_that_is_read_only_is_packed(

@@ -109,10 +109,25 @@ def test_a_dry_run_is_refused_where_the_run_would_be(run: Run, capsys: pytest.Ca
     for options, words in ((("optim.lr=1",), "another run: optim.lr="), (("resume=never",), "resume=auto resumes it")):
         with pytest.raises(UserError, match=words):
             run("train.steps=2", "dry_run=true", *options)
-    state = folder / "checkpoints" / "step_00000002" / "state.json"
-    state.write_text(state.read_text()[:-9])
-    with pytest.raises(UserError, match=r"state.json cannot be read"):
-        run("train.steps=2", "dry_run=true")
+    run("train.steps=4")
+    for step, printed in ((4, "from step 2"), (2, None)):
+        state = folder / "checkpoints" / f"step_{step:08d}" / "state.json"
+        state.write_text(state.read_text()[:-9])
+        if printed is None:
+            with pytest.raises(UserError, match=r"state.json cannot be read"):
+                run("train.steps=4", "dry_run=true")
+        else:
+            capsys.readouterr()
+            run("train.steps=4", "dry_run=true")
+            assert printed in capsys.readouterr().out
+
+
+def test_a_run_on_shards_that_decide_their_tokenizer_is_resumed(run: Run, corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(corpus, tmp_path / "fineweb" / "gpt2-3")
+    settings = ("data=fineweb10B", "data.chunks=3", f"data.folder={tmp_path / 'fineweb'}", "data.path=null")
+    folder = run("train.steps=2", *settings)
+    run("train.steps=4", *settings)
+    assert [record["step"] for record in records(folder, "train")] == [1, 2, 4]
 
 
 @pytest.mark.parametrize(
