@@ -3,7 +3,7 @@
     python -m bench.study run --corpus <folder of the English corpus>   # one worker, one thread; again to resume
     python -m bench.study run --corpus <folder> --only a-150k rivals    # the jobs whose names begin so
     python -m bench.study run --corpus <folder> --gpu --minutes 9       # the larger sizes, on one GPU, in short pieces
-    python -m bench.study evaluate --benchmarks <folder>                # finished runs: benchmarks, loss by frequency
+    python -m bench.study evaluate --benchmarks <folder>                # finished runs: benchmarks, loss by token
     python -m bench.study list                                          # every job that is known now, and its state
     python -m bench.study records                                       # finished runs -> docs/study/records/*.jsonl
 
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from bench import study_frequency
+from bench import study_tokens
 from bench.measure import device_name
 from bench.study_plan import Losses, Size, gpu_jobs, jobs
 from nanodisp.runs.evaluation import EVALUATION, read_evaluation
@@ -93,13 +93,13 @@ def chosen(names: set[str], only: Sequence[str]) -> set[str]:
 
 
 def evaluate(folder: Path, benchmarks: Path) -> None:
-    """Of a run's last checkpoint, into its folder: benchmarks, loss by frequency; not again what is there."""
+    """Of a run's last checkpoint, into its folder: benchmarks, loss by token; not again what is there."""
     log, program = folder / "log.txt", ("-m", "nanodisp.evaluate", f"checkpoint={folder}", "batch_size=32")
     code = call((*program, f"tasks={TASKS}", f"task_data={benchmarks}"), log)
     if not any(name.startswith("retrieval") for name in read_evaluation(folder / EVALUATION).get("tasks", {})):
         code = call((*program, f"tasks={EMBEDDING_TASKS}", f"data={benchmarks}"), log) or code
-    if study_frequency.read(folder) is None:
-        code = call(("-m", "bench.study_frequency", str(folder)), log) or code
+    if study_tokens.read(folder).keys() != set(study_tokens.KINDS):
+        code = call(("-m", "bench.study_tokens", str(folder)), log) or code
     print(f"    {folder.name}: evaluated, exit code {code}", flush=True)
 
 
@@ -184,7 +184,7 @@ def record_of(folder: Path) -> dict[str, Any]:
         "val": [compact(r, ("step", "loss", "bpb", "mean_cosine")) for r in validations],
         "train": [compact(r, train) for r in metrics if r["split"] == "train"],
         "condensation": [compact(r, ("step", "mean_cosine")) for r in metrics if r["split"] == "condensation"],
-        **({"by_frequency": found} if (found := study_frequency.read(folder)) else {}),
+        **study_tokens.read(folder),
         "tasks": {task: tasks_entry(entry) for task, entry in evaluated.get("tasks", {}).items()},
         "config": config,
     }

@@ -33,8 +33,8 @@ from bench.study_statistics import (
     probability,
     slopes,
 )
+from bench.study_tokens import CONTEXTS
 from nanodisp.condensation.figures import STYLE
-from nanodisp.condensation.sums import STRATA
 from nanodisp.errors import UserError
 from nanodisp.report.scaling import effective_interval, effective_parameters, fit, resampled
 from nanodisp.report.tables import NOTHING
@@ -144,15 +144,18 @@ def effective(records: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield from rows
 
 
-def by_frequency(arms: Sequence[Arms]) -> Iterator[str]:
-    """A line per arm, a column per stratum of `study_frequency`: in nats, and in percent of the loss without."""
-    yield "\n### Validation loss by frequency of the predicted token, nats per token\n"
+def by_token(title: str, groups: Sequence[str], arms: Sequence[Arms]) -> Iterator[str]:
+    """A line per arm, a column per group of tokens: in nats, and in percent of the loss without.
+
+    arms: of each group, with the mean loss of its tokens.
+    """
+    yield f"\n### Validation loss by {title}, nats per token\n"
     measured = families(arms[0])
     if not measured:
         yield "Not known yet: no pair has been measured."
         return
-    yield "| arm | pairs | most frequent quarter | frequent | rare | rarest quarter |"
-    yield "| --- | --- |" + " --- |" * STRATA
+    yield f"| arm | pairs | {' | '.join(groups)} |"
+    yield "| --- | --- |" + " --- |" * len(groups)
     for arm in (arm for members in measured.values() for arm in members):
         found = [paired(of[arm], of[baseline_of(arm)], 0.0) for of in arms]
         shares = [each.mean / base_of(of, arm) for each, of in zip(found, arms, strict=True)]
@@ -160,8 +163,28 @@ def by_frequency(arms: Sequence[Arms]) -> Iterator[str]:
         yield f"| {arm} | {found[0].n} | {' | '.join(cells)} |"
 
 
-def loss_of(stratum: int) -> Callable[[dict[str, Any]], float | None]:
-    return lambda record: record["by_frequency"][stratum] if "by_frequency" in record else None
+def of_tokens(records: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The two tables of `study_tokens`."""
+    quarters = ("most frequent quarter", "frequent", "rare", "rarest quarter")
+    arms = [arms_of(records, of_group("by_frequency", number)) for number in range(len(quarters))]
+    yield from by_token("frequency of the predicted token", quarters, arms)
+    shares = next((r["by_context"]["shares"] for r in records if "by_context" in r), [math.nan] * len(CONTEXTS))
+    heads = [f"{name} ({share:.1%} of the text)" for name, share in zip(CONTEXTS, shares, strict=True)]
+    arms = [arms_of(records, of_group("by_context", number)) for number in range(len(CONTEXTS))]
+    yield from by_token("what the context holds", heads, arms)
+    yield "\nCopied: the token that followed the last earlier occurrence, in the window, of the token just read. Seen:"
+    yield "another one that occurs earlier in the window. The shares are those of the first run that is measured."
+
+
+def of_group(kind: str, number: int) -> Callable[[dict[str, Any]], float | None]:
+    """A record -> the loss of a group of tokens, None if it is not known."""
+
+    def loss_of(record: dict[str, Any]) -> float | None:
+        found = record.get(kind)
+        losses = found["losses"] if isinstance(found, dict) else found
+        return losses[number] if losses is not None else None
+
+    return loss_of
 
 
 # --- the page ------------------------------------------------------------------------------------
@@ -315,7 +338,7 @@ def page(every: Sequence[dict[str, Any]]) -> str:
         *benchmarks(records),
         *tables("Mean cosine of the middle layers", "H4", arms_of(records, middle_cosine), None, 3),
         *effective(records),
-        *by_frequency([arms_of(records, loss_of(stratum)) for stratum in range(STRATA)]),
+        *of_tokens(records),
         *study_mechanism.correlations(records, "Validation loss", loss),
         *study_mechanism.correlations(records, "BLiMP accuracy", blimp),
         *table(
