@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from bench.rivals import Entry, curves
 from bench.study_plan import EARLY_STEPS, SIZES
-from bench.study_statistics import Arms, Paired, baseline_of, gaps_of, paired
+from bench.study_statistics import Arms, Paired, arms_of, baseline_of, gaps_of, paired
+from bench.study_tokens import CONTEXTS, of_group
 from nanodisp.condensation.figures import MARKERS, STYLE
 
 Record = dict[str, Any]
@@ -30,6 +31,7 @@ def draw(records: Sequence[Record], losses: Arms, blimp: Arms, found: Sequence[E
             "differences": differences(losses, blimp),
             "start": start(records),
             "rivals": rivals(found),
+            "context": context(records),
         }
 
 
@@ -133,6 +135,36 @@ def steps(records: Sequence[Record], losses: Arms) -> Figure:
     ax.minorticks_off()
     if sizes:
         ax.legend(title="parameters")
+    return figure
+
+
+def context(records: Sequence[Record]) -> Figure:
+    """Paired differences at lambda 0.1 by size, design (a), a line per group of `study_tokens.CONTEXTS`.
+
+    Groups are moved apart a little; every pair a dot, 95% intervals, hollow markers where there are too few pairs.
+    """
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    ax = figure.add_subplot()
+    ax.axhline(0, color="0.6", linewidth=0.8)
+    measured = [r for r in records if r["design"] == "a" and "by_context" in r]
+    sizes = [size for size in SIZES if any(r["name"].startswith(f"a-{size}-lam0.1-") for r in measured)]
+    for number, name in enumerate(CONTEXTS):
+        arms = arms_of(measured, of_group("by_context", number))
+        colour = matplotlib.colormaps["viridis"](0.88 * number / (len(CONTEXTS) - 1))
+        means = []
+        for place, size in enumerate(sizes):
+            values, baseline = arms[f"a-{size}-lam0.1"], arms.get(f"a-{size}-lam0", {})
+            of, x = paired(values, baseline, margin=0.0), place + 0.12 * (number - 1)
+            gaps = [*gaps_of(values, baseline).values()]
+            ax.plot([x + 0.04] * len(gaps), gaps, "o", color="0.65", markersize=2.5)
+            half, filled = (of.half, "full") if np.isfinite(of.half) else (None, "none")
+            ax.errorbar(x, of.mean, half, None, MARKERS[number], capsize=3, color=colour, fillstyle=filled)
+            means.append((x, of.mean))
+        ax.plot(*zip(*means, strict=True) if means else ([], []), color=colour, linewidth=1, label=name)
+    ax.set_xticks(range(len(sizes)), sizes)
+    ax.set(xlabel="parameters", ylabel="difference to lambda 0, nats per token")
+    if sizes:
+        ax.legend(title="tokens")
     return figure
 
 

@@ -33,7 +33,7 @@ from bench.study_statistics import (
     probability,
     slopes,
 )
-from bench.study_tokens import CONTEXTS
+from bench.study_tokens import CONTEXTS, of_group
 from nanodisp.condensation.figures import STYLE
 from nanodisp.errors import UserError
 from nanodisp.report.scaling import effective_interval, effective_parameters, fit, resampled
@@ -174,17 +174,6 @@ def of_tokens(records: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield from by_token("what the context holds", heads, arms)
     yield "\nCopied: the token that followed the last earlier occurrence, in the window, of the token just read. Seen:"
     yield "another one that occurs earlier in the window. The shares are those of the first run that is measured."
-
-
-def of_group(kind: str, number: int) -> Callable[[dict[str, Any]], float | None]:
-    """A record -> the loss of a group of tokens, None if it is not known."""
-
-    def loss_of(record: dict[str, Any]) -> float | None:
-        found = record.get(kind)
-        losses = found["losses"] if isinstance(found, dict) else found
-        return losses[number] if losses is not None else None
-
-    return loss_of
 
 
 # --- the page ------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,6 +102,17 @@ def file_of(folder: Path, kind: str) -> Path:
 def read(folder: Path) -> dict[str, Any]:
     """What of `KINDS` a run's folder has."""
     return {kind: json.loads(file.read_text()) for kind in KINDS if (file := file_of(folder, kind)).is_file()}
+
+
+def of_group(kind: str, number: int) -> Callable[[dict[str, Any]], float | None]:
+    """A record -> the loss of a group of tokens, None if it is not known."""
+
+    def loss_of(record: dict[str, Any]) -> float | None:
+        found = record.get(kind)
+        losses = found["losses"] if isinstance(found, dict) else found
+        return losses[number] if losses is not None else None
+
+    return loss_of
 
 
 def main(folder: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench import study_tokens
-from bench.study_report import by_token, of_group, of_tokens
+from bench.study_report import by_token, of_tokens
 from bench.study_statistics import arms_of
 from nanodisp.data.shards import open_split
 from nanodisp.hf.open import open_run
@@ -62,7 +62,9 @@ def test_the_table_has_the_differences_of_each_stratum_and_of_measured_runs_alon
         for seed in range(3)
     ]
     every = [*runs, {"name": "a-77k-lam0.1-s9"}]
-    lines = [*by_token("frequency", "abcd", [arms_of(every, of_group("by_frequency", q)) for q in range(4)])]
+    lines = [
+        *by_token("frequency", "abcd", [arms_of(every, study_tokens.of_group("by_frequency", q)) for q in range(4)])
+    ]
     cells = lines[-1].split(" | ")
     assert cells[:2] == ["| a-77k-lam0.1", "3"]
     assert [cell.split(" [")[0] for cell in cells[2:]] == ["+0.0000", "+0.1000", "+0.2000", "+0.3000"]
