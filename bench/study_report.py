@@ -145,7 +145,7 @@ def effective(records: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def by_token(title: str, groups: Sequence[str], arms: Sequence[Arms]) -> Iterator[str]:
-    """A line per arm, a column per group of tokens: in nats, and in percent of the loss without.
+    """A line per arm, a column per group of tokens: in nats, and in percent of the loss without; and one per baseline.
 
     arms: of each group, with the mean loss of its tokens.
     """
@@ -156,7 +156,11 @@ def by_token(title: str, groups: Sequence[str], arms: Sequence[Arms]) -> Iterato
         return
     yield f"| arm | pairs | {' | '.join(groups)} |"
     yield "| --- | --- |" + " --- |" * len(groups)
-    for arm in (arm for members in measured.values() for arm in members):
+    every = [arm for members in measured.values() for arm in members]
+    for arm in dict.fromkeys(map(baseline_of, every)):
+        means = [statistics.fmean(of[arm].values()) for of in arms]
+        yield f"| {arm}: the loss itself | {len(arms[0][arm])} runs | {' | '.join(f'{mean:.4f}' for mean in means)} |"
+    for arm in every:
         found = [paired(of[arm], of[baseline_of(arm)], 0.0) for of in arms]
         shares = [each.mean / base_of(of, arm) for each, of in zip(found, arms, strict=True)]
         cells = [f"{difference(each, 4)}, {share:+.1%}" for each, share in zip(found, shares, strict=True)]

@@ -67,6 +67,7 @@ def test_the_table_has_the_differences_of_each_stratum_and_of_measured_runs_alon
     ]
     cells = lines[-1].split(" | ")
     assert cells[:2] == ["| a-77k-lam0.1", "3"]
+    assert lines[-2] == "| a-77k-lam0: the loss itself | 3 runs | 1.0000 | 2.0000 | 3.0000 | 4.0000 |"
     assert [cell.split(" [")[0] for cell in cells[2:]] == ["+0.0000", "+0.1000", "+0.2000", "+0.3000"]
     assert "Not known yet" in [*by_token("frequency", "abcd", [{}] * 4)][-1]
     context = [{**run, "by_context": {"losses": run["by_frequency"][:3], "shares": [0.1, 0.2, 0.7]}} for run in runs]
