@@ -38,7 +38,7 @@ from nanodisp.runs.metrics import METRICS, read_records
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "docs" / "study" / "records"
 TASKS, EMBEDDING_TASKS = "blimp,lambada,wikitext", "retrieval,similarity,probes"
-EVALUATED = ("a", "e", "strong", "tuned")  # designs whose runs are evaluated when they end
+EVALUATED = ("a", "c", "e", "strong", "tuned")  # designs whose runs are evaluated when they end
 EXITED_EARLY = 75  # train.py was asked to stop and has saved
 
 

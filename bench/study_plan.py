@@ -146,7 +146,10 @@ def jobs(losses: Losses, corpus: str = "<corpus>") -> Iterator[Job]:
     yield from placements("150k", 6, 10, losses)
     yield from text_and_tokenizer("150k", 4, 6, losses, corpus)
     yield from budgets("150k", 7, 12, losses)
-    yield from ladder("1.19M", PRIMARY, 2, 4, losses)
+    yield from ladder("1.19M", PRIMARY, 2, 3, losses)
+    yield from placements("1.19M", 1, 2, losses)  # does one of these keep what (a) loses in copying?
+    yield from strong("1.19M", "1", 1, 2, losses)
+    yield from ladder("1.19M", PRIMARY, 4, 4, losses)
     yield from ladder("2.47M", PRIMARY, 1, 3, losses)
 
 
