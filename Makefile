@@ -31,8 +31,8 @@ run: install ## train the default model on the standard library's text, then sam
 test: install ## run all tests, in JOBS processes (JOBS=0: in one, as `pytest` alone does)
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-test-fast: install ## run the tests that start no process and no compiler: under a minute on two cores
-	$(BIN)/python -m pytest -m "not slow"
+test-fast: install ## run the tests that start no process and no compiler: under two minutes on two cores
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
 
 mutants: install ## plant small bugs in the code and list those that no test catches
 	$(BIN)/python -m tests.mutants

@@ -208,6 +208,7 @@ def job(arm: str, size: str, seed: int, multiple: float, extra: list[str], budge
         *("train.eval_windows=1024", f"train.eval_interval={math.ceil(steps / 2)}", "train.sample_tokens=0"),
         *(f"train.condensation_interval={math.ceil(steps / 20)}", f"train.log_interval={math.ceil(steps / 20)}"),
         *("train.checkpoint_interval=500", "train.keep_last=1"),
+        *(["train.keep_every=500"] if size == "1.19M" else []),  # when does it learn to copy?
     )
     kept = [o for o in overrides if o.partition("=")[0] not in {e.partition("=")[0] for e in extra}]
     return Job(f"{arm}-s{seed}", (*kept, *extra))
