@@ -49,7 +49,7 @@ def typed(arguments: Sequence[str]) -> list[Override]:
 
 
 def without_unused(config: Config, task: Sequence[str], swept: AbstractSet[str]) -> tuple[Config, list[str]]:
-    """The configuration, and those of the overrides `task` that have an effect; see `configure`."""
+    """The configuration, and those of the overrides `task` that have an effect; see `launch.configure`."""
     overrides = parse(task)
     values = {override.key_or_group: override.value() for override in overrides}
     off = str(values.get("dispersion")) == "off" and "dispersion.lambda_disp" in values
@@ -131,9 +131,6 @@ def refuse_numbers(override: Override) -> None:
             raise UserError(f"{key}={text} would be {key}={each}; as text: {quoted}")
 
 
-# --- errors
-
-
 def _flat(value: Any) -> Iterator[Any]:
     """What a list holds at any depth, or the value itself."""
     if isinstance(value, list):
@@ -141,6 +138,9 @@ def _flat(value: Any) -> Iterator[Any]:
             yield from _flat(each)
     else:
         yield value
+
+
+# --- errors
 
 
 def keys_of(schema: Any) -> list[str]:

@@ -30,8 +30,11 @@ def folder_of_data(subject: Measurable, others: str) -> Path:
         folder = kept if (kept / MANIFEST).exists() else prepare(subject.data)
     except UserError as error:
         raise UserError(f"the data of {subject.name} cannot be read ({error}): {others}") from error
-    known, has_its_name = subject.fingerprint, folder.name == subject.corpus
-    if has_its_name if known is None else known == fingerprint(open_corpus(folder, "none")):
+    has_its_name = folder.name == subject.corpus
+    same = has_its_name  # all that a run of version 0.1.0 tells
+    if subject.fingerprint is not None:
+        same = subject.fingerprint == fingerprint(open_corpus(folder, "none"))
+    if same:
         return folder
     if has_its_name:
         raise UserError(f"{folder} has changed since {subject.name} was trained on it: {others}")
