@@ -137,7 +137,8 @@ def hellaswag(*arguments: str) -> None:
 
 
 def test_hellaswag_is_prepared_from_a_file(tmp_path: Path) -> None:
-    (tmp_path / "val.jsonl").write_text(json.dumps(ROW) + "\n" + json.dumps({**ROW, "label": 0}) + "\n")
+    separator = json.dumps({**ROW, "label": 0, "source": "a\u2028b"}, ensure_ascii=False)  # no end of a line
+    (tmp_path / "val.jsonl").write_text(json.dumps(ROW) + "\n" + separator + "\n", encoding="utf-8")
     out = tmp_path / "made" / "val.bin"
     hellaswag("tokenizer=byte", f"path={tmp_path / 'val.jsonl'}", f"out={out}")
     first, second = read_questions(out, 257)

@@ -8,6 +8,7 @@ import re
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import browser
 import numpy as np
@@ -183,3 +184,13 @@ def test_the_camera_of_the_animation_keeps_lengths_and_moves_along_the_sphere() 
 def test_the_browser_of_the_tests_is_looked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert browser.find() is None, "then the tests in a browser are skipped"
+
+
+def test_an_animation_is_of_runs_of_equal_depth() -> None:
+    def scene(*depths: int) -> Scene:
+        views = [SimpleNamespace(means=np.zeros((2, depth + 1))) for depth in depths]
+        return Scene([0, 1], [], "cone", views)  # type: ignore[arg-type]
+
+    assert animation.choose_layer(scene(4, 4), None) == 3
+    with pytest.raises(UserError, match="these have 4 and 12: give runs of equal depth"):
+        animation.choose_layer(scene(12, 4), 2)
