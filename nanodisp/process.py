@@ -9,11 +9,14 @@ Ctrl-C ends a command of ours at once and without a traceback. A KeyboardInterru
 others are loaded, which takes seconds, they turn it into errors of their own. A training run saves first
 (`training/signals.py`), and chooses when Python collects garbage. Before its first step there is nothing to save: then
 SIGTERM and SIGUSR1, by which a scheduler takes the machine back, end it at once with the exit code that says "again".
+
+Where code that is not Python's crashes (SIGSEGV, SIGABRT), a command of ours says where each of its threads was.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import os
 import signal
@@ -69,6 +72,8 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 if is_ours(getattr(sys.modules["__main__"], "__file__", None) or ""):
     signal.signal(signal.SIGINT, end_quietly)
+    if sys.stderr is not None:  # it is closed
+        faulthandler.enable()
     if Path(sys.modules["__main__"].__file__ or "").name == "train.py":
         signal.signal(signal.SIGTERM, end_before_the_first_step)
         signal.signal(signal.SIGUSR1, end_before_the_first_step)

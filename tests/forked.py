@@ -6,6 +6,7 @@ loaded, its standard streams, torchrun around it) needs `conftest.command`.
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import multiprocessing
 import os
@@ -31,6 +32,7 @@ def become(script: str, arguments: tuple[str, ...], environment: dict[str, str],
 
     for descriptor in (1, 2):
         os.dup2(os.open(f"{streams}/{descriptor}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    faulthandler.enable()  # as nanodisp/process.py has it in a fresh process
     os.environ.clear()
     os.environ.update(environment)
     gc.collect = lambda *_: 0  # it would go through, and so copy, all that was loaded

@@ -1,9 +1,10 @@
-"""OpenMP's waiting policy: set before torch is loaded, and never over the user's own."""
+"""OpenMP's waiting policy, set before torch is loaded and never over the user's own; crashes; garbage."""
 
 from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 
@@ -55,6 +56,19 @@ def test_every_command_makes_it_before_torch_is_loaded(module: str) -> None:
 @pytest.mark.parametrize("own", [{"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}])
 def test_a_users_own_policy_stays(own: dict[str, str]) -> None:
     assert setting("nanodisp.process", **own)[0] == own.get("GOMP_SPINCOUNT", "None")
+
+
+def test_a_crash_in_native_code_says_where_it_was() -> None:
+    command = [sys.executable, "-X", "importtime", "sample.py"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if " nanodisp.process" in line:  # it is loaded; torch is next
+                process.send_signal(signal.SIGABRT)
+                break
+        said = process.stderr.read()
+    assert "Fatal Python error: Aborted" in said
+    assert 'sample.py", line' in said
 
 
 def test_jobs_side_by_side_share_the_cores() -> None:
