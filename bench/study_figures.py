@@ -1,4 +1,4 @@
-"""The figures of docs/study/index.md, drawn from the records alone: `make study-report` writes them."""
+"""The figures of docs/study/index.md and findings.md, drawn from the records alone: `make study-report` writes them."""
 
 from __future__ import annotations
 
