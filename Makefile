@@ -97,7 +97,7 @@ study-gpu: ## the study's larger sizes on one GPU, for MINUTES; again to resume:
 	$(HAVE) -m bench.study run --gpu --corpus $(CORPUS) --minutes $(MINUTES)
 
 study-report: install ## the study's tables from its records, into docs/study/results.md
-	$(BIN)/python -m bench.study_report
+	$(BIN)/python -m bench.study.report
 
 report: install ## write tables, figures and a page about a folder of runs: make report RUNS=out/<sweep>
 	$(BIN)/python -m nanodisp.report $(RUNS)

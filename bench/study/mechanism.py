@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.rivals import REFERENCE, Entry, table
-from bench.study_plan import EARLY_STEPS, SIZES
-from bench.study_statistics import arm_and_seed, arms_of, baseline_of, difference, paired
+from bench.study.pairs import arm_and_seed, arms_of, baseline_of, difference, paired
+from bench.study.plan import EARLY_STEPS, SIZES
 from nanodisp.errors import UserError
 from nanodisp.report.tables import NOTHING
 

@@ -1,6 +1,6 @@
 """Which tokens does dispersion predict better? The validation loss by the frequency of the token, and by its context.
 
-    python -m bench.study_tokens out/study/<run>    # into the run's folder; `bench.study evaluate` does it for all
+    python -m bench.study.tokens out/study/<run>    # into the run's folder; `bench.study evaluate` does it for all
 
 By frequency: the predicted tokens are cut into four strata by how often they occur, each a quarter of the text
 (`strata_of`), so that the mean over the strata is about the validation loss.

@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.rivals import Entry, curves
-from bench.study_plan import EARLY_STEPS, SIZES
-from bench.study_statistics import Arms, Paired, arms_of, baseline_of, gaps_of, paired
-from bench.study_tokens import CONTEXTS, of_group
+from bench.study.pairs import Arms, Paired, arms_of, baseline_of, gaps_of, paired
+from bench.study.plan import EARLY_STEPS, SIZES
+from bench.study.tokens import CONTEXTS, of_group
 from nanodisp.condensation.figures import MARKERS, STYLE
 
 Record = dict[str, Any]
@@ -139,7 +139,7 @@ def steps(records: Sequence[Record], losses: Arms) -> Figure:
 
 
 def context(records: Sequence[Record]) -> Figure:
-    """Paired differences at lambda 0.1 by size, design (a), a line per group of `study_tokens.CONTEXTS`.
+    """Paired differences at lambda 0.1 by size, design (a), a line per group of CONTEXTS.
 
     Groups are moved apart a little; every pair a dot, 95% intervals, hollow markers where there are too few pairs.
     """

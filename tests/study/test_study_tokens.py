@@ -12,17 +12,17 @@ from conftest import records
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import study_tokens
-from bench.study_report import by_token, of_tokens
-from bench.study_statistics import arms_of
+from bench.study import tokens
+from bench.study.pairs import arms_of
+from bench.study.report import by_token, of_tokens
 from nanodisp.data.shards import open_split
 from nanodisp.hf.open import open_run
 
 
 def test_the_loss_of_each_stratum_is_that_of_its_tokens(run: Callable[..., Path], corpus: Path) -> None:
     folder = run("train.steps=8", "train.eval_windows=null")
-    study_tokens.main(folder)
-    found = study_tokens.read(folder)["by_frequency"]
+    tokens.main(folder)
+    found = tokens.read(folder)["by_frequency"]
 
     text = open_split(corpus, "val").read(0, 1000)
     model, size = open_run(str(folder)).model, 16
@@ -39,7 +39,7 @@ def test_the_loss_of_each_stratum_is_that_of_its_tokens(run: Callable[..., Path]
     assert found == pytest.approx([surprise[mine == q].mean() for q in range(4)], rel=1e-5)
     loss = records(folder, "val")[-1]["loss"]
     assert np.bincount(mine) / n @ found == pytest.approx(loss, rel=1e-5)
-    context = study_tokens.read(folder)["by_context"]
+    context = tokens.read(folder)["by_context"]
     assert np.dot(context["shares"], context["losses"]) == pytest.approx(loss, rel=1e-5)
     assert all(share > 0 for share in context["shares"])
 
@@ -52,7 +52,7 @@ def test_a_token_is_copied_seen_or_new(row: list[int]) -> None:
         earlier = [j for j in range(i) if row[j] == row[i]]
         copied = bool(earlier) and row[earlier[-1] + 1] == target
         expected.append(0 if copied else 1 if target in row[: i + 1] else 2)
-    assert study_tokens.contexts_of(inputs, targets).tolist() == [expected]
+    assert tokens.contexts_of(inputs, targets).tolist() == [expected]
 
 
 def test_the_table_has_the_differences_of_each_stratum_and_of_measured_runs_alone() -> None:
@@ -62,9 +62,7 @@ def test_the_table_has_the_differences_of_each_stratum_and_of_measured_runs_alon
         for seed in range(3)
     ]
     every = [*runs, {"name": "a-77k-lam0.1-s9"}]
-    lines = [
-        *by_token("frequency", "abcd", [arms_of(every, study_tokens.of_group("by_frequency", q)) for q in range(4)])
-    ]
+    lines = [*by_token("frequency", "abcd", [arms_of(every, tokens.of_group("by_frequency", q)) for q in range(4)])]
     cells = lines[-1].split(" | ")
     assert cells[:2] == ["| a-77k-lam0.1", "3"]
     assert lines[-2] == "| a-77k-lam0: the loss itself | 3 runs | 1.0000 | 2.0000 | 3.0000 | 4.0000 |"

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import study
-from bench.study import call, chosen, final_loss, known_losses, write_records
-from bench.study_report import page, read_records
+from bench.study import records, worker
+from bench.study.records import final_loss, known_losses, write_records
+from bench.study.report import page, read_records
+from bench.study.worker import call, chosen, work
 from nanodisp.errors import UserError
 
 
@@ -23,9 +24,9 @@ def test_a_worker_takes_the_jobs_whose_names_begin_as_it_is_told(
 ) -> None:
     taken: list[str] = []
     monkeypatch.setattr(os, "nice", lambda _: 0)
-    monkeypatch.setattr(study, "call", lambda command, *_: taken.append(command[-1]) or 1)  # each fails
-    monkeypatch.setattr(study, "RECORDS", tmp_path)  # nothing is done yet
-    study.work(tmp_path, tmp_path, None, only=("lr-77k", "lr-150k"))
+    monkeypatch.setattr(worker, "call", lambda command, *_: taken.append(command[-1]) or 1)  # each fails
+    monkeypatch.setattr(records, "RECORDS", tmp_path)  # nothing is done yet
+    work(tmp_path, tmp_path, None, only=("lr-77k", "lr-150k"))
     names = [each.removeprefix("run_name=") for each in taken]
     assert {name[: name.index("k") + 1] for name in names} == {"lr-77k", "lr-150k"}
     assert len(set(names)) == len(names)
@@ -50,7 +51,7 @@ def test_a_run_is_asked_to_stop_when_the_time_is_over(tmp_path: Path) -> None:
 def test_a_run_that_diverges_is_recorded_counted_and_not_run_again(
     run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study, "RECORDS", tmp_path / "records")
+    monkeypatch.setattr(records, "RECORDS", tmp_path / "records")
     with pytest.raises(UserError, match="not finite"):
         run("optim.lr=1e30", "train.steps=9", "train.max_bad_steps=2", name="a-77k-lam0-s2")
     done = run("train.steps=null", "train.tokens=200", name="a-77k-lam0-s1")

@@ -8,13 +8,14 @@ import re
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from bench import study_report
-from bench.study import ROOT
-from bench.study_report import (
+from bench.study import report
+from bench.study.pairs import baseline_of, detectable, holm, paired, pairs_needed, slopes
+from bench.study.report import (
     PAGE,
     against_lambda,
     benchmarks,
@@ -25,7 +26,6 @@ from bench.study_report import (
     read_records,
     trend,
 )
-from bench.study_statistics import baseline_of, detectable, holm, paired, pairs_needed, slopes
 from nanodisp.report.scaling import Law
 
 
@@ -161,7 +161,7 @@ def test_every_arm_is_compared_with_lambda_0_of_its_own_design() -> None:
 
 
 def test_arms_are_worth_the_parameters_of_the_law_without_dispersion(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study_report, "RESAMPLES", 10)
+    monkeypatch.setattr(report, "RESAMPLES", 10)
     law = Law(E=2.0, A=60.0, B=300.0, alpha=0.3, beta=0.35)
     runs, sizes = [], (8e4, 1.5e5, 3e5, 6e5)
     for n, times in itertools.product(sizes, (5, 20, 80)):

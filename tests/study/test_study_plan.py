@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import compose
 
-from bench.study_plan import FURTHER, SIZES, Job, gpu_jobs, jobs, search
+from bench.study.plan import FURTHER, SIZES, Job, gpu_jobs, jobs, search
 from nanodisp.overrides import without_unused
 from nanodisp.training.optim import lr_scale
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import study_figures
-from bench.study_mechanism import beginnings, compared, correlations, partial_correlation, rivals, time_in_cone
-from bench.study_report import blimp, loss
-from bench.study_statistics import arms_of
+from bench.study import figures
+from bench.study.mechanism import beginnings, compared, correlations, partial_correlation, rivals, time_in_cone
+from bench.study.pairs import arms_of
+from bench.study.report import blimp, loss
 
 
 def record(name: str, loss: float, cosines: tuple[float, ...], weight: float, variant: str = "angular") -> Any:
@@ -104,7 +104,7 @@ def test_the_figures_can_be_drawn_from_any_number_of_runs(number: int) -> None:
     runs = [*ladder("77k", 5.4, 1.0), *early_runs("77k"), *early_runs("671k-warm38")[:4]][:number]
     for run in runs[::3] + runs[1::3]:  # not all are measured
         run["by_context"] = {"losses": [1.0, 2.0, 3.0], "shares": [0.1, 0.3, 0.6]}
-    drawn = study_figures.draw(runs, arms_of(runs, loss), arms_of(runs, blimp), compared(runs))
+    drawn = figures.draw(runs, arms_of(runs, loss), arms_of(runs, blimp), compared(runs))
     assert len(drawn) == 5
     for figure in drawn.values():
         figure.draw_without_rendering()

@@ -1,5 +1,5 @@
 """The tables and figures of the study, from docs/study/records/ alone: `make study-report` writes docs/study/results.md
-and docs/study/figures/. Statistics are in `study_statistics`, correlations and losses of others in `study_mechanism`.
+and docs/study/figures/. The tests are in `pairs.py`, correlations and losses of others in `mechanism.py`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ from typing import Any
 
 from scipy import stats
 
-from bench import study_figures, study_mechanism
-from bench.study import RECORDS
-from bench.study_plan import SIZES
-from bench.study_statistics import (
+from bench.study import figures, mechanism
+from bench.study.pairs import (
     FEWEST,
     WITHOUT_LAMBDA,
     Arms,
@@ -33,7 +31,9 @@ from bench.study_statistics import (
     probability,
     slopes,
 )
-from bench.study_tokens import CONTEXTS, of_group
+from bench.study.plan import SIZES
+from bench.study.records import RECORDS
+from bench.study.tokens import CONTEXTS, of_group
 from nanodisp.condensation.figures import STYLE
 from nanodisp.errors import UserError
 from nanodisp.report.scaling import effective_interval, effective_parameters, fit, resampled
@@ -168,7 +168,7 @@ def by_token(title: str, groups: Sequence[str], arms: Sequence[Arms]) -> Iterato
 
 
 def of_tokens(records: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """The two tables of `study_tokens`."""
+    """The two tables of `tokens.py`."""
     quarters = ("most frequent quarter", "frequent", "rare", "rarest quarter")
     arms = [arms_of(records, of_group("by_frequency", number)) for number in range(len(quarters))]
     yield from by_token("frequency of the predicted token", quarters, arms)
@@ -306,7 +306,7 @@ def page(every: Sequence[dict[str, Any]]) -> str:
     records = [record for record in every if record["loss"] is not None]
     n = {name: sum(record["design"] == name for record in records) for name in {r["design"] for r in records}}
     counted = ", ".join(f"({name}) {count}" for name, count in sorted(n.items()))
-    cone = arms_of(records, study_mechanism.time_in_cone)
+    cone = arms_of(records, mechanism.time_in_cone)
     others = [arm for of in families(cone).values() for arm in of if not arm.startswith(("rivals", "early"))]
     lines = [
         "# Results of the study",
@@ -332,16 +332,14 @@ def page(every: Sequence[dict[str, Any]]) -> str:
         *tables("Mean cosine of the middle layers", "H4", arms_of(records, middle_cosine), None, 3),
         *effective(records),
         *of_tokens(records),
-        *study_mechanism.correlations(records, "Validation loss", loss),
-        *study_mechanism.correlations(records, "BLiMP accuracy", blimp),
-        *table(
-            f"Share of training in the cone (last layer's cosine above {study_mechanism.HIGH})", cone, others, None, 3
-        ),
+        *mechanism.correlations(records, "Validation loss", loss),
+        *mechanism.correlations(records, "BLiMP accuracy", blimp),
+        *table(f"Share of training in the cone (last layer's cosine above {mechanism.HIGH})", cone, others, None, 3),
         "\nThe cosine is measured at every twentieth of a run. In runs of 3,000 steps or more that is after 150 steps",
         "at the earliest, when the cone is over: a share of 0 there does not say that there was none. The first steps",
         "of such runs, measured more often:",
-        *study_mechanism.beginnings(records),
-        *study_mechanism.rivals(records),
+        *mechanism.beginnings(records),
+        *mechanism.rivals(records),
     ]
     return "\n".join(lines) + "\n"
 
@@ -353,7 +351,7 @@ def main() -> None:
     records = [record for record in every if record["loss"] is not None]
     arms = arms_of(records, loss), arms_of(records, blimp)
     FIGURES.mkdir(exist_ok=True)
-    for name, figure in study_figures.draw(records, *arms, study_mechanism.compared(records)).items():
+    for name, figure in figures.draw(records, *arms, mechanism.compared(records)).items():
         picture = FIGURES / f"{name}.png"
         figure.savefig(picture, dpi=STYLE["savefig.dpi"])
         print(f"wrote {picture}")
