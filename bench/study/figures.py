@@ -139,12 +139,13 @@ def steps(records: Sequence[Record], losses: Arms) -> Figure:
 
 
 def context(records: Sequence[Record]) -> Figure:
-    """Paired differences at lambda 0.1 by size, design (a), a line per group of CONTEXTS.
+    """Left: paired differences at lambda 0.1 by size, design (a), a line per group of CONTEXTS.
 
     Groups are moved apart a little; every pair a dot, 95% intervals, hollow markers where there are too few pairs.
+    Right: the loss of what can be copied over the steps of training, of runs that have kept several checkpoints.
     """
-    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
-    ax = figure.add_subplot()
+    figure = Figure(figsize=(7.4, 3.4), layout="constrained")
+    ax, right = figure.subplots(1, 2)
     ax.axhline(0, color="0.6", linewidth=0.8)
     measured = [r for r in records if r["design"] == "a" and "by_context" in r]
     sizes = [size for size in SIZES if any(r["name"].startswith(f"a-{size}-lam0.1-") for r in measured)]
@@ -165,6 +166,15 @@ def context(records: Sequence[Record]) -> Figure:
     ax.set(xlabel="parameters", ylabel="difference to lambda 0, nats per token")
     if sizes:
         ax.legend(title="tokens")
+    for lam, of_lam in (("lam0", WITHOUT), ("lam0.1", WITH)):
+        kept = [r for r in measured if f"-{lam}-" in r["name"] and len(r.get("context_over_steps", ())) > 1]
+        for number, record in enumerate(kept):
+            steps, copied, *_ = zip(*record["context_over_steps"], strict=True)
+            label = f"{record['name'].split('-')[1]}, {lam.replace('lam', 'lambda ')}" if number == 0 else None
+            right.plot(steps, copied, marker=".", color=of_lam, label=label)
+    right.set(xlabel="steps of training", ylabel=f"loss of {CONTEXTS[0]} tokens, nats")
+    if right.lines:
+        right.legend()
     return figure
 
 

@@ -19,6 +19,7 @@ from bench.study.pairs import (
     FEWEST,
     WITHOUT_LAMBDA,
     Arms,
+    arm_and_seed,
     arms_of,
     baseline_of,
     detectable,
@@ -33,7 +34,7 @@ from bench.study.pairs import (
 )
 from bench.study.plan import SIZES
 from bench.study.records import RECORDS
-from bench.study.tokens import CONTEXTS, of_group
+from bench.study.tokens import CONTEXTS, at_step, of_group
 from nanodisp.condensation.figures import STYLE
 from nanodisp.errors import UserError
 from nanodisp.report.scaling import effective_interval, effective_parameters, fit, resampled
@@ -168,7 +169,7 @@ def by_token(title: str, groups: Sequence[str], arms: Sequence[Arms]) -> Iterato
 
 
 def of_tokens(records: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """The two tables of `tokens.py`."""
+    """The tables of `tokens.py`."""
     quarters = ("most frequent quarter", "frequent", "rare", "rarest quarter")
     arms = [arms_of(records, of_group("by_frequency", number)) for number in range(len(quarters))]
     yield from by_token("frequency of the predicted token", quarters, arms)
@@ -178,6 +179,28 @@ def of_tokens(records: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield from by_token("what the context holds", heads, arms)
     yield "\nCopied: the token that followed the last earlier occurrence, in the window, of the token just read. Seen:"
     yield "another one that occurs earlier in the window. The shares are those of the first run that is measured."
+    yield from over_steps(records)
+
+
+def over_steps(records: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """A table of the losses by context after each checkpoint of the runs that have kept several."""
+    yield "\n### Validation loss by what the context holds, over the steps of training\n"
+    kept = [r for r in records if len(r.get("context_over_steps", ())) > 1]
+    members = [arm for family in families(arms_of(kept, loss)).values() for arm in family]
+    if not members:
+        yield "Not known yet: no pair has kept several checkpoints."
+        return
+    yield f"| arm | steps | pairs | {' | '.join(f'{name}: without, difference' for name in CONTEXTS)} |"
+    yield "| --- | --- | --- |" + " --- |" * len(CONTEXTS)
+    for arm in members:
+        steps = {row[0] for r in kept if arm_and_seed(r)[0] == arm for row in r["context_over_steps"]}
+        for step in sorted(steps):
+            every = [arms_of(kept, at_step(step, number)) for number in range(len(CONTEXTS))]
+            if not gaps_of(every[0][arm], every[0].get(baseline_of(arm), {})):
+                continue
+            found = [paired(of[arm], of[baseline_of(arm)], 0.0) for of in every]
+            cells = [f"{base_of(of, arm):.4f}, {difference(each, 4)}" for each, of in zip(found, every, strict=True)]
+            yield f"| {arm} | {step:,} | {found[0].n} | {' | '.join(cells)} |"
 
 
 # --- the page ------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ By frequency: the predicted tokens are cut into four strata by how often they oc
 By context: can the token be copied? A model that copies looks for the last earlier occurrence of the token it has just
 read and predicts what followed there: an induction head, Olsson et al., "In-context Learning and Induction Heads",
 arXiv 2209.11895. `copied` tokens are those that this rule predicts; `seen` ones are others that occur earlier in the
-window; `new` ones do not.
+window; `new` ones do not. Of a run that has kept several checkpoints, after each of them.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from nanodisp.data.shards import open_split
 from nanodisp.hf.corpus import folder_of_data
 from nanodisp.hf.open import open_for_measuring
 from nanodisp.models.gpt import GPT
+from nanodisp.runs.checkpoint import all_checkpoints, find, read_state
 
 CONTEXTS = ("copied", "seen", "new")
-KINDS = ("by_frequency", "by_context")  # loss_<kind>.json in a run's folder
+KINDS = ("by_frequency", "by_context", "context_over_steps")  # loss_<kind>.json in a run's folder
 WINDOWS = 1024  # as many as the study's runs are validated on: the same ones
 ROWS = 8  # windows of a forward pass
 
@@ -46,9 +47,9 @@ class Losses(NamedTuple):
 
 
 @torch.no_grad()
-def losses_of(folder: Path) -> Losses:
-    """Of a run's last checkpoint; raises UserError without one, or without the run's data."""
-    subject = open_for_measuring(str(folder))
+def losses_of(checkpoint: Path) -> Losses:
+    """Raises UserError without the run's data."""
+    subject = open_for_measuring(str(checkpoint))
     model = subject.model
     assert isinstance(model, GPT)
     tokens = open_split(folder_of_data(subject, "it is measured on them"), "val")
@@ -115,9 +116,24 @@ def of_group(kind: str, number: int) -> Callable[[dict[str, Any]], float | None]
     return loss_of
 
 
+def at_step(step: int, number: int) -> Callable[[dict[str, Any]], float | None]:
+    """A record -> the loss of one of `CONTEXTS` after so many steps, None if it is not known."""
+
+    def loss_of(record: dict[str, Any]) -> float | None:
+        rows = record.get("context_over_steps", ())
+        return next((losses[number] for at, *losses in rows if at == step), None)
+
+    return loss_of
+
+
 def main(folder: Path) -> None:
-    of = losses_of(folder)
-    for kind, found in zip(KINDS, (by_frequency(of), by_context(of)), strict=True):
+    """Raises UserError for a run without a checkpoint."""
+    last = find(folder)
+    over_steps = []  # a row for every checkpoint that is kept: its step, the loss of each of CONTEXTS
+    for path in all_checkpoints(last.parent):
+        of = losses_of(path)
+        over_steps.append([read_state(path)["step"], *by_context(of)["losses"]])
+    for kind, found in zip(KINDS, (by_frequency(of), by_context(of), over_steps), strict=True):
         rounded = json.loads(json.dumps(found), parse_float=lambda text: round(float(text), 6))
         file_of(folder, kind).write_text(json.dumps(rounded))
 

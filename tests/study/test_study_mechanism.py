@@ -104,6 +104,7 @@ def test_the_figures_can_be_drawn_from_any_number_of_runs(number: int) -> None:
     runs = [*ladder("77k", 5.4, 1.0), *early_runs("77k"), *early_runs("671k-warm38")[:4]][:number]
     for run in runs[::3] + runs[1::3]:  # not all are measured
         run["by_context"] = {"losses": [1.0, 2.0, 3.0], "shares": [0.1, 0.3, 0.6]}
+        run["context_over_steps"] = [[500, 3.0, 3.0, 3.0], [1000, 1.0, 2.0, 3.0]]
     drawn = figures.draw(runs, arms_of(runs, loss), arms_of(runs, blimp), compared(runs))
     assert len(drawn) == 5
     for figure in drawn.values():

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from bench.study import tokens
 from bench.study.pairs import arms_of
-from bench.study.report import by_token, of_tokens
+from bench.study.report import by_token, of_tokens, over_steps
 from nanodisp.data.shards import open_split
 from nanodisp.hf.open import open_run
 
 
 def test_the_loss_of_each_stratum_is_that_of_its_tokens(run: Callable[..., Path], corpus: Path) -> None:
-    folder = run("train.steps=8", "train.eval_windows=null")
+    folder = run("train.steps=8", "train.eval_windows=null", "train.checkpoint_interval=4", "train.keep_every=4")
     tokens.main(folder)
     found = tokens.read(folder)["by_frequency"]
 
@@ -42,6 +42,9 @@ def test_the_loss_of_each_stratum_is_that_of_its_tokens(run: Callable[..., Path]
     context = tokens.read(folder)["by_context"]
     assert np.dot(context["shares"], context["losses"]) == pytest.approx(loss, rel=1e-5)
     assert all(share > 0 for share in context["shares"])
+    (at_4, *losses_4), (at_8, *losses_8) = tokens.read(folder)["context_over_steps"]
+    assert (at_4, at_8) == (4, 8) and losses_8 == context["losses"]
+    assert np.dot(context["shares"], losses_4) > 1.01 * loss, "it has learned from step 4 to 8"
 
 
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=12))
@@ -72,3 +75,22 @@ def test_the_table_has_the_differences_of_each_stratum_and_of_measured_runs_alon
     lines = [*of_tokens(context)]
     assert "| arm | pairs | copied (10.0% of the text) | seen (20.0% of the text) | new (70.0% of the text) |" in lines
     assert any(line.startswith("| a-77k-lam0.1 | 3 | +0.0000 ") and line.count("|") == 6 for line in lines)
+
+
+def test_the_losses_over_steps_are_compared_at_each_checkpoint_of_pairs_that_have_several() -> None:
+    runs = [
+        {
+            "name": f"a-1.19M-lam{lam}-s{seed}",
+            "loss": 3.0,
+            "context_over_steps": [[500, 5.0, 4, 5], [1000, copied, 4, 5]],
+        }
+        for seed in range(3)
+        for lam, copied in (("0", 2.0 + seed), ("0.1", 2.5 + seed))
+    ]
+    lines = [*over_steps([*runs, {"name": "a-77k-lam0.1-s1", "loss": 3.0, "context_over_steps": [[9, 1, 2, 3]]}])]
+    assert [line[:45] for line in lines[-2:]] == [
+        "| a-1.19M-lam0.1 | 500 | 3 | 5.0000, +0.0000 ",
+        "| a-1.19M-lam0.1 | 1,000 | 3 | 3.0000, +0.500",
+    ]
+    assert "77k" not in "".join(lines)
+    assert "Not known yet" in [*over_steps(runs[:1])][-1]
