@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ from nanodisp.data import shards
 from nanodisp.dispersion.kernels import compiled
 from nanodisp.runs import checkpoint
 
+for variable in ("FORCE_COLOR", "TTY_COMPATIBLE"):
+    os.environ.pop(variable, None)  # rich would take a pipe for a terminal
 torch.set_num_threads(1 if IN_PARALLEL else 2)
 hypothesis.settings.register_profile("nanodisp", deadline=None)  # a machine that does much else is no failure
 hypothesis.settings.load_profile("nanodisp")
@@ -149,6 +151,22 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = ("train.steps=3", "train.sample_tokens=0", f"data.path={corpus}", f"out_dir={folder}", "run_name=run")
     train.train(compose(*TINY, *settings))
     return folder / "run"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """With two, inductor's sums of the embedding's gradients are atomic: their order, and last digits, vary."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def same_draws(request: pytest.FixtureRequest) -> None:
+    """A module's generator RNG begins anew for each test, whichever ran before."""
+    if (rng := getattr(request.module, "RNG", None)) is not None:
+        rng.bit_generator.state = np.random.default_rng(0).bit_generator.state
 
 
 @pytest.fixture

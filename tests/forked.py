@@ -6,8 +6,10 @@ loaded, its standard streams, torchrun around it) needs `conftest.command`.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
+import itertools
 import multiprocessing
 import os
 import runpy
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import cast
 
 ROOT = Path(__file__).parents[1]
+PORTS = itertools.count(97 * os.getpid())  # each worker of pytest has its own
 PATIENCE = 280.0  # seconds, also on a machine that does much else
 CONTEXT = multiprocessing.get_context("forkserver")
 # What a script would import, and the main module.
@@ -62,11 +65,23 @@ class Forked:
         return subprocess.CompletedProcess(self.arguments, cast(int, self.process.exitcode), *said)
 
 
+def rendezvous(n: int) -> dict[str, str]:
+    """What torchrun would set for all of n ranks on this machine.
+
+    The port is outside the range from which systems take those of connections: none is given it before rank 0 is there.
+    """
+    for number in PORTS:
+        port = 20_000 + number % 10_000
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            break
+    interface = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}  # a host name may not be known
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n), **interface}
+
+
 def start_ranks(n: int, script: Path, *arguments: str) -> list[Forked]:
     """Ranks without torchrun, which would end the others as soon as one fails."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(n)}
+    shared = rendezvous(n)
     return [Forked(script, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(n)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -77,8 +78,9 @@ def test_a_dry_run_prints_the_size_of_every_job_and_writes_no_run(corpus: Path, 
     assert result.returncode == 0, result.stderr
     *lines, total = result.stdout.splitlines()
     assert len(lines) == 2
-    assert total.startswith("2 runs, 0 done already: about 0:00:0")
-    assert all("10,960 parameters, 100 steps, 6,400 tokens, about 0:00:0" in line for line in lines)
+    assert re.match(r"2 runs, 0 done already: about \d:\d\d:\d\d", total)
+    size = r"10,960 parameters, 100 steps, 6,400 tokens, about \d:\d\d:\d\d"
+    assert all(re.search(size, line) for line in lines)
     left = [path.name for path in (tmp_path / "out").rglob("*")] if (tmp_path / "out").exists() else []
     assert left in ([], ["multirun.yaml"]), "Hydra's own record of the sweep, and no run"
 

@@ -85,6 +85,8 @@ class RollCall:
             time.sleep(0.2)
             gone = [rank for rank in others if not self.store.check([f"here/{rank}"])]
             hanging = [rank for rank in others if not self.store.check([f"waiting/{rank}"])]
+        if self.rank == 0:  # it may keep the store: ranks that have noticed later still ask there
+            time.sleep(SECONDS_TO_ANSWER / 5)
         return gone, hanging
 
     def _answer(self, connection: dist.Store) -> None:

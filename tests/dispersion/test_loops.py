@@ -81,12 +81,14 @@ def test_compiled_unround() -> None:
 @pytest.mark.parametrize("matmul_dtype", DTYPES)
 def test_the_number_of_threads_does_not_change_a_bit(matmul_dtype: torch.dtype) -> None:
     c = cosines(3, 300, matmul_dtype)
-    results = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        h = torch.empty_like(c)
-        results.append([*compiled.pairs(c, h, "angular", 1.0, 0.25), h])
-    torch.set_num_threads(2)
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            h = torch.empty_like(c)
+            results.append([*compiled.pairs(c, h, "angular", 1.0, 0.25), h])
+    finally:
+        torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 

@@ -43,7 +43,7 @@ def test_auto_is_bfloat16_only_where_the_cpu_multiplies_it_faster(
 
 def test_the_measurement_draws_no_random_numbers() -> None:
     before = torch.get_rng_state()
-    assert hardware.bfloat16_is_faster.__wrapped__() in (True, False)
+    hardware.bfloat16_is_faster.__wrapped__()
     assert torch.equal(torch.get_rng_state(), before)
 
 

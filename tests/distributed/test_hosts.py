@@ -35,9 +35,7 @@ def train_on(
     hosts: list[Path], *settings: str, data: list[Path], second: tuple[str, ...] = (), ends: int = 0
 ) -> list[str]:
     """Two ranks, each with its out_dir and its data, `second` with further settings; what they say on stderr."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    shared = forked.rendezvous(2)
     ranks = [
         forked.Forked(
             *(ROOT / "train.py", *SETTINGS, *settings, f"out_dir={host}", "run_name=run", f"data.path={corpus}"),

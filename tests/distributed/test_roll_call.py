@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 
 import pytest
 import torch.distributed as dist
@@ -66,6 +67,20 @@ def test_a_store_that_fails_means_the_rank_that_keeps_it(monkeypatch: pytest.Mon
     line = part.missing(CLOSED)
     assert line is not None
     assert line.startswith("rank 0 on h0, which keeps the store, hangs or is gone")
+
+
+@pytest.mark.slow
+def test_rank_0_which_may_keep_the_store_leaves_after_those_that_noticed_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, _, third = ranks(monkeypatch, 3, answering=(0, 2))
+    monkeypatch.setattr(roll_call, "SECONDS_TO_ANSWER", 5.0)
+    left = []
+    thread = threading.Thread(target=lambda: left.append((0, first.missing(CLOSED))))
+    thread.start()
+    time.sleep(0.1)
+    left.append((2, third.missing(CLOSED)))
+    thread.join()
+    assert [rank for rank, _ in left] == [2, 0]
+    assert all(line is not None and line.startswith("rank 1 on h1 is gone") for _, line in left)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,24 +61,15 @@ def test_another_source_has_graphs_of_its_own(changed: str, tmp_path: Path, monk
     assert version_of(tmp_path / "nanodisp") != before
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """With two, inductor's sums of the embedding's gradients are atomic: their order, and last digits, vary."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_a_compiled_run_has_the_same_curve_compiles_in_its_first_steps_only_and_in_no_second_start(
-    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, one_thread: None
+    run: Run, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
     from torch._dynamo.utils import counters
 
-    # graphs of a version of their own: none is kept yet, while kernels may be
-    monkeypatch.setattr("nanodisp.training.compiled.version_of", lambda _: str(tmp_path))
+    version = uuid.uuid4().hex  # graphs of a version of their own: none is kept yet, while kernels may be
+    monkeypatch.setattr("nanodisp.training.compiled.version_of", lambda _: version)
     settings = ("train.steps=6", "train.log_interval=1", "train.eval_interval=2", "train.eval_windows=6")  # 4, then 2
     settings += ("model.n_layer=1", "train.sample_tokens=0")
     plain = run(*settings, name="plain")

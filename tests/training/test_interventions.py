@@ -235,7 +235,7 @@ def test_a_compiled_run_has_the_same_curve(run: Run, teacher: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
-def test_noise_in_a_compiled_run_is_repeatable(run: Run) -> None:
+def test_noise_in_a_compiled_run_is_repeatable(run: Run, one_thread: None) -> None:
     settings = ("train.steps=6", "train.log_interval=1", "model.n_layer=1")
     noisy = [run(*settings, NOISE, "train.compile=true", name=name) for name in ("a", "b")]
     assert losses(noisy[0]) == pytest.approx(
