@@ -167,8 +167,7 @@ def soak_ranks(folder: Path) -> dict[str, Any]:
     kills = 0
     while process.poll() is None and kills < 3:
         time.sleep(0.2)
-        done = checkpoint.all_checkpoints(folder / "restarted" / "checkpoints")
-        if len(done) and int(done[-1].name[5:]) >= 4 * (kills + 1):
+        if checkpoint.newest_step(folder / "restarted") >= 4 * (kills + 1):
             victims = subprocess.run(["pgrep", "-f", "run_name=restarted"], capture_output=True, text=True).stdout
             workers = [int(pid) for pid in victims.split() if int(pid) != process.pid]
             if workers:

@@ -15,7 +15,7 @@ Everywhere:
   python -m nanodisp.data.tokenizer    train a vocabulary on your own text
   python -m nanodisp.data.shards       verify the checksums of prepared shards
 
-`from nanodisp import DispersionLoss` is the loss for your own training loop. README.md has examples of all of these.
+`from nanodisp import DispersionLoss` is the loss for your own training loop. README.md has examples.
 """
 
 from nanodisp import cli

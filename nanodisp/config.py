@@ -31,6 +31,7 @@ OBJECTIVES = ("next_token", "masked_lm")  # of decoders, of encoders
 RESUME = ("auto", "never")
 WANDB_MODES = ("disabled", "offline", "online")
 CONFIG = "config.yaml"  # in a run's folder
+RUN_NAME = re.compile(r"\w[\w.,=+-]*")
 
 
 @dataclass
@@ -231,7 +232,7 @@ class Config:
             raise ValueError(
                 f"model.block_size={self.model.block_size} must be at least 2: dispersion needs pairs of tokens"
             )
-        if self.run_name is not None and not re.fullmatch(r"\w[\w.,=+-]*", self.run_name):
+        if self.run_name is not None and not RUN_NAME.fullmatch(self.run_name):
             raise ValueError(
                 f"run_name={self.run_name!r} must be letters, digits and . , = + - _ and begin with a letter or digit"
             )

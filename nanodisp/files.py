@@ -1,11 +1,13 @@
-"""Atomic writes and checksums."""
+"""Atomic writes, checksums, and numbers as JSON has them."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 from nanodisp.errors import UserError
 
@@ -48,3 +50,12 @@ def digest(path: Path, algorithm: str = "sha256") -> str:
         while chunk := file.read(1 << 22):
             state.update(chunk)
     return state.hexdigest()
+
+
+def finite(value: Any) -> Any:
+    """For JSON, which has neither NaN nor infinity: they become None, also inside lists and dicts."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,9 +1,11 @@
-"""Files: written completely or not at all, and their checksums."""
+"""Files: written completely or not at all, and their checksums; what JSON lacks."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -11,9 +13,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nanodisp.errors import UserError
-from nanodisp.files import digest, flush, write_whole
+from nanodisp.files import digest, finite, flush, write_whole
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -118,3 +122,16 @@ def test_the_digest_is_that_of_the_content(tmp_path: Path, n_bytes: int) -> None
     (tmp_path / "a").write_bytes(content)
     assert digest(tmp_path / "a") == hashlib.sha256(content).hexdigest()
     assert digest(tmp_path / "a", "blake2b") == hashlib.blake2b(content).hexdigest()
+
+
+TEXTS = st.text("ab", max_size=3)
+VALUES = st.recursive(
+    st.floats() | st.integers() | st.none() | TEXTS,
+    lambda inside: st.lists(inside, max_size=3) | st.dictionaries(TEXTS, inside, max_size=3),
+)
+
+
+@given(VALUES)
+def test_json_has_no_nan_and_no_infinity(value: object) -> None:
+    expected = re.sub("NaN|-?Infinity", "null", json.dumps(value))
+    assert json.dumps(finite(value), allow_nan=False) == expected

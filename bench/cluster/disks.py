@@ -63,11 +63,7 @@ def read_only(out: Path, name: str, whole: Path, rng: random.Random | None) -> t
     )
     if rng is not None:
         step = rng.randrange(2, 60)
-        until(
-            lambda: len(checkpoints_of(out / name)) and int(checkpoints_of(out / name)[-1].name[5:]) >= step,
-            120,
-            "step",
-        )
+        until(lambda: checkpoint.newest_step(out / name) >= step, 120, "step")
         until(lambda: remount(folder, "ro") or process.poll() is not None, 60, "read-only", every=0.0)
     said = process.communicate(timeout=300)[1]
     lines = errors_in(said)

@@ -62,11 +62,11 @@ class Job:
         self.log = self.folder / f"{name}.log"
         self.agents: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(self, hosts: Sequence[Host], nodes: str, restarts: int = 0, at: Host | None = None, **env: str) -> None:
-        """Begin, or go on, on these hosts; `at` has the rendezvous, the first of them by default."""
-        self.meeting = at or hosts[0]
+    def start(self, hosts: Sequence[Host], nodes: str, *settings: str) -> None:
+        """Begin, or go on, on these hosts, with the rendezvous on the first of them."""
+        self.meeting = hosts[0]
         for host in hosts:
-            self.join(host, nodes, restarts, **env)
+            self.join(host, nodes, 0, *settings)
 
     def join(self, host: Host, nodes: str, restarts: int, *settings: str, **environment: str) -> None:
         rendezvous = (
@@ -187,9 +187,7 @@ class Cases:
         """The curve of an undisturbed run with a constant learning rate, the same for any number of steps."""
         job = Job(self, "constant")
         if not (job.run_on(self.hosts[0]) / "metrics.jsonl").exists():
-            job.meeting = self.hosts[0]
-            for host in self.hosts:
-                job.join(host, "3", 0, *STEADY, "optim.lr=1e-3")
+            job.start(self.hosts, "3", *STEADY, "optim.lr=1e-3")
             job.wait()
         return curve(job.run_on(self.hosts[0]))
 
@@ -287,8 +285,7 @@ class Cases:
         """--nnodes=1:3: three hosts, then one, then two."""
         long = ("train.steps=3000", "train.checkpoint_interval=50", "optim.lr=1e-4")  # no chaos in so many steps
         whole = Job(self, "elastic-whole")
-        whole.meeting = self.hosts[0]
-        whole.join(self.hosts[0], "1", 0, *long)
+        whole.start(self.hosts[:1], "1", *long)
         good, right, errors, seen = whole.wait(seconds=600), curve(whole.run_on(self.hosts[0])), [], ""
         for number in range(self.times):
             job, (first, second, third) = Job(self, f"elastic-{number}", separate=True), self.hosts

@@ -59,7 +59,6 @@ class Cable:
     def __init__(self, ends: tuple[int, int], seed: int) -> None:
         self.ends, self.rng = ends, random.Random(seed)
         self.is_cut, self.loss, self.delay = False, 0.0, 0.0
-        self.lost = 0
         self.unplugged = threading.Event()
 
     def plug_in(self) -> None:
@@ -77,7 +76,6 @@ class Cable:
                 except OSError:  # its host is gone
                     return
                 if self.is_cut or self.rng.random() < self.loss:
-                    self.lost += 1
                     continue
                 number += 1
                 due = time.monotonic() + self.delay * self.rng.uniform(0.5, 1.5)
@@ -86,8 +84,8 @@ class Cable:
                 _, _, to, frame = heapq.heappop(waiting)
                 try:
                     os.write(to, frame)
-                except BlockingIOError:  # its queue is full, as a switch's may be
-                    self.lost += 1
+                except BlockingIOError:  # its queue is full, as a switch's may be: the frame is lost
+                    pass
                 except OSError:
                     return
 

@@ -3,10 +3,10 @@
     python -m bench.cluster.slurm                    # everything
     python -m bench.cluster.slurm only=cancelled     # cases whose name contains this; times=1 for fewer of each
 
-Installs Debian's slurm-wlm and munge if they are missing (root), and writes a configuration for four nodes of two CPUs
-and two stand-ins for GPUs into a temporary folder. The jobs are those of examples/slurm/train.sbatch, unchanged, on
-two nodes with a rank each, and a sweep through hydra/launcher=slurm. What is disturbed must end with the weights and
-the losses of an undisturbed job, bit for bit. Figures go to bench/results/slurm-<machine>.json.
+Installs Debian's slurm-wlm and munge if they are missing (root), and writes a configuration for four nodes of four
+CPUs and two stand-ins for GPUs into a temporary folder. The jobs are those of examples/slurm/train.sbatch, unchanged,
+on two nodes with a rank each, and a sweep through hydra/launcher=slurm. What is disturbed must end with the weights
+and the losses of an undisturbed job, bit for bit. Figures go to bench/results/slurm-<machine>.json.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.rivals import Entry, curves
-from bench.study.pairs import Arms, Paired, arms_of, baseline_of, gaps_of, paired
+from bench.study.pairs import Arms, Paired, arm_and_seed, arms_of, baseline_of, gaps_of, paired
 from bench.study.plan import EARLY_STEPS, SIZES
 from bench.study.tokens import CONTEXTS, of_group
 from nanodisp.condensation.figures import MARKERS, STYLE
@@ -117,25 +117,40 @@ def steps(records: Sequence[Record], losses: Arms) -> Figure:
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     ax = figure.add_subplot()
     ax.axhline(0, color="0.6", linewidth=0.8)
-    last_step = {r["name"].rpartition("-s")[0]: r["val"][-1]["step"] for r in records}
+    last_step = {arm_and_seed(r)[0]: r["val"][-1]["step"] for r in records}
     arms = [arm for arm in losses if arm[0] in "ab" and arm.endswith("-lam0.1")]
     sizes = [size for size in SIZES if any(arm.split("-")[1] == size for arm in arms)]
     for number, size in enumerate(sizes):
         colour = matplotlib.colormaps["viridis"](0.88 * number / max(1, len(sizes) - 1))
         for place, arm in enumerate(arm for arm in arms if arm.split("-")[1] == size):
-            of = paired(losses[arm], losses.get(baseline_of(arm), {}), margin=0.0)
-            gaps = [*gaps_of(losses[arm], losses.get(baseline_of(arm), {})).values()]
-            x = last_step[arm] * 1.03**number
-            ax.plot([x * 1.03] * len(gaps), gaps, "o", color="0.65", markersize=2.5)
-            label, filled = None if place else size, "full" if np.isfinite(of.half) else "none"  # no interval: hollow
-            half = of.half if np.isfinite(of.half) else None
-            ax.errorbar(x, of.mean, half, None, MARKERS[number], capsize=3, color=colour, label=label, fillstyle=filled)
+            x, label = last_step[arm] * 1.03**number, None if place else size
+            mark(ax, (x, x * 1.03), losses[arm], losses.get(baseline_of(arm), {}), MARKERS[number], colour, label)
     ax.set(xscale="log", xlabel="steps of training", ylabel="difference to lambda 0, nats per token")
     ax.set_xticks(ticks := [200, 500, 1000, 2000, 5000], [f"{each:,}" for each in ticks])
     ax.minorticks_off()
     if sizes:
         ax.legend(title="parameters")
     return figure
+
+
+def mark(
+    ax: Axes,
+    places: tuple[float, float],
+    values: dict[int, float],
+    baseline: dict[int, float],
+    marker: str,
+    colour: Any,
+    label: str | None = None,
+) -> float:
+    """Draw a mean difference with its interval at the first place and every pair as a dot at the second; return it.
+
+    Hollow where there are too few pairs for an interval.
+    """
+    of, gaps = paired(values, baseline, margin=0.0), [*gaps_of(values, baseline).values()]
+    ax.plot([places[1]] * len(gaps), gaps, "o", color="0.65", markersize=2.5)
+    half, filled = (of.half, "full") if np.isfinite(of.half) else (None, "none")
+    ax.errorbar(places[0], of.mean, half, None, marker, capsize=3, color=colour, label=label, fillstyle=filled)
+    return of.mean
 
 
 def context(records: Sequence[Record]) -> Figure:
@@ -155,12 +170,8 @@ def context(records: Sequence[Record]) -> Figure:
         means = []
         for place, size in enumerate(sizes):
             values, baseline = arms[f"a-{size}-lam0.1"], arms.get(f"a-{size}-lam0", {})
-            of, x = paired(values, baseline, margin=0.0), place + 0.12 * (number - 1)
-            gaps = [*gaps_of(values, baseline).values()]
-            ax.plot([x + 0.04] * len(gaps), gaps, "o", color="0.65", markersize=2.5)
-            half, filled = (of.half, "full") if np.isfinite(of.half) else (None, "none")
-            ax.errorbar(x, of.mean, half, None, MARKERS[number], capsize=3, color=colour, fillstyle=filled)
-            means.append((x, of.mean))
+            x = place + 0.12 * (number - 1)
+            means.append((x, mark(ax, (x, x + 0.04), values, baseline, MARKERS[number], colour)))
         ax.plot(*zip(*means, strict=True) if means else ([], []), color=colour, linewidth=1, label=name)
     ax.set_xticks(range(len(sizes)), sizes)
     ax.set(xlabel="parameters", ylabel="difference to lambda 0, nats per token")

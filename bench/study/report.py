@@ -82,11 +82,6 @@ def score(task: str, metric: str) -> Callable[[dict[str, Any]], float | None]:
 blimp = score("blimp", "acc")
 
 
-def middle_cosine(record: dict[str, Any]) -> float:
-    """The mean cosine of the layers between the embedding and the last one at the end."""
-    return statistics.fmean(record["val"][-1]["mean_cosine"][1:-1])
-
-
 def family_of(arm: str) -> str:
     """Tests that are corrected together: each lambda of design (a), each other design with dispersion, and without."""
     design, _, *rest = arm.split("-")
@@ -111,7 +106,7 @@ def families(arms: Arms) -> dict[str, list[str]]:
 
 def effective(records: Sequence[dict[str, Any]]) -> Iterator[str]:
     """How much larger a model without dispersion must be to equal each arm of (a), by the law of all runs without."""
-    plain = [r for r in records if r["name"].rpartition("-s")[0].endswith("lam0") and r["design"] in ("a", "b")]
+    plain = [r for r in records if arm_and_seed(r)[0].endswith("lam0") and r["design"] in ("a", "b")]
     n, d, losses = zip(*((r["non_embedding"], r["config"]["train"]["tokens"], r["loss"]) for r in plain), strict=True)
     yield "\n### Effective parameters\n"
     try:
@@ -123,7 +118,7 @@ def effective(records: Sequence[dict[str, Any]]) -> Iterator[str]:
     by_arm: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for record in records:
         if record["design"] == "a":
-            by_arm[record["name"].rpartition("-s")[0]].append(record)
+            by_arm[arm_and_seed(record)[0]].append(record)
     rows, misses = [], []
     for arm, runs in by_arm.items():
         mean, tokens = statistics.fmean(r["loss"] for r in runs), runs[0]["config"]["train"]["tokens"]
@@ -275,7 +270,7 @@ def trend(records: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield "\n### Does the difference depend on size? (H2)\n"
     runs = [r for r in records if r["design"] in ("a", "b")]
     ends, middles = arms_of(runs, loss), arms_of(runs, lambda record: record["val"][-2]["loss"])
-    about = {r["name"].rpartition("-s")[0]: (math.log2(r["non_embedding"]), r["val"][-1]["step"]) for r in runs}
+    about = {arm_and_seed(r)[0]: (math.log2(r["non_embedding"]), r["val"][-1]["step"]) for r in runs}
     treated = [arm for arm in ends if arm.endswith("-lam0.1") and baseline_of(arm) in ends]
     gaps = {arm: [*gaps_of(ends[arm], ends[baseline_of(arm)]).values()] for arm in treated}
     of_size = slopes(((about[arm][0],), of) for arm, of in gaps.items() if arm.startswith("a"))
@@ -352,7 +347,7 @@ def page(every: Sequence[dict[str, Any]]) -> str:
         *interactions(arms_of(records, loss)),
         *tables("BLiMP, accuracy", "H3", arms_of(records, blimp), MARGINS["BLiMP"], 4),
         *benchmarks(records),
-        *tables("Mean cosine of the middle layers", "H4", arms_of(records, middle_cosine), None, 3),
+        *tables("Mean cosine of the middle layers", "H4", arms_of(records, mechanism.middle), None, 3),
         *effective(records),
         *of_tokens(records),
         *mechanism.correlations(records, "Validation loss", loss),

@@ -29,7 +29,7 @@ from nanodisp.data.shards import open_split
 from nanodisp.hf.corpus import folder_of_data
 from nanodisp.hf.open import open_for_measuring
 from nanodisp.models.gpt import GPT
-from nanodisp.runs.checkpoint import all_checkpoints, find, read_state
+from nanodisp.runs.checkpoint import all_checkpoints, find, step_of
 
 CONTEXTS = ("copied", "seen", "new")
 KINDS = ("by_frequency", "by_context", "context_over_steps")  # loss_<kind>.json in a run's folder
@@ -132,7 +132,7 @@ def main(folder: Path) -> None:
     over_steps = []  # a row for every checkpoint that is kept: its step, the loss of each of CONTEXTS
     for path in all_checkpoints(last.parent):
         of = losses_of(path)
-        over_steps.append([read_state(path)["step"], *by_context(of)["losses"]])
+        over_steps.append([step_of(path), *by_context(of)["losses"]])
     for kind, found in zip(KINDS, (by_frequency(of), by_context(of), over_steps), strict=True):
         rounded = json.loads(json.dumps(found), parse_float=lambda text: round(float(text), 6))
         file_of(folder, kind).write_text(json.dumps(rounded))

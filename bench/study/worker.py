@@ -17,11 +17,11 @@ from bench.measure import device_name
 from bench.study import tokens
 from bench.study.plan import gpu_jobs, jobs
 from bench.study.records import ROOT, final_loss, known_losses
+from nanodisp.process import NOT_DONE
 from nanodisp.runs.evaluation import EVALUATION, read_evaluation
 
 TASKS, EMBEDDING_TASKS = "blimp,lambada,wikitext", "retrieval,similarity,probes"
 EVALUATED = ("a", "c", "e", "strong", "tuned")  # designs whose runs are evaluated when they end
-EXITED_EARLY = 75  # train.py was asked to stop and has saved
 
 
 def call(command: Sequence[str], log: Path, deadline: float = math.inf) -> int:
@@ -90,7 +90,7 @@ def work(
         print(f"--- {todo.name}", flush=True)
         command = ("train.py", *todo.overrides, *path, f"run_name={todo.name}")
         code = call(command, folder / "log.txt", deadline)
-        if code == EXITED_EARLY:
+        if code == NOT_DONE:
             return
         if code != 0:
             failed.add(todo.name)

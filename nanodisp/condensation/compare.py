@@ -28,6 +28,7 @@ from nanodisp.data.shards import Manifest
 from nanodisp.data.tokenizer import load_tokenizer
 from nanodisp.distributed import start
 from nanodisp.errors import UserError, first_line
+from nanodisp.files import finite
 from nanodisp.hf.open import Measurable, is_hugging_face, open_for_measuring
 from nanodisp.models.gpt import GPT, GPTConfig
 
@@ -268,11 +269,10 @@ def save(found: Sequence[Compared], folder: Path, config: CompareConfig) -> list
         "source_of_paper": "arXiv 2602.00217",
     }
     content = {**setting, "models": [each.summary() for each in found]}
-    content = json.loads(json.dumps(content), parse_constant=lambda name: None)  # JSON has no NaN
     kept = ("mean", "averaged", "histogram")
     arrays = {f"{place}/{key}": getattr(each, key) for place, each in enumerate(found) for key in kept}
     try:
-        (folder / "compare.json").write_text(json.dumps(content, indent=2) + "\n")
+        (folder / "compare.json").write_text(json.dumps(finite(content), indent=2) + "\n")
         np.savez_compressed(folder / "compare.npz", **arrays)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}; choose another with out=…") from error

@@ -14,11 +14,16 @@ def mean_cosine(z: Tensor) -> Tensor:
 
     No N x N matrix is needed: sum_ij u_i . u_j = |sum_i u_i|^2. A zero token has cosine 0 with every token.
     """
-    u = nn.functional.normalize(z if z.dtype == torch.float64 else z.float(), dim=-1)  # [B, N, F]
+    u = nn.functional.normalize(exact(z), dim=-1)  # [B, N, F]
     n_tokens = z.size(1)
     all_pairs = u.sum(dim=1).square().sum(dim=-1)  # [B], the diagonal included
     diagonal = u.square().sum(dim=(1, 2))
     return ((all_pairs - diagonal) / (n_tokens * (n_tokens - 1))).mean()
+
+
+def exact(z: Tensor) -> Tensor:
+    """z in float32, or in float64 if it is."""
+    return z if z.dtype == torch.float64 else z.float()
 
 
 def trend(layer_means: Sequence[float]) -> tuple[float, float]:

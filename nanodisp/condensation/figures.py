@@ -232,10 +232,8 @@ def standard_error(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
-def similarity(
-    panels: Mapping[str, np.ndarray], what: str, runs: Sequence[str], places: Sequence[int], measure: str = "CKA"
-) -> Figure:
-    """Similarity of layers or steps with each other, 0 to 1: one panel per title, bright where they are alike.
+def similarity(panels: Mapping[str, np.ndarray], what: str, runs: Sequence[str], places: Sequence[int]) -> Figure:
+    """CKA of layers or steps with each other, 0 to 1: one panel per title, bright where they are alike.
 
     panels: title -> [A, B]. what: "layer" or "step". runs: the names of the rows' and the columns' run, "" for one run
     alone. places: the layer or step of each row, evenly spaced in the figure whatever their distance.
@@ -249,7 +247,7 @@ def similarity(
             for n, set_ticks in zip(matrix.shape, (ax.set_yticks, ax.set_xticks), strict=True):
                 chosen = sorted({round(i) for i in np.linspace(0, n - 1, min(n, 5))})
                 set_ticks(chosen, [str(places[i]) for i in chosen])
-        figure.colorbar(ScalarMappable(Normalize(0, 1), "viridis"), ax=axes, label=measure, shrink=0.9)
+        figure.colorbar(ScalarMappable(Normalize(0, 1), "viridis"), ax=axes, label="CKA", shrink=0.9)
     return figure
 
 

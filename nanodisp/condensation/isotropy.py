@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanodisp.condensation.cosine import exact
 from nanodisp.dispersion.formulas import SHRINKAGE
 
 SLOPE_RANKS = (11, 500)  # of the eigenvalues that the slope is fitted to, as in Stringer et al. (2019)
@@ -75,7 +76,7 @@ def isoscore_star(z: Tensor) -> Tensor:
     1 / ((1 - zeta)^2 / P + (1 - (1 - zeta)^2) / F), so that the sum of squares of Cov is enough. Under autocast the
     products are rounded like the model's own.
     """
-    x = z if z.dtype == torch.float64 else z.float()
+    x = exact(z)
     n_tokens, n_features = x.shape[1:]
     x = x - x.mean(dim=1, keepdim=True)
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)  # trace 1

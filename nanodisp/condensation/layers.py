@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nanodisp.condensation.cosine import mean_cosine
+from nanodisp.condensation.cosine import exact, mean_cosine
 from nanodisp.condensation.isotropy import isoscore_star
 
 LAYER_FIGURES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -38,7 +38,7 @@ class Pooled(NamedTuple):
 
 
 def _directions(z: Tensor) -> Tensor:
-    mean = nn.functional.normalize(_exact(z), dim=-1).mean(dim=1, dtype=torch.float64)  # [B, F]
+    mean = nn.functional.normalize(exact(z), dim=-1).mean(dim=1, dtype=torch.float64)  # [B, F]
     return torch.stack([mean, mean.square()], dim=1)
 
 
@@ -51,7 +51,7 @@ def _cosine_across(rows: Tensor, n_windows: int) -> Tensor:
 
 def _powers(z: Tensor) -> Tensor:
     """Means of x, x^2, x^3, x^4, from those of y = x - s, s the window's mean: float32 is exact enough for y."""
-    x = _exact(z)
+    x = exact(z)
     s = x.mean(dim=1, keepdim=True)
     y = x - s
     square = y * y
@@ -59,11 +59,6 @@ def _powers(z: Tensor) -> Tensor:
     s = s.squeeze(1).double()
     first, second, third = s + y1, s**2 + 2 * s * y1 + y2, s**3 + 3 * s**2 * y1 + 3 * s * y2 + y3
     return torch.stack([first, second, third, s**4 + 4 * s**3 * y1 + 6 * s**2 * y2 + 4 * s * y3 + y4], dim=1)
-
-
-def _exact(z: Tensor) -> Tensor:
-    """In float32, or float64 if it is."""
-    return z if z.dtype == torch.float64 else z.float()
 
 
 def _kurtosis_by_dimension(rows: Tensor, n_windows: int) -> Tensor:

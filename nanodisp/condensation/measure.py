@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from nanodisp.condensation.cosine import trend
 from nanodisp.condensation.sums import STRATA, CosineSums, LayerSums, SecondSums, strata_of
 from nanodisp.errors import UserError
+from nanodisp.files import finite
 
 S = TypeVar("S", CosineSums, LayerSums, SecondSums)
 
@@ -137,10 +138,9 @@ class Condensation:
                 for layer in range(len(self.mean))
             ],
         }
-        summary = json.loads(json.dumps(summary), parse_constant=lambda name: None)  # JSON has no NaN, no infinity
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "condensation.json").write_text(json.dumps(summary, indent=2) + "\n")
+            (folder / "condensation.json").write_text(json.dumps(finite(summary), indent=2) + "\n")
             np.savez_compressed(folder / "condensation.npz", **arrays)
         except OSError as error:
             raise UserError(f"{folder} cannot be written: {error}; choose another with out=…") from error

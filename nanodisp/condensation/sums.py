@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nanodisp.condensation import isotropy
-from nanodisp.condensation.cosine import mean_cosine
+from nanodisp.condensation.cosine import exact, mean_cosine
 from nanodisp.condensation.layers import kurtosis
 from nanodisp.errors import UserError
 
@@ -39,7 +39,7 @@ class CosineSums:
 
     def add(self, z: Tensor, idx: Tensor | None = None) -> None:
         """Add the tokens z [B, N, F], of a floating dtype; idx, which they are, is for `SecondSums`."""
-        self._add_cosines(z.float() if z.dtype in (torch.bfloat16, torch.float16) else z)
+        self._add_cosines(exact(z))
 
     def _add_cosines(self, z: Tensor) -> Tensor:
         """Each pair is counted in both orders: as fast as masking half of the matrix, and simpler.
@@ -102,7 +102,7 @@ class LayerSums(CosineSums):
     def add(self, z: Tensor, idx: Tensor | None = None) -> None:
         """Add the tokens z [B, N, F], of a floating dtype; idx, which they are, is for `SecondSums`."""
         self.rounding = torch.finfo(z.dtype).eps
-        z = z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
+        z = exact(z)
         _, n_tokens, n_features = z.shape
         u = self._add_cosines(z).double()
         directions = u.sum(dim=1)  # [B, F]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nanodisp.evaluate.embeddings import POOLINGS
 from nanodisp.evaluate.transforms import TRANSFORMS, fit
+from nanodisp.files import finite
 
 Scores = dict[str, tuple[float, float]]  # metric -> value, standard error over examples (NaN if unknown)
 VERSION = 2  # of what the tasks compute: raised when figures change
@@ -88,7 +89,7 @@ def entry(
     chosen = {transform: choose(transform) for transform in grid.transforms}
     scores = {transform: grid.at(transform, where) for transform, where in chosen.items()} | baselines
     metrics = {
-        f"{metric} {name}": {"value": number(of[metric][0]), "stderr": number(of[metric][1]), "higher_is_better": True}
+        f"{metric} {name}": {"value": finite(of[metric][0]), "stderr": finite(of[metric][1]), "higher_is_better": True}
         for metric in grid.values
         for name, of in scores.items()
     }
@@ -104,7 +105,7 @@ def entry(
         "grid": {
             metric: {
                 name: {
-                    pooling: [number(round(value, 4)) for value in values[:, p, t].tolist()]
+                    pooling: finite([round(value, 4) for value in values[:, p, t].tolist()])
                     for p, pooling in enumerate(POOLINGS)
                 }
                 for t, name in enumerate(grid.transforms)
@@ -116,11 +117,6 @@ def entry(
 
 def place(where: tuple[int, int]) -> dict[str, Any]:
     return {"layer": where[0], "pooling": list(POOLINGS)[where[1]]}
-
-
-def number(value: float) -> float | None:
-    """None for NaN, which JSON does not have."""
-    return value if math.isfinite(value) else None
 
 
 def table(grid: Grid, dev: Grid | None, baselines: dict[str, Scores]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from nanodisp.data.corpus import open_corpus
 from nanodisp.distributed import World
 from nanodisp.errors import UserError
 from nanodisp.evaluate.text_tasks import Result
+from nanodisp.files import finite
 from nanodisp.hf.corpus import folder_of_data
 from nanodisp.hf.open import is_hugging_face, open_for_measuring
 from nanodisp.models.gpt import GPT
@@ -63,7 +63,7 @@ def evaluate_loss(name: str, scheme: str | None, limit: int | None, seed: int, d
         figures = {loss_name: after[loss_name], "bpb": after.get("bpb"), f"{loss_name} before": before[loss_name]}
         figures["relative"] = after[loss_name] / before[loss_name]
     metrics = {
-        metric: {"value": value if math.isfinite(value) else None, "stderr": None, "higher_is_better": False}
+        metric: {"value": finite(value), "stderr": None, "higher_is_better": False}
         for metric, value in figures.items()
         if value is not None
     }
@@ -76,9 +76,9 @@ def evaluate_loss(name: str, scheme: str | None, limit: int | None, seed: int, d
 
 
 def by_layer(of: Condensation) -> dict[str, Any]:
-    """Kurtosis, largest over median value, and mean cosine, a list each; None for what is not finite."""
+    """Kurtosis, largest over median value, and mean cosine, a list each."""
     found = {"kurtosis": of.kurtosis, "outlier": of.outlier, "mean_cosine": of.mean}
-    return {name: [x if math.isfinite(x) else None for x in values.tolist()] for name, values in found.items()}
+    return {name: finite(values.tolist()) for name, values in found.items()}
 
 
 def lines_by_layer(states: dict[str, Condensation]) -> list[str]:

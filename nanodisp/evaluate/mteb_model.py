@@ -18,7 +18,8 @@ from torch import Tensor
 
 from nanodisp.errors import UserError, first_line, optional
 from nanodisp.evaluate.embeddings import Embedder, embed, is_empty
-from nanodisp.evaluate.grid import VERSION, number, unit
+from nanodisp.evaluate.grid import VERSION, unit
+from nanodisp.files import finite
 
 
 class MtebModel:
@@ -78,7 +79,7 @@ def evaluate_task(name: str, embedder: Embedder) -> tuple[str, dict[str, Any], s
         raise UserError(f"task mteb:{name} cannot be run, or its data not be loaded from the hub: {reason}") from error
     metric = task.metadata.main_score
     found = {
-        "metrics": {metric: {"value": number(main), "stderr": None, "higher_is_better": True}},
+        "metrics": {metric: {"value": finite(main), "stderr": None, "higher_is_better": True}},
         "shots": 0,
         "examples": model.n_texts,
         "version": VERSION,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from nanodisp.errors import UserError
-from nanodisp.files import write_whole
+from nanodisp.files import finite, write_whole
 from nanodisp.runs.evaluation import items_file, main_metric
 
 NUMBERS = re.compile(r"\[(?:\s+(?:[-\d.e+]+|null),?)+\s+\]")  # a list of numbers, which is written as one line
@@ -68,8 +68,8 @@ def metrics_of(results: dict[str, Any], name: str) -> Iterator[tuple[str, dict[s
 
 
 def number_or_none(value: Any) -> float | None:
-    """None for NaN, which JSON does not have, and for the harness's "N/A"."""
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+    """None for NaN, and for the harness's "N/A"."""
+    return finite(float(value)) if isinstance(value, (int, float)) else None
 
 
 def save(path: Path, evaluation: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from nanodisp.data.benchmarks import BENCHMARKS, Item, read_items
 from nanodisp.errors import UserError, optional
 from nanodisp.evaluate.text_tasks import TASKS as OF_TEXTS
 
-TASKS = Path(__file__).with_name("tasks.yaml")
+DESCRIPTIONS = Path(__file__).with_name("tasks.yaml")
 BOOTSTRAPS = 1000  # resamples for the standard errors of metrics that are no means
 logging.getLogger("lm_eval.evaluator_utils").setLevel(logging.ERROR)  # it warns that a field of BLiMP is not all of it
 
@@ -71,7 +71,7 @@ def load(manager: Any, name: str, data: str | None = None) -> dict[str, Any]:
 
 def settings_of(name: str) -> dict[str, Any]:
     """A task of `tasks.yaml`."""
-    return yaml.safe_load(TASKS.read_text(encoding="utf-8"))[name]
+    return yaml.safe_load(DESCRIPTIONS.read_text(encoding="utf-8"))[name]
 
 
 class FileTask(ConfigurableTask):

@@ -14,11 +14,12 @@ import numpy as np
 
 from nanodisp.errors import UserError
 from nanodisp.evaluate.embeddings import Embedder, Embeddings, embed
-from nanodisp.evaluate.grid import VERSION, Grid, Scores, entry, make_grid, number, table
+from nanodisp.evaluate.grid import VERSION, Grid, Scores, entry, make_grid, table
 from nanodisp.evaluate.held_out import HeldOut, embed_held_out, open_held_out, stack
 from nanodisp.evaluate.probes import FOLDS, LAYOUT, class_files, probe, read_classes
 from nanodisp.evaluate.retrieval import Retrieval, halves, metrics, rank_by_cosine, rank_by_words, read_beir
 from nanodisp.evaluate.similarity import find_pairs, read_pairs, spearman
+from nanodisp.files import finite
 from nanodisp.hf.corpus import folder_of_data, read_some_documents
 
 MTEB = "mteb:"
@@ -183,7 +184,7 @@ def score_probe(name: str, folder: Path, embedder: Embedder, settings: Settings)
         lost(embedder, data.n_empty, embeddings),
     ]
     best = int(means.argmax())
-    acc = {"value": float(means[-1]), "stderr": number(deviations[-1] / FOLDS**0.5), "higher_is_better": True}
+    acc = {"value": float(means[-1]), "stderr": finite(deviations[-1] / FOLDS**0.5), "higher_is_better": True}
     found = {
         "metrics": {"acc": acc},
         "shots": 0,

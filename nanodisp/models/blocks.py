@@ -153,14 +153,14 @@ GPT2: dict[str, Any] = {
 }
 LLAMA = {**GPT2, "norm": "rmsnorm", "position": "rotary", "mlp": "swiglu", "bias": False}
 QWEN3 = {**LLAMA, "qk_norm": True, "n_kv_head": "fewer"}
-FAMILIES = {"GPT-2": GPT2, "Qwen3": QWEN3, "LLaMA": LLAMA}
+ARCHITECTURES = {"GPT-2": GPT2, "Qwen3": QWEN3, "LLaMA": LLAMA}
 
 
 def architecture(config: GPTConfig) -> str:
-    """The nearest family, and the switches that differ from it: "GPT-2", "Qwen3, norm=layernorm"."""
+    """The nearest of `ARCHITECTURES`, and the switches that differ from it: "GPT-2", "Qwen3, norm=layernorm"."""
     ours = {key: getattr(config, key) for key in GPT2}
     ours["n_kv_head"] = "fewer" if config.kv_heads < config.n_head else None
-    differing = {name: [key for key in GPT2 if ours[key] != family[key]] for name, family in FAMILIES.items()}
+    differing = {name: [key for key in GPT2 if ours[key] != family[key]] for name, family in ARCHITECTURES.items()}
     nearest = min(differing, key=lambda name: len(differing[name]))
     values = {**ours, "n_kv_head": config.kv_heads}
     return ", ".join([nearest, *(f"{key}={str(values[key]).lower()}" for key in differing[nearest])])

@@ -228,10 +228,14 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    return int(path.name[5:])
+
+
 def newest_step(run: Path) -> int:
     """The step of the newest checkpoint in a run's folder, 0 without one."""
     saved = all_checkpoints(run / CHECKPOINTS)
-    return int(saved[-1].name[5:]) if saved else 0
+    return step_of(saved[-1]) if saved else 0
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
@@ -264,9 +268,9 @@ def find(path: Path) -> Path:
         return found[-1]
     chosen = best(found) if which == "best" else next((p for p in found if p.name[5:] == which.zfill(8)), None)
     if chosen is None:
-        steps = ", ".join(str(int(p.name[5:])) for p in found)
+        steps = ", ".join(str(step_of(p)) for p in found)
         lacking = "none has a validation loss" if which == "best" else f"@{which} is not one of them and not @best"
-        raise UserError(f"{run} has checkpoints of steps {steps}, and {lacking}: give {run}@{int(found[-1].name[5:])}")
+        raise UserError(f"{run} has checkpoints of steps {steps}, and {lacking}: give {run}@{step_of(found[-1])}")
     return chosen
 
 
@@ -289,7 +293,7 @@ def prune(folder: Path, keep_last: int, keep_every: int | None = None) -> None:
     saved = all_checkpoints(folder)
     chosen = best(saved)
     for path in saved[:-keep_last]:
-        if path != chosen and (keep_every is None or int(path.name[5:]) % keep_every != 0):
+        if path != chosen and (keep_every is None or step_of(path) % keep_every != 0):
             shutil.rmtree(path)
 
 

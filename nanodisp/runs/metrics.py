@@ -13,7 +13,6 @@ import datetime
 import errno
 import fcntl
 import json
-import math
 import os
 import time
 import traceback
@@ -27,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from nanodisp.condensation.layers import NOT_ON_THE_TERMINAL
 from nanodisp.config import WandbConfig
 from nanodisp.errors import InUse, UserError, first_line, optional, to_stderr
-from nanodisp.files import write_whole
+from nanodisp.files import finite, write_whole
 from nanodisp.runs.trackers import TensorBoard, Tracker, Wandb
 
 METRICS = "metrics.jsonl"
@@ -140,7 +139,7 @@ class Metrics:
         if not self.enabled:
             return
         try:
-            self.file.write(json.dumps({key: _json_number(value) for key, value in record.items()}) + "\n")
+            self.file.write(json.dumps(finite(record)) + "\n")
             self.file.flush()
         except OSError as error:
             raise self._not_written(error) from error
@@ -252,13 +251,6 @@ def drop_records_after(path: Path, step: int) -> None:
         if record["step"] <= step:
             kept.append(line + "\n")
     write_whole(path, "".join(kept).encode())
-
-
-def _json_number(value: Any) -> Any:
-    """JSON has neither NaN nor infinity: they become null."""
-    if isinstance(value, list):
-        return [_json_number(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_records(path: Path, split: str | None = None) -> list[dict[str, Any]]:

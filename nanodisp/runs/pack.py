@@ -13,21 +13,19 @@ import hashlib
 import io
 import json
 import os
-import re
 import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
-from nanodisp.config import CONFIG
+from nanodisp.config import CONFIG, RUN_NAME
 from nanodisp.errors import InUse, UserError
 from nanodisp.files import digest, flush
 from nanodisp.runs.checkpoint import CHECKPOINTS
 from nanodisp.runs.metrics import METRICS, take
 
 LIST, VERSION, LONGEST_LIST = "packed.json", 1, 1 << 24
-NAME = re.compile(r"\w[\w.,=+-]*")  # of a run, as in `Config`
 CHUNK = 1 << 22
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd")  # how files of gzip, bzip2, xz and zstd begin
 
@@ -166,7 +164,7 @@ def read_list(tar: tarfile.TarFile, packed: Path) -> dict[str, Any]:
     try:
         about = json.loads(content.read())
         names = list(about["files"])
-        fine = about["version"] == VERSION and NAME.fullmatch(about["run"]) and all(map(is_below, names))
+        fine = about["version"] == VERSION and RUN_NAME.fullmatch(about["run"]) and all(map(is_below, names))
         fine = fine and all(
             type(entry["bytes"]) is int and type(entry["sha256"]) is str for entry in about["files"].values()
         )

@@ -171,7 +171,7 @@ def read_metrics(run: RunSummary) -> None:
     for split in ("train", "val"):
         of_split = [(step, number_of(record.get(run.loss_name))) for s, step, record in records if s == split]
         run.losses[split] = np.array([step for step, _ in of_split]), np.array([loss for _, loss in of_split])
-    saved = [int(path.name[5:]) for path in checkpoint.all_checkpoints(run.folder / checkpoint.CHECKPOINTS)]
+    saved = [checkpoint.step_of(path) for path in checkpoint.all_checkpoints(run.folder / checkpoint.CHECKPOINTS)]
     run.step = max([*saved, *(step for _, step, _ in records)], default=0)
     all_validations = [(step, record) for split, step, record in records if split == "val"]
     bad = [step for step, record in all_validations if not isinstance(record.get(run.loss_name), (int, float))]
