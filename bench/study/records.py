@@ -18,6 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "docs" / "study" / "records"
 
 
+def recorded(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
+
+
 def final_loss(folder: Path) -> float | None:
     """The validation loss of a finished run, infinite where it diverged; None for a run that is not finished."""
     error = folder / "error.txt"
@@ -35,9 +39,8 @@ def final_loss(folder: Path) -> float | None:
 def known_losses(out: Path) -> Losses:
     """Of the runs that are recorded, and of those in `out`."""
     losses: Losses = {}
-    for file in sorted(RECORDS.glob("*.jsonl")):
-        for record in map(json.loads, file.read_text().splitlines()):
-            losses[record["name"]] = math.inf if record["loss"] is None else record["loss"]
+    for record in recorded(RECORDS):
+        losses[record["name"]] = math.inf if record["loss"] is None else record["loss"]
     for folder in sorted(out.glob("*/")):
         if (loss := final_loss(folder)) is not None:
             losses[folder.name] = loss
@@ -85,6 +88,10 @@ def record_of(folder: Path) -> dict[str, Any]:
     }
 
 
+def one_line(record: dict[str, Any]) -> str:
+    return json.dumps(record, separators=(",", ":"))
+
+
 def tasks_entry(entry: dict[str, Any]) -> dict[str, Any]:
     """A benchmark in a record: its number of examples, and each metric's value."""
     return {"examples": entry["examples"], **{name: figure["value"] for name, figure in entry["metrics"].items()}}
@@ -93,13 +100,12 @@ def tasks_entry(entry: dict[str, Any]) -> dict[str, Any]:
 def write_records(out: Path) -> None:
     """Add the finished runs of `out` to the records, one file for each design; failed ones with null as their loss."""
     by_design: dict[str, dict[str, str]] = {}
-    for file in RECORDS.glob("*.jsonl"):
-        for line in file.read_text().splitlines():
-            by_design.setdefault(file.stem, {})[json.loads(line)["name"]] = line
+    for record in recorded(RECORDS):
+        by_design.setdefault(record["design"], {})[record["name"]] = one_line(record)
     for folder in sorted(out.glob("*/")):
         if (loss := final_loss(folder)) is not None:
             record = record_of(folder) | ({"loss": None} if loss == math.inf else {})
-            by_design.setdefault(record["design"], {})[folder.name] = json.dumps(record, separators=(",", ":"))
+            by_design.setdefault(record["design"], {})[folder.name] = one_line(record)
     RECORDS.mkdir(parents=True, exist_ok=True)
     for design, lines in sorted(by_design.items()):
         (RECORDS / f"{design}.jsonl").write_text("".join(lines[name] + "\n" for name in sorted(lines)))

@@ -4,7 +4,6 @@ and docs/study/figures/. The tests are in `pairs.py`, correlations and losses of
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections import defaultdict
@@ -33,7 +32,7 @@ from bench.study.pairs import (
     slopes,
 )
 from bench.study.plan import SIZES
-from bench.study.records import RECORDS
+from bench.study.records import RECORDS, recorded
 from bench.study.tokens import CONTEXTS, at_step, of_group
 from nanodisp.condensation.figures import STYLE
 from nanodisp.errors import UserError
@@ -59,10 +58,9 @@ BENCHMARKS = {  # exploratory: title -> task and metric of a record
 # --- from records to arms ------------------------------------------------------------------------
 
 
-def read_records(folder: Path = RECORDS) -> list[dict[str, Any]]:
-    """The runs that take part in comparisons: all but those of the search for a rate, each once."""
-    lines = [line for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
-    return [r for r in map(json.loads, lines) if r["design"] != "lr" and not r["name"].startswith(TWICE)]
+def compared_runs(folder: Path = RECORDS) -> list[dict[str, Any]]:
+    """The records of all runs but those of the search for a rate, each once."""
+    return [r for r in recorded(folder) if r["design"] != "lr" and not r["name"].startswith(TWICE)]
 
 
 def loss(record: dict[str, Any]) -> float | None:
@@ -363,7 +361,7 @@ def page(every: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    every = read_records()
+    every = compared_runs()
     PAGE.write_text(page(every), encoding="utf-8")
     print(f"wrote {PAGE}")
     records = [record for record in every if record["loss"] is not None]

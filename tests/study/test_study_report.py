@@ -19,11 +19,11 @@ from bench.study.report import (
     PAGE,
     against_lambda,
     benchmarks,
+    compared_runs,
     effective,
     families,
     interactions,
     page,
-    read_records,
     trend,
 )
 from nanodisp.report.scaling import Law
@@ -194,7 +194,7 @@ def test_benchmarks_have_a_table_each_of_the_runs_that_were_evaluated_on_them() 
 
 @pytest.mark.slow
 def test_the_page_is_what_the_records_give() -> None:
-    assert PAGE.read_text(encoding="utf-8") == page(read_records()), "run make study-report"
+    assert PAGE.read_text(encoding="utf-8") == page(compared_runs()), "run make study-report"
 
 
 def test_every_number_of_the_pages_and_of_the_readme_stands_in_the_results() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from bench.study import records, worker
 from bench.study.records import final_loss, known_losses, write_records
-from bench.study.report import page, read_records
+from bench.study.report import compared_runs, page
 from bench.study.worker import call, chosen, work
 from nanodisp.errors import UserError
 
@@ -62,7 +62,7 @@ def test_a_run_that_diverges_is_recorded_counted_and_not_run_again(
     assert finished is not None and math.isfinite(finished)
     assert known_losses(tmp_path) == {"a-77k-lam0-s1": finished, "a-77k-lam0-s2": math.inf}
     write_records(tmp_path)
-    written = {each["name"]: each for each in read_records(tmp_path / "records")}
+    written = {each["name"]: each for each in compared_runs(tmp_path / "records")}
     assert {name: each["loss"] for name, each in written.items()} == {"a-77k-lam0-s1": finished, "a-77k-lam0-s2": None}
     assert str(tmp_path) not in json.dumps(written)
     assert known_losses(tmp_path / "elsewhere") == known_losses(tmp_path)
