@@ -20,6 +20,7 @@ from nanodisp.condensation.figures import MARKERS, STYLE
 Record = dict[str, Any]
 
 CROSSED = ("77k", "77k-warm328", "671k-warm38", "671k")  # of (early): sizes and warm-ups
+LONG = 1000  # steps
 WITHOUT, WITH = "#440154", "#21918c"  # lambda 0, lambda 0.1: dark and middle of viridis
 
 
@@ -32,6 +33,7 @@ def draw(records: Sequence[Record], losses: Arms, blimp: Arms, found: Sequence[E
             "start": start(records),
             "rivals": rivals(found),
             "context": context(records),
+            "copying": copying(records),
         }
 
 
@@ -46,7 +48,10 @@ def differences(losses: Arms, blimp: Arms) -> Figure:
     arms = [f"a-{size}-lam{lam}" for size in sizes for lam in ("0.03", "0.1", "0.3")]
     arms += [f"b-{size}-{budget}x-lam0.1" for budget in (5, 80) for size in sizes]
     arms = [arm for arm in arms if arm in losses]
-    for ax, values, unit, scale in ((left, losses, "nats per token", 1.0), (right, blimp, "BLiMP, points", 100.0)):
+    for ax, values, unit, scale in (
+        (left, losses, "loss, nats per token", 1.0),
+        (right, blimp, "BLiMP, points", 100.0),
+    ):
         ax.axvline(0, color="0.6", linewidth=0.8)
         for place, arm in enumerate(arms):
             baseline = values.get(baseline_of(arm), {})
@@ -54,9 +59,10 @@ def differences(losses: Arms, blimp: Arms) -> Figure:
             seeds = values.get(arm, {}).keys() & baseline.keys()
             dots = [scale * (values[arm][seed] - baseline[seed]) for seed in sorted(seeds)]
             interval(ax, place, of, dots, scale)
-        ax.set_xlabel(f"difference to lambda 0, {unit}")
+        ax.set_xlabel(unit)
         ax.grid(False, axis="y")
     counts = [len(losses[arm].keys() & losses.get(baseline_of(arm), {}).keys()) for arm in arms]
+    figure.supxlabel("difference to lambda 0", fontsize="medium")
     left.set_yticks(range(len(arms)), [f"{label(arm)} ({n} pairs)" for arm, n in zip(arms, counts, strict=True)])
     left.invert_yaxis()
     return figure
@@ -112,24 +118,29 @@ def start(records: Sequence[Record]) -> Figure:
 def steps(records: Sequence[Record], losses: Arms) -> Figure:
     """Paired differences at lambda 0.1 against the number of steps, designs (a) and (b), a colour per size.
 
-    Sizes are moved apart a little, since some train for the same number of steps.
+    On the right those of LONG steps or more again, enlarged. Sizes are moved apart a little, since some train for the
+    same number of steps.
     """
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    ax = figure.add_subplot()
-    ax.axhline(0, color="0.6", linewidth=0.8)
+    figure = Figure(figsize=(7.4, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    for ax in (left, right):
+        ax.axhline(0, color="0.6", linewidth=0.8)
     last_step = {arm_and_seed(r)[0]: r["val"][-1]["step"] for r in records}
     arms = [arm for arm in losses if arm[0] in "ab" and arm.endswith("-lam0.1")]
     sizes = [size for size in SIZES if any(arm.split("-")[1] == size for arm in arms)]
     for number, size in enumerate(sizes):
         colour = matplotlib.colormaps["viridis"](0.88 * number / max(1, len(sizes) - 1))
         for place, arm in enumerate(arm for arm in arms if arm.split("-")[1] == size):
-            x, label = last_step[arm] * 1.03**number, None if place else size
-            mark(ax, (x, x * 1.03), losses[arm], losses.get(baseline_of(arm), {}), MARKERS[number], colour, label)
-    ax.set(xscale="log", xlabel="steps of training", ylabel="difference to lambda 0, nats per token")
-    ax.set_xticks(ticks := [200, 500, 1000, 2000, 5000], [f"{each:,}" for each in ticks])
-    ax.minorticks_off()
+            x, label = last_step[arm] * 1.03 ** (number - 2), None if place else size
+            for ax in (left, right) if last_step[arm] >= LONG else (left,):
+                mark(ax, (x, x * 1.03), losses[arm], losses.get(baseline_of(arm), {}), MARKERS[number], colour, label)
+    left.set_ylabel("difference to lambda 0, nats per token")
+    for ax, ticks in ((left, (200, 500, 1000, 2000, 5000)), (right, (1500, 3000, 6000))):
+        ax.set(xscale="log", xlabel="steps of training")
+        ax.set_xticks(ticks, [f"{each:,}" for each in ticks])
+        ax.minorticks_off()
     if sizes:
-        ax.legend(title="parameters")
+        left.legend(title="parameters")
     return figure
 
 
@@ -154,13 +165,12 @@ def mark(
 
 
 def context(records: Sequence[Record]) -> Figure:
-    """Left: paired differences at lambda 0.1 by size, design (a), a line per group of CONTEXTS.
+    """Paired differences at lambda 0.1 by size, design (a), a line per group of CONTEXTS.
 
     Groups are moved apart a little; every pair a dot, 95% intervals, hollow markers where there are too few pairs.
-    Right: the loss of what can be copied over the steps of training, of runs that have kept several checkpoints.
     """
-    figure = Figure(figsize=(7.4, 3.4), layout="constrained")
-    ax, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    ax = figure.add_subplot()
     ax.axhline(0, color="0.6", linewidth=0.8)
     measured = [r for r in records if r["design"] == "a" and "by_context" in r]
     sizes = [size for size in SIZES if any(r["name"].startswith(f"a-{size}-lam0.1-") for r in measured)]
@@ -177,15 +187,29 @@ def context(records: Sequence[Record]) -> Figure:
     ax.set(xlabel="parameters", ylabel="difference to lambda 0, nats per token")
     if sizes:
         ax.legend(title="tokens")
-    for lam, of_lam in (("lam0", WITHOUT), ("lam0.1", WITH)):
-        kept = [r for r in measured if f"-{lam}-" in r["name"] and len(r.get("context_over_steps", ())) > 1]
-        for number, record in enumerate(kept):
-            steps, copied, *_ = zip(*record["context_over_steps"], strict=True)
-            label = f"{record['name'].split('-')[1]}, {lam.replace('lam', 'lambda ')}" if number == 0 else None
-            right.plot(steps, copied, marker=".", color=of_lam, label=label)
-    right.set(xlabel="steps of training", ylabel=f"loss of {CONTEXTS[0]} tokens, nats")
-    if right.lines:
-        right.legend()
+    return figure
+
+
+def copying(records: Sequence[Record]) -> Figure:
+    """The loss of each group of CONTEXTS over the steps of training, of (a)'s runs that kept several checkpoints.
+
+    Solid without dispersion, dashed at lambda 0.1.
+    """
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    ax = figure.add_subplot()
+    for record in records:
+        name, rows = record["name"], record.get("context_over_steps", ())
+        if record["design"] != "a" or len(rows) < 2 or not ("-lam0-" in name or "-lam0.1-" in name):
+            continue
+        steps, *groups = zip(*rows, strict=True)
+        for number, losses in enumerate(groups):
+            colour = matplotlib.colormaps["viridis"](0.88 * number / (len(CONTEXTS) - 1))
+            style, label = ("-", CONTEXTS[number]) if "-lam0-" in name else ("--", f"{CONTEXTS[number]}, lambda 0.1")
+            known = ax.get_legend_handles_labels()[1]
+            ax.plot(steps, losses, style, color=colour, label=label if label not in known else None)
+    ax.set(xlabel="steps of training", ylabel="loss, nats per token")
+    if ax.lines:
+        ax.legend(title="tokens")
     return figure
 
 
