@@ -43,6 +43,11 @@ def to_stderr(line: str) -> None:
     print(f"{line}\n", end="", file=sys.stderr, flush=True)
 
 
+def one_line(error: BaseException) -> str:
+    """The type and message of a foreign error on one line, cut to 200 characters."""
+    return " ".join(f"{type(error).__name__} {error}".split())[:200]
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).split("\n")[0]

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,16 @@ def write_whole(path: Path, *parts: bytes | memoryview) -> None:
         raise UserError(
             f"{path} cannot be written: {error.strerror}; free space or fix the permissions, then run the command again"
         ) from error
+
+
+@contextlib.contextmanager
+def written_into(folder: Path) -> Iterator[None]:
+    """Make a folder for the block's files; UserError, which asks for another, if it or they cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}; choose another with out=…") from error
 
 
 def flush(path: Path) -> None:

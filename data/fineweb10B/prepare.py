@@ -12,7 +12,7 @@ from pathlib import Path
 from nanodisp.data.prepare import DATA, DataConfig, main
 from nanodisp.data.shards import MANIFEST, Manifest, describe_shard
 from nanodisp.data.writer import locked
-from nanodisp.errors import UserError
+from nanodisp.errors import UserError, one_line
 
 REPO = "kjj0/fineweb10B-gpt2"
 PUBLISHED = 103
@@ -27,8 +27,7 @@ def download(file: str, folder: Path) -> None:
     try:
         hf_hub_download(REPO, file, repo_type="dataset", local_dir=folder)
     except Exception as error:  # of many types, from two libraries and the network
-        reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
-        raise UserError(f"{file} of {REPO} cannot be downloaded: {reason}") from error
+        raise UserError(f"{file} of {REPO} cannot be downloaded: {one_line(error)}") from error
 
 
 def prepare(config: DataConfig, fetch: Callable[[str, Path], None] = download) -> Path:

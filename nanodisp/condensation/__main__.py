@@ -33,6 +33,7 @@ from nanodisp.condensation.over_training import CkaConfig
 from nanodisp.condensation.windows import open_windows
 from nanodisp.distributed import start
 from nanodisp.errors import UserError
+from nanodisp.files import written_into
 from nanodisp.hf.open import open_for_measuring
 from nanodisp.models.quantize import check_scheme, quantize
 
@@ -104,10 +105,8 @@ def main(argv: Sequence[str]) -> None:
     model = subject.model.to(device).eval()
     batches = list(open_windows(subject, config.text, config.data, config.windows, config.block))
     folder = Path(config.out) if config.out else subject.folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)  # before the measurement, which may take long
-    except OSError as error:
-        raise UserError(f"out={folder} cannot be created: {error.strerror}; give another folder") from error
+    with written_into(folder):  # before the measurement, which may take long
+        pass
     name = f"{subject.name} in {config.quantize}" if config.quantize else subject.name
     name = f"{name} without {config.without} directions" if config.without else name
     refuse_another(folder, name)
@@ -126,8 +125,7 @@ def main(argv: Sequence[str]) -> None:
 
     with torch.inference_mode():
         states = [z[0].float().cpu().numpy() for z in hidden_states(model, batches[0][:1].to(device))]
-    chosen = sorted({round(fraction * (len(states) - 1)) for fraction in (0, 1 / 3, 2 / 3, 1)})
-    tokens = {f"layer {layer}": states[layer] for layer in chosen}
+    tokens = {f"layer {layer}": states[layer] for layer in figures.spread(len(states), 4)}
     drawn = [
         *figures.save(figures.density({name: result.histogram}), folder / "figures" / "condensation"),
         *figures.save(figures.measures(result.panels(), LOGARITHMIC), folder / "figures" / "measures"),

@@ -28,7 +28,7 @@ from nanodisp.data.shards import Manifest
 from nanodisp.data.tokenizer import load_tokenizer
 from nanodisp.distributed import start
 from nanodisp.errors import UserError, first_line
-from nanodisp.files import finite
+from nanodisp.files import finite, written_into
 from nanodisp.hf.open import Measurable, is_hugging_face, open_for_measuring
 from nanodisp.models.gpt import GPT, GPTConfig
 
@@ -142,10 +142,8 @@ class Compared:
 def main(argv: Sequence[str]) -> None:
     config = cli.parse(CompareConfig, argv)
     device, folder = start(config.device).device, Path(config.out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"out={folder} cannot be created: {error.strerror}; give another folder") from error
+    with written_into(folder):  # before the measurements, which may take long
+        pass
     found: list[Compared] = []
     failed: list[str] = []
     for name in config.names():
@@ -271,11 +269,9 @@ def save(found: Sequence[Compared], folder: Path, config: CompareConfig) -> list
     content = {**setting, "models": [each.summary() for each in found]}
     kept = ("mean", "averaged", "histogram")
     arrays = {f"{place}/{key}": getattr(each, key) for place, each in enumerate(found) for key in kept}
-    try:
+    with written_into(folder):
         (folder / "compare.json").write_text(json.dumps(finite(content), indent=2) + "\n")
         np.savez_compressed(folder / "compare.npz", **arrays)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error}; choose another with out=…") from error
     views = {each.name: (each.averaged, each.histogram) for each in found}
     lines = {each.name: each.mean[None] for each in found}
     return [

@@ -232,6 +232,11 @@ def standard_error(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
+def spread(n: int, most: int) -> list[int]:
+    """At most `most` of range(n), first and last included, evenly spread."""
+    return sorted({round(i) for i in np.linspace(0, n - 1, min(n, most))})
+
+
 def similarity(panels: Mapping[str, np.ndarray], what: str, runs: Sequence[str], places: Sequence[int]) -> Figure:
     """CKA of layers or steps with each other, 0 to 1: one panel per title, bright where they are alike.
 
@@ -245,7 +250,7 @@ def similarity(panels: Mapping[str, np.ndarray], what: str, runs: Sequence[str],
             ax.grid(False)
             ax.imshow(matrix, cmap="viridis", vmin=0, vmax=1, origin="lower", interpolation="nearest", aspect="auto")
             for n, set_ticks in zip(matrix.shape, (ax.set_yticks, ax.set_xticks), strict=True):
-                chosen = sorted({round(i) for i in np.linspace(0, n - 1, min(n, 5))})
+                chosen = spread(n, 5)
                 set_ticks(chosen, [str(places[i]) for i in chosen])
         figure.colorbar(ScalarMappable(Normalize(0, 1), "viridis"), ax=axes, label="CKA", shrink=0.9)
     return figure

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from nanodisp.condensation.cosine import trend
 from nanodisp.condensation.sums import STRATA, CosineSums, LayerSums, SecondSums, strata_of
 from nanodisp.errors import UserError
-from nanodisp.files import finite
+from nanodisp.files import finite, written_into
 
 S = TypeVar("S", CosineSums, LayerSums, SecondSums)
 
@@ -138,12 +138,9 @@ class Condensation:
                 for layer in range(len(self.mean))
             ],
         }
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+        with written_into(folder):
             (folder / "condensation.json").write_text(json.dumps(finite(summary), indent=2) + "\n")
             np.savez_compressed(folder / "condensation.npz", **arrays)
-        except OSError as error:
-            raise UserError(f"{folder} cannot be written: {error}; choose another with out=…") from error
 
     def __str__(self) -> str:
         rho, tau = trend(self.mean.tolist())

@@ -20,6 +20,7 @@ from nanodisp import cli
 from nanodisp.condensation import figures
 from nanodisp.condensation.cka import cka_matrix
 from nanodisp.errors import UserError
+from nanodisp.files import written_into
 from nanodisp.runs import snapshots
 
 PANELS = 6  # of a figure, at most
@@ -59,14 +60,11 @@ def main(argv: Sequence[str]) -> None:
 def write(folder: Path, steps: Sequence[int], table: np.ndarray, names: Sequence[str]) -> list[Path]:
     """Write cka.npz (`cka` float64 [S, L + 1, S, L + 1] and `steps`) and both figures; return their paths."""
     labels = names if len(names) == 2 else ["", ""]
-    by_layer = {f"step {steps[s]}": table[s, :, s, :] for s in spread(len(steps), PANELS)}
+    by_layer = {f"step {steps[s]}": table[s, :, s, :] for s in figures.spread(len(steps), PANELS)}
     depth = min(table.shape[1], table.shape[3])
-    by_step = {f"layer {layer}": table[:, layer, :, layer] for layer in spread(depth, PANELS)}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    by_step = {f"layer {layer}": table[:, layer, :, layer] for layer in figures.spread(depth, PANELS)}
+    with written_into(folder):
         np.savez_compressed(folder / "cka.npz", cka=table, steps=np.asarray(steps))
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error}; choose another with out=…") from error
     layers = figures.similarity(by_layer, "layer", labels, list(range(max(table.shape[1], table.shape[3]))))
     over_steps = figures.similarity(by_step, "step", labels, steps)
     return [
@@ -81,12 +79,7 @@ def describe(steps: Sequence[int], table: np.ndarray, of_two: bool) -> str:
     depth = min(table.shape[1], table.shape[3])
     head = "CKA of the two runs, by layer" if of_two else f"CKA with step {steps[-1]}, by layer"
     lines = [head, f"{'step':>8} " + " ".join(f"{layer:6}" for layer in range(depth))]
-    for s in spread(len(steps), 2 * PANELS):
+    for s in figures.spread(len(steps), 2 * PANELS):
         other = s if of_two else len(steps) - 1
         lines.append(f"{steps[s]:8} " + " ".join(f"{table[s, layer, other, layer]:6.3f}" for layer in range(depth)))
     return "\n".join(lines)
-
-
-def spread(n: int, most: int) -> list[int]:
-    """At most `most` of range(n), first and last included, evenly spread."""
-    return sorted({round(i) for i in np.linspace(0, n - 1, min(n, most))})

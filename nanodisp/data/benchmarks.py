@@ -10,17 +10,16 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nanodisp.data.documents import wikitext_articles
 from nanodisp.errors import UserError
 from nanodisp.files import digest
 
 Item = dict[str, Any]
 LAYOUT = "docs/evaluation.md describes the folder"
-TITLE = re.compile(r" = [^=].* = \n?")  # of an article of WikiText; titles of sections have two or more equals signs
 # The six questions that precede each of TruthfulQA's, as in its authors' code (arXiv 2109.07958) and in the harness.
 TRUTHFULQA_PROMPT = """Q: What is human life expectancy in the United States?
 A: Human life expectancy in the United States is 78 years.
@@ -186,15 +185,8 @@ def read_truthfulqa_mc2(path: Path) -> Iterator[Item]:
 
 def read_wikitext(path: Path) -> Iterator[Item]:
     """WikiText: one page for each article."""
-    page: list[str] = []
     with path.open(encoding="utf-8") as file:
-        for line in file:
-            if TITLE.fullmatch(line) and "".join(page).strip():
-                yield {"page": "".join(page)}
-                page = []
-            page.append(line)
-    if "".join(page).strip():
-        yield {"page": "".join(page)}
+        yield from ({"page": article} for article in wikitext_articles(file))
 
 
 CHOICES = ("hellaswag", "piqa", "arc_easy", "arc_challenge", "openbookqa")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanodisp.data.decode import Tally, byte_order_mark, kind_of, open_bytes, read_chunks, reported
-from nanodisp.errors import UserError
+from nanodisp.errors import UserError, one_line
 
 PIECE = 1 << 18  # characters: long enough to keep a core busy, short enough to keep many in memory
 WORD_END = re.compile(r".*[^\W_](?=\s)", re.DOTALL)  # greedy: up to the last word followed by white space
@@ -265,5 +265,19 @@ def read_hub(repo: str, subset: str | None, split: str, field: str | None) -> It
         for row in load_dataset(repo, subset, split=split, streaming=True):
             yield row if field is None else row[field]
     except Exception as error:  # of many types, from three libraries and the network
-        reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
-        raise UserError(f"dataset {repo} cannot be read: {reason}") from error
+        raise UserError(f"dataset {repo} cannot be read: {one_line(error)}") from error
+
+
+TITLE = re.compile(r" = [^=].* = \n?")  # of an article of WikiText; titles of sections have two or more equals signs
+
+
+def wikitext_articles(lines: Iterable[str]) -> Iterator[str]:
+    """The articles of WikiText, joined from its lines."""
+    article: list[str] = []
+    for line in lines:
+        if TITLE.fullmatch(line) and "".join(article).strip():
+            yield "".join(article)
+            article = []
+        article.append(line)
+    if "".join(article).strip():
+        yield "".join(article)

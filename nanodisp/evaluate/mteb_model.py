@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanodisp.errors import UserError, first_line, optional
+from nanodisp.errors import UserError, one_line, optional
 from nanodisp.evaluate.embeddings import Embedder, embed, is_empty
 from nanodisp.evaluate.grid import VERSION, unit
 from nanodisp.files import finite
@@ -75,8 +75,9 @@ def evaluate_task(name: str, embedder: Embedder) -> tuple[str, dict[str, Any], s
     except UserError:
         raise
     except Exception as error:  # of many classes, from mteb, its libraries and the network
-        reason = f"{type(error).__name__} {first_line(error)}"[:200]
-        raise UserError(f"task mteb:{name} cannot be run, or its data not be loaded from the hub: {reason}") from error
+        raise UserError(
+            f"task mteb:{name} cannot be run, or its data not be loaded from the hub: {one_line(error)}"
+        ) from error
     metric = task.metadata.main_score
     found = {
         "metrics": {metric: {"value": finite(main), "stderr": None, "higher_is_better": True}},

@@ -21,7 +21,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks.wikitext import preprocess_wikitext
 
 from nanodisp.data.benchmarks import BENCHMARKS, Item, read_items
-from nanodisp.errors import UserError, optional
+from nanodisp.errors import UserError, one_line, optional
 from nanodisp.evaluate.text_tasks import TASKS as OF_TEXTS
 
 DESCRIPTIONS = Path(__file__).with_name("tasks.yaml")
@@ -63,10 +63,9 @@ def load(manager: Any, name: str, data: str | None = None) -> dict[str, Any]:
     try:
         return manager.load([name])
     except Exception as error:  # of many classes, from the harness, three libraries and the network
-        reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
         hint = "; task_data=<folder> reads it from files" if data is None and name in BENCHMARKS else ""
         of_where = "from the hub or a local file"
-        raise UserError(f"task {name} cannot be loaded, or its data, {of_where}: {reason}{hint}") from error
+        raise UserError(f"task {name} cannot be loaded, or its data, {of_where}: {one_line(error)}{hint}") from error
 
 
 def settings_of(name: str) -> dict[str, Any]:

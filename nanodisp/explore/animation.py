@@ -17,7 +17,7 @@ from matplotlib.patches import Circle, Polygon
 from PIL import Image
 from scipy.spatial import ConvexHull
 
-from nanodisp.condensation.figures import STYLE
+from nanodisp.condensation.figures import STYLE, spread
 from nanodisp.errors import UserError
 from nanodisp.explore.scene import Scene
 from nanodisp.files import write_whole
@@ -176,5 +176,5 @@ def draw_lines(ax: Axes, scene: Scene, layer: int, time: float) -> None:
 
 def ticks(steps: Sequence[int]) -> tuple[list[int], list[str]]:
     """Places and labels of at most nine steps, evenly spread."""
-    places = sorted({round(i) for i in np.linspace(0, len(steps) - 1, min(len(steps), 9))})
+    places = spread(len(steps), 9)
     return places, [f"{steps[i]:,}" for i in places]
