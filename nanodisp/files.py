@@ -42,7 +42,8 @@ def written_into(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror or error}; choose another with out=…") from error
+        what = error.filename or folder
+        raise UserError(f"{what} cannot be written: {error.strerror or error}; choose another with out=…") from error
 
 
 def flush(path: Path) -> None:

@@ -72,7 +72,7 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 if is_ours(getattr(sys.modules["__main__"], "__file__", None) or ""):
     signal.signal(signal.SIGINT, end_quietly)
-    if sys.stderr is not None:  # it is closed
+    with contextlib.suppress(RuntimeError, OSError):  # stderr is closed, or no file
         faulthandler.enable()
     if Path(sys.modules["__main__"].__file__ or "").name == "train.py":
         signal.signal(signal.SIGTERM, end_before_the_first_step)

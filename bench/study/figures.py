@@ -27,14 +27,16 @@ WITHOUT, WITH = "#440154", "#21918c"  # lambda 0, lambda 0.1: dark and middle of
 def draw(records: Sequence[Record], losses: Arms, blimp: Arms, found: Sequence[Entry]) -> dict[str, Figure]:
     """File name -> figure. found: the runs of the comparison with other losses."""
     with matplotlib.rc_context(STYLE):
-        return {
+        drawn = {
             "steps": steps(records, losses),
             "differences": differences(losses, blimp),
             "start": start(records),
             "rivals": rivals(found),
             "context": context(records),
-            "copying": copying(records),
         }
+        if kept := [r for r in records if r["design"] == "a" and len(r.get("context_over_steps", ())) > 1]:
+            drawn["copying"] = copying(kept)
+        return drawn
 
 
 def differences(losses: Arms, blimp: Arms) -> Figure:
@@ -59,10 +61,9 @@ def differences(losses: Arms, blimp: Arms) -> Figure:
             seeds = values.get(arm, {}).keys() & baseline.keys()
             dots = [scale * (values[arm][seed] - baseline[seed]) for seed in sorted(seeds)]
             interval(ax, place, of, dots, scale)
-        ax.set_xlabel(unit)
+        ax.set_xlabel(f"difference to lambda 0:\n{unit}")
         ax.grid(False, axis="y")
     counts = [len(losses[arm].keys() & losses.get(baseline_of(arm), {}).keys()) for arm in arms]
-    figure.supxlabel("difference to lambda 0", fontsize="medium")
     left.set_yticks(range(len(arms)), [f"{label(arm)} ({n} pairs)" for arm, n in zip(arms, counts, strict=True)])
     left.invert_yaxis()
     return figure
@@ -190,26 +191,20 @@ def context(records: Sequence[Record]) -> Figure:
     return figure
 
 
-def copying(records: Sequence[Record]) -> Figure:
-    """The loss of each group of CONTEXTS over the steps of training, of (a)'s runs that kept several checkpoints.
-
-    Solid without dispersion, dashed at lambda 0.1.
-    """
+def copying(runs: Sequence[Record]) -> Figure:
+    """The loss of each group of CONTEXTS over the steps of training: solid without dispersion, dashed at lambda 0.1."""
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     ax = figure.add_subplot()
-    for record in records:
-        name, rows = record["name"], record.get("context_over_steps", ())
-        if record["design"] != "a" or len(rows) < 2 or not ("-lam0-" in name or "-lam0.1-" in name):
-            continue
-        steps, *groups = zip(*rows, strict=True)
+    styles = {"lam0": ("-", "{}"), "lam0.1": ("--", "{}, lambda 0.1")}
+    for record in (r for r in runs if r["name"].split("-")[2] in styles):
+        style, label = styles[record["name"].split("-")[2]]
+        steps, *groups = zip(*record["context_over_steps"], strict=True)
         for number, losses in enumerate(groups):
             colour = matplotlib.colormaps["viridis"](0.88 * number / (len(CONTEXTS) - 1))
-            style, label = ("-", CONTEXTS[number]) if "-lam0-" in name else ("--", f"{CONTEXTS[number]}, lambda 0.1")
-            known = ax.get_legend_handles_labels()[1]
-            ax.plot(steps, losses, style, color=colour, label=label if label not in known else None)
+            ax.plot(steps, losses, style, color=colour, label=label.format(CONTEXTS[number]))
     ax.set(xlabel="steps of training", ylabel="loss, nats per token")
-    if ax.lines:
-        ax.legend(title="tokens")
+    lines = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))  # one of each label
+    ax.legend(lines.values(), lines.keys(), title="tokens")
     return figure
 
 

@@ -129,8 +129,9 @@ def at_step(step: int, number: int) -> Callable[[dict[str, Any]], float | None]:
 def main(folder: Path) -> None:
     """Raises UserError for a run without a checkpoint."""
     last = find(folder)
+    earlier = [path for path in all_checkpoints(last.parent) if step_of(path) < step_of(last)]
     over_steps = []  # a row for every checkpoint that is kept: its step, the loss of each of CONTEXTS
-    for path in all_checkpoints(last.parent):
+    for path in [*earlier, last]:
         of = losses_of(path)
         over_steps.append([step_of(path), *by_context(of)["losses"]])
     for kind, found in zip(KINDS, (by_frequency(of), by_context(of), over_steps), strict=True):

@@ -107,6 +107,7 @@ def test_the_figures_can_be_drawn_from_any_number_of_runs(number: int) -> None:
         run["context_over_steps"] = [[500, 3.0, 3.0, 3.0], [1000, 1.0, 2.0, 3.0]]
     drawn = figures.draw(runs, arms_of(runs, loss), arms_of(runs, blimp), compared(runs))
     assert len(drawn) == 6
+    assert "copying" not in figures.draw([], {}, {}, [])
     kept = [r for r in runs if "context_over_steps" in r and r["name"].startswith(("a-77k-lam0-", "a-77k-lam0.1-"))]
     assert len(drawn["copying"].axes[0].lines) == 3 * len(kept) > 0
     for figure in drawn.values():
