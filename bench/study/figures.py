@@ -204,7 +204,7 @@ def copying(runs: Sequence[Record]) -> Figure:
             ax.plot(steps, losses, style, color=colour, label=label.format(CONTEXTS[number]))
     ax.set(xlabel="steps of training", ylabel="loss, nats per token")
     lines = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))  # one of each label
-    ax.legend(lines.values(), lines.keys(), title="tokens")
+    figure.legend(lines.values(), lines.keys(), title="tokens", loc="outside right upper")
     return figure
 
 
