@@ -170,6 +170,10 @@ def of_tokens(records: Sequence[dict[str, Any]]) -> Iterator[str]:
     heads = [f"{name} ({share:.1%} of the text)" for name, share in zip(CONTEXTS, shares, strict=True)]
     arms = [arms_of(records, of_group("by_context", number)) for number in range(len(CONTEXTS))]
     yield from by_token("what the context holds", heads, arms)
+    for arm in (arm for members in families(arms[0]).values() for arm in members):
+        found = [paired(of[arm], of[baseline_of(arm)], 0.0) for of in arms]
+        parts = [f"{share * each.mean:+.4f}" for share, each in zip(shares, found, strict=True)]
+        yield f"| {arm}, times the share | {found[0].n} | {' | '.join(parts)} |"
     yield "\nCopied: the token that followed the last earlier occurrence, in the window, of the token just read. Seen:"
     yield "another one that occurs earlier in the window. The shares are those of the first run that is measured."
     yield from over_steps(records)

@@ -75,6 +75,7 @@ def test_the_table_has_the_differences_of_each_stratum_and_of_measured_runs_alon
     lines = [*of_tokens(context)]
     assert "| arm | pairs | copied (10.0% of the text) | seen (20.0% of the text) | new (70.0% of the text) |" in lines
     assert any(line.startswith("| a-77k-lam0.1 | 3 | +0.0000 ") and line.count("|") == 6 for line in lines)
+    assert "| a-77k-lam0.1, times the share | 3 | +0.0000 | +0.0200 | +0.1400 |" in lines
 
 
 def test_the_losses_over_steps_are_compared_at_each_checkpoint_of_pairs_that_have_several() -> None:
