@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import resource
@@ -126,7 +127,7 @@ def test_the_digest_is_that_of_the_content(tmp_path: Path, n_bytes: int) -> None
 
 TEXTS = st.text("ab", max_size=3)
 VALUES = st.recursive(
-    st.floats() | st.integers() | st.none() | TEXTS,
+    st.floats() | st.sampled_from([math.nan, math.inf, -math.inf]) | st.integers() | st.none() | TEXTS,
     lambda inside: st.lists(inside, max_size=3) | st.dictionaries(TEXTS, inside, max_size=3),
 )
 

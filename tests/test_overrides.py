@@ -54,6 +54,7 @@ from nanodisp.overrides import check_typed, explain, without_unused
         ("train.timeout_minutes=0", ["timeout_minutes=0", "positive"]),
         ("wandb.mode=on", ["on", "offline"]),
         ("run_name=a/b", ["a/b", "letters"]),
+        ("run_name=.hidden", [".hidden", "begin with a letter or digit"]),
         ("optim.warmup_fraction=1", ["warmup_fraction=1.0", "[0, 1)"]),
         ("seed=-1", ["seed=-1"]),
         ("intervention.noise_alpha=0", ["noise_alpha=0.0", "positive", "null"]),

@@ -149,3 +149,12 @@ def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
         figures.save(figures.density({"a": HISTOGRAM}), tmp_path / "file" / "a")
+
+
+@given(st.integers(1, 40), st.integers(1, 9))
+def test_places_are_spread_from_the_first_to_the_last(n: int, most: int) -> None:
+    places = figures.spread(n, most)
+    assert places[0] == 0 and (most == 1 or places[-1] == n - 1)
+    assert len(places) == min(n, most) and places == sorted(set(places))
+    gaps = np.diff(places)
+    assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1
